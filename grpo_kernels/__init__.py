@@ -1,0 +1,17 @@
+"""The GRPO family of losses as drop-in GPU kernels."""
+
+from grpo_kernels.advantages import group_advantages
+from grpo_kernels.config import LossConfig
+from grpo_kernels.logprobs import TokenLogprobs, token_logprobs
+from grpo_kernels.loss import LossOutput, fused_grpo_loss
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LossConfig",
+    "LossOutput",
+    "TokenLogprobs",
+    "fused_grpo_loss",
+    "group_advantages",
+    "token_logprobs",
+]

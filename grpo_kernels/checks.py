@@ -1,0 +1,176 @@
+"""Argument checks: each error names the argument, what came, what was wanted, and the remedy."""
+
+import math
+import os
+
+import torch
+
+LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+
+
+def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor) -> tuple[int, int]:
+    """The batch size and length (B, T) of logits (B, T, V) or (B, T+1, V) and ids (B, T)."""
+    check_tensor("logits", logits)
+    check_tensor("completion_ids", completion_ids)
+    if logits.dtype not in LOGITS_DTYPES:
+        raise TypeError(
+            f"logits must be float32, bfloat16 or float16, got {logits.dtype}. Cast them: logits.float(); for a "
+            "float64 result use the plain PyTorch code in reference/."
+        )
+    if completion_ids.dtype not in _INTEGERS:
+        raise TypeError(f"completion_ids must be integers, got {completion_ids.dtype}. Cast them: .long().")
+    if completion_ids.dim() != 2:
+        raise ValueError(
+            f"completion_ids must be (B, T), got {tuple(completion_ids.shape)}. Packed input is not available."
+        )
+    B, T = completion_ids.shape
+    if logits.dim() != 3 or logits.shape[0] != B or logits.shape[1] not in (T, T + 1):
+        raise ValueError(
+            f"logits must be (B, T, V) or (B, T+1, V) with (B, T) = {(B, T)} from completion_ids, got "
+            f"{tuple(logits.shape)}. logits[b, t] scores completion_ids[b, t]: cut the prompt off both."
+        )
+    if logits.numel() == 0 or T == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} and completion_ids {(B, T)} hold no token at all.")
+    if logits.stride(2) != 1 and logits.shape[2] > 1:
+        raise ValueError(
+            f"logits must be contiguous in the vocabulary, got strides {logits.stride()}. Make them so with "
+            "logits.contiguous(), which copies, or do not transpose them."
+        )
+    check_device("completion_ids", completion_ids, logits)
+    return B, T
+
+
+def check_device(name: str, value: torch.Tensor, logits: torch.Tensor) -> None:
+    if value.device != logits.device:
+        raise ValueError(f"{name} is on {value.device} but the logits are on {logits.device}. Move it there.")
+
+
+def check_no_grad(name: str, value: torch.Tensor) -> None:
+    if value.requires_grad:
+        raise ValueError(
+            f"{name} requires grad, but gradients flow to the logits only. Pass {name}.detach(), or build the "
+            "objective from token_logprobs."
+        )
+
+
+def check_float(name: str, value: torch.Tensor | None, logits: torch.Tensor, shapes: dict[str, tuple]) -> None:
+    """A detached floating-point tensor of one of the named shapes, on the logits' device; or None."""
+    if value is None:
+        return
+    check_tensor(name, value)
+    if not value.dtype.is_floating_point:
+        raise TypeError(f"{name} must be floating point, got {value.dtype}. Cast it: .float().")
+    check_shape(name, value, shapes)
+    check_device(name, value, logits)
+    check_no_grad(name, value)
+
+
+def check_shape(name: str, value: torch.Tensor, shapes: dict[str, tuple]) -> None:
+    if tuple(value.shape) not in shapes.values():
+        wanted = " or ".join(f"{label} = {shape}" for label, shape in shapes.items())
+        raise ValueError(f"{name} must be {wanted}, got {tuple(value.shape)}.")
+
+
+def check_mask(name: str, mask: torch.Tensor | None, logits: torch.Tensor, B: int, T: int) -> None:
+    if mask is None:
+        return
+    check_tensor(name, mask)
+    if mask.dtype.is_complex:
+        raise TypeError(f"{name} must be bool, int or float, got {mask.dtype}.")
+    check_shape(name, mask, {"(B, T)": (B, T)})
+    check_device(name, mask, logits)
+    check_no_grad(name, mask)
+
+
+def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewards: str) -> None:
+    check_tensor("rewards", rewards)
+    if not rewards.dtype.is_floating_point:
+        raise TypeError(f"rewards must be floating point, got {rewards.dtype}. Cast them: rewards.float().")
+    if rewards.dim() != 1 or rewards.numel() == 0:
+        raise ValueError(f"rewards must be (B,), one per completion, got {tuple(rewards.shape)}.")
+    if scale_rewards not in ("group", "batch", "none"):
+        raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
+    if num_generations is None:
+        raise ValueError("rewards need num_generations, the number of completions per prompt.")
+    if isinstance(num_generations, bool) or not isinstance(num_generations, int):
+        raise TypeError(f"num_generations must be an int, got {type(num_generations).__name__}.")
+    if num_generations < 1 or (num_generations < 2 and scale_rewards == "group"):
+        raise ValueError(
+            f"num_generations={num_generations} gives no group to compare with: sample at least 2 completions per "
+            "prompt, or pass advantages."
+        )
+    if rewards.shape[0] % num_generations:
+        raise ValueError(
+            f"rewards has {rewards.shape[0]} rows, which is not a multiple of num_generations={num_generations}: "
+            "rows [k·G, (k+1)·G) must share a prompt."
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    if isinstance(temperature, torch.Tensor):
+        raise ValueError("temperature must be a number: a tensor of temperatures is not available.")
+    if not (isinstance(temperature, (int, float)) and temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}.")
+
+
+def check_factor(name: str, value: torch.Tensor | float, logits: torch.Tensor) -> torch.Tensor | float:
+    """A number, or a 0-d tensor on the logits' device (a 0-d CPU tensor becomes a number)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}.")
+    if isinstance(value, torch.Tensor):
+        if value.dim() != 0:
+            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}.")
+        check_no_grad(name, value)
+        if value.device != logits.device:
+            if value.device.type != "cpu":
+                check_device(name, value, logits)
+            return value.item()  # on the CPU: no device is waited for
+    return value
+
+
+def check_inplace(logits: torch.Tensor) -> None:
+    """``inplace=True`` needs logits that nobody else owns."""
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace=True would overwrite a leaf tensor that requires grad. Use inplace=False, or pass logits that "
+            "a model computed."
+        )
+    if torch.compiler.is_compiling():
+        return
+    if logits._base is not None and logits._base.is_leaf and logits._base.requires_grad:
+        raise ValueError("inplace=True would overwrite a view of a leaf tensor that requires grad. Use inplace=False.")
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
+        raise ValueError("inplace=True needs logits whose entries do not share memory, got an expanded tensor.")
+
+
+def validates(device: torch.device) -> bool:
+    """Whether values are checked: on the CPU, and elsewhere with GRPO_KERNELS_VALIDATE=1, which syncs."""
+    setting = os.environ.get("GRPO_KERNELS_VALIDATE", "")
+    if setting not in ("", "0", "1"):
+        raise ValueError(f"GRPO_KERNELS_VALIDATE must be 0 or 1, got {setting!r}.")
+    return setting == "1" or (setting == "" and device.type == "cpu")
+
+
+def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
+    """Ids inside the vocabulary wherever the mask counts them, and a mask of zeros and ones."""
+    outside = (completion_ids < 0) | (completion_ids >= V)
+    if mask is not None:
+        strange = (mask != 0) & (mask != 1)
+        if bool(strange.any()):
+            raise ValueError(
+                f"completion_mask must hold only 0 and 1, got {mask[strange][0].item()}. Weights per token go into "
+                "importance_weights or the advantages."
+            )
+        outside &= mask != 0
+    if bool(outside.any()):
+        where = outside.nonzero()[0].tolist()
+        raise IndexError(
+            f"completion_ids[{', '.join(map(str, where))}] = {completion_ids[tuple(where)].item()} is outside the "
+            f"vocabulary of {V}. Mask the position, or check that the tokenizer belongs to the model."
+        )

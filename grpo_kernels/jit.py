@@ -1,0 +1,75 @@
+"""One body, two backends: a ``@jit`` function compiles in a Triton kernel and runs on torch tensors.
+
+Where Triton has no wheel, ``jit`` only keeps the Python function, so that the package imports and
+its CPU path works.
+"""
+
+import functools
+import types
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError as error:
+    if error.name != "triton":
+        raise
+    triton = None
+
+    class _Names:
+        """Stands for ``triton.language`` in annotations, which are all that is evaluated."""
+
+        def __getattr__(self, name: str) -> "_Names":
+            return self
+
+        def __call__(self, *args: object) -> "_Names":
+            return self
+
+    tl = _Names()
+
+
+class _PlainFunction:
+    """What ``@jit`` makes of a function where there is no Triton."""
+
+    def __init__(self, fn):
+        self.fn = fn
+        self.__name__ = fn.__name__
+
+    def __getitem__(self, grid):
+        raise RuntimeError("Triton is not installed: use backend='torch', or `pip install triton`.")
+
+
+def jit(fn=None, **options):
+    """``triton.jit``, or a plain wrapper where Triton is missing."""
+    if fn is None:
+        return functools.partial(jit, **options)
+    return triton.jit(fn, **options) if triton is not None else _PlainFunction(fn)
+
+
+def is_interpreted(kernel: object) -> bool:
+    """Whether a ``@jit`` function runs in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
+    return triton is not None and not isinstance(kernel, triton.runtime.JITFunction)
+
+
+# The part of triton.language that shared functions may use, on torch tensors. tl.minimum and
+# tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
+_TORCH_LANGUAGE = types.SimpleNamespace(
+    exp=torch.exp,
+    log=torch.log,
+    sqrt=torch.sqrt,
+    abs=torch.abs,
+    where=torch.where,
+    constexpr=None,
+)
+
+
+@functools.cache
+def on_torch(function) -> types.FunctionType:
+    """The Python body of a ``@jit`` function, with torch in place of ``triton.language``."""
+    fn = function.fn
+    names = {**fn.__globals__, "tl": _TORCH_LANGUAGE}
+    for name in fn.__code__.co_names:
+        if name != "tl" and hasattr(names.get(name), "fn"):
+            names[name] = on_torch(names[name])
+    return types.FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)

@@ -1,0 +1,47 @@
+"""Group-relative advantages inside a launch: each program reads the few rewards that it needs."""
+
+from grpo_kernels.advantages import standardise
+from grpo_kernels.jit import jit, tl
+
+TILE = tl.constexpr(32)  # one warp holds a tile, so that its sums need no barrier between warps
+
+
+@jit
+def reward_moments(rewards, n, UNBIASED: tl.constexpr):
+    """(mean, std) of n rewards, NaN left out; std is exactly 0 where max == min or one is valid."""
+    at = tl.arange(0, TILE)
+    count = tl.zeros([TILE], tl.float32)
+    total = tl.zeros([TILE], tl.float32)
+    low = tl.full([TILE], float("inf"), tl.float32)
+    high = tl.full([TILE], float("-inf"), tl.float32)
+    for start in range(0, n, TILE):
+        r = tl.load(rewards + start + at, mask=start + at < n, other=float("nan")).to(tl.float32)
+        valid = r == r
+        count += tl.where(valid, 1.0, 0.0)
+        total += tl.where(valid, r, 0.0)
+        low = tl.minimum(low, tl.where(valid, r, float("inf")))
+        high = tl.maximum(high, tl.where(valid, r, float("-inf")))
+    valid_count = tl.sum(count, axis=0)
+    mean = tl.sum(total, axis=0) / tl.where(valid_count < 1.0, 1.0, valid_count)
+    square = tl.zeros([TILE], tl.float32)
+    for start in range(0, n, TILE):
+        r = tl.load(rewards + start + at, mask=start + at < n, other=float("nan")).to(tl.float32)
+        square += tl.where(r == r, (r - mean) * (r - mean), 0.0)
+    freedom = valid_count - 1.0 if UNBIASED else valid_count
+    spread = tl.sqrt(tl.sum(square, axis=0) / tl.where(freedom < 1.0, 1.0, freedom))
+    varied = tl.max(high, axis=0) > tl.min(low, axis=0)
+    return mean, tl.where(varied, spread, 0.0)
+
+
+@jit
+def group_advantage(rewards, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
+    """(advantage, std it was divided by) of sequence ``seq``; its group is rows [k·G, (k+1)·G)."""
+    mean, spread = reward_moments(rewards + seq // G * G, G, UNBIASED)
+    divisor = spread
+    if SCALE == "batch":
+        _, divisor = reward_moments(rewards, B, UNBIASED)
+    reward = tl.load(rewards + seq).to(tl.float32)
+    if SCALE == "none":
+        return standardise(reward, mean, spread, 1.0), spread
+    else:
+        return standardise(reward, mean, spread, divisor + eps), divisor

@@ -1,0 +1,218 @@
+"""The row kernels: one program per row of logits, on a 1-D grid of B·rows programs.
+
+``rows`` is the number of positions per sequence that logits have, ``T`` the number that is scored:
+positions beyond T are never read and get gradient 0. Tensors named [B, T] come with their two
+strides (0 broadcasts); outputs named [B, T] are contiguous. A pointer may be None where an input
+does not exist. Scalars that change from call to call are plain fp32 or unspecialised integers, so
+that nothing recompiles for a new length, batch size or coefficient.
+"""
+
+import inspect
+
+from grpo_kernels.jit import jit, tl
+from grpo_kernels.kernels.rewards import group_advantage
+from grpo_kernels.kernels.row import entropy_of, read_row, score_token, write_slope, write_zeros
+from grpo_kernels.objective import log_ratio, token_objective, weight
+
+def kernel(fn):
+    """``@jit`` that specialises on structure alone: no integer's value, no pointer's alignment.
+
+    The exception is V, which a model fixes. Row pointers are declared aligned through ALIGNED.
+    """
+    runtime = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
+    plain = [n for n in runtime if n not in ("V", "c")]
+    return jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
+
+
+@jit
+def row_at(base, seq, tok, stride_b, stride_t, ALIGNED: tl.constexpr):
+    row = base + seq * stride_b + tok * stride_t
+    if ALIGNED:
+        row = tl.multiple_of(row, 16)
+    return row
+
+
+@jit
+def load_or_none(pointer, at):
+    if pointer is not None:
+        return tl.load(pointer + at).to(tl.float32)
+    else:
+        return None
+
+
+@jit
+def is_masked(mask, at):
+    if mask is not None:
+        return tl.load(mask + at) == 0
+    else:
+        return False
+
+
+@jit
+def advantage_of(adv, at, rewards, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
+    if rewards is not None:
+        return group_advantage(rewards, seq, B, G, eps, SCALE, UNBIASED)[0]
+    else:
+        return tl.load(adv + at).to(tl.float32)
+
+
+@kernel
+def logprob_kernel(
+    logits, ids, mask, adv, rewards,  # [B, rows, V], [B, T], [B, T], [B, T], [B]
+    logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
+    logits_b: tl.int64, logits_t: tl.int64, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t,
+    B, T, V, G, scale: tl.float32, adv_eps: tl.float32,
+    SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row.
+
+    SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here.
+    """
+    seq = (tl.program_id(0) // T).to(tl.int64)
+    tok = (tl.program_id(0) % T).to(tl.int64)
+    at = seq * T + tok
+    if is_masked(mask, seq * mask_b + tok * mask_t):
+        tl.store(logps + at, 0.0)
+        if ENTROPY:
+            tl.store(entropy + at, 0.0)
+        return
+    if SKIP:
+        if advantage_of(adv, seq * adv_b + tok * adv_t, rewards, seq, B, G, adv_eps, SCALE, UNBIASED) == 0.0:
+            tl.store(logps + at, float("nan"))
+            if ENTROPY:
+                tl.store(entropy + at, float("nan"))
+            return
+    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
+    token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
+    top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_first")
+    lp, _ = score_token(row, token, V, top, total, scale)
+    tl.store(logps + at, lp)
+    if ENTROPY:
+        tl.store(entropy + at, entropy_of(total, mean))
+    if stats is not None:
+        tl.store(stats + at * 3, top)
+        tl.store(stats + at * 3 + 1, total)
+        tl.store(stats + at * 3 + 2, mean)
+
+
+@kernel
+def slope_kernel(
+    logits, out, ids, mask, stats,  # [B, rows, V], [B, rows, V], [B, T], [B, T], [B·T, 3]
+    g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
+    logits_b: tl.int64, logits_t: tl.int64, out_b: tl.int64, out_t: tl.int64, ids_b, ids_t, mask_b, mask_t,
+    up_b, up_t,
+    T, rows, V, scale: tl.float32, inv_temperature: tl.float32,
+    ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the logits from two numbers per row; the same for every objective. g = h = 0: not read."""
+    seq = (tl.program_id(0) // rows).to(tl.int64)
+    tok = (tl.program_id(0) % rows).to(tl.int64)
+    dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
+    if tok >= T:
+        write_zeros(dst, V, K, L)
+        return
+    if is_masked(mask, seq * mask_b + tok * mask_t):
+        write_zeros(dst, V, K, L)
+        return
+    at = seq * T + tok
+    slope = tl.load(g + at)
+    pull = 0.0
+    if h is not None:
+        pull = tl.load(h + at)
+    if (slope == 0.0) & (pull == 0.0):
+        write_zeros(dst, V, K, L)
+        return
+    if up is not None:
+        factor = tl.load(up + seq * up_b + tok * up_t).to(tl.float32)
+        slope = slope * factor
+        pull = pull * factor
+    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
+    token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
+    top = tl.load(stats + at * 3)
+    total = tl.load(stats + at * 3 + 1)
+    mean = tl.load(stats + at * 3 + 2)
+    _, x_token = score_token(row, token, V, top, total, scale)
+    write_slope(dst, row, token, x_token, V, scale, inv_temperature, top, total, mean, slope, pull,
+                K, L, h is not None, "evict_first")  # fmt: skip
+
+
+@kernel
+def loss_kernel(
+    logits, out, ids, mask, old, ref, adv, rewards, is_weight,  # [B, rows, V] ×2, [B, T] ×5, [B], [B, T]
+    logps, entropy,  # out: [B, T]
+    count, loss_scale, tokens,  # the weight's count [B] or [], factor [], unmasked tokens []
+    logits_b: tl.int64, logits_t: tl.int64, out_b: tl.int64, out_t: tl.int64, ids_b, ids_t, mask_b, mask_t,
+    old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, count_b,
+    B, T, rows, V, G, scale: tl.float32, inv_temperature: tl.float32, beta: tl.float32,
+    w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, c,
+    TERM: tl.constexpr, KL: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
+    ENTROPY: tl.constexpr, BONUS: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """Token-level objectives in one launch: log-probability, loss derivative and gradient of a row."""
+    seq = (tl.program_id(0) // rows).to(tl.int64)
+    tok = (tl.program_id(0) % rows).to(tl.int64)
+    dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
+    if tok >= T:
+        write_zeros(dst, V, K, L)
+        return
+    at = seq * T + tok
+    if is_masked(mask, seq * mask_b + tok * mask_t):
+        tl.store(logps + at, 0.0)
+        if ENTROPY:
+            tl.store(entropy + at, 0.0)
+        write_zeros(dst, V, K, L)
+        return
+    A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, seq, B, G, adv_eps, SCALE, UNBIASED)
+    if SKIP:
+        if A == 0.0:
+            tl.store(logps + at, float("nan"))
+            if ENTROPY:
+                tl.store(entropy + at, float("nan"))
+            write_zeros(dst, V, K, L)
+            return
+
+    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
+    token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
+    top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_last")
+    lp, x_token = score_token(row, token, V, top, total, scale)
+    tl.store(logps + at, lp)
+    if ENTROPY:
+        tl.store(entropy + at, entropy_of(total, mean))
+
+    r = log_ratio(lp, load_or_none(old, seq * old_b + tok * old_t))
+    _, _, d_ratio, d_lp = token_objective(
+        r, lp, load_or_none(ref, seq * ref_b + tok * ref_t), A,
+        load_or_none(is_weight, seq * is_b + tok * is_t), beta, c, TERM, KL,
+    )  # fmt: skip
+    factor = load_or_none(loss_scale, 0)
+    g = weight(load_or_none(count, seq * count_b), w_factor, factor) * (d_ratio + d_lp)
+    h = 0.0
+    if BONUS:
+        h = -weight(load_or_none(tokens, 0), h_factor, factor)
+    if (g == 0.0) & (h == 0.0):
+        write_zeros(dst, V, K, L)
+    else:
+        write_slope(dst, row, token, x_token, V, scale, inv_temperature, top, total, mean, g, h,
+                    K, L, BONUS, "evict_first")  # fmt: skip
+
+
+@kernel
+def scale_kernel(
+    grad, out, up,  # [B, rows, V], [B, rows, V], []
+    grad_b: tl.int64, grad_t: tl.int64, out_b: tl.int64, out_t: tl.int64,
+    rows, V, SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+):  # fmt: skip
+    """out = grad · up. Where both are one tensor (SAME) and up is 1, nothing is read or written."""
+    factor = tl.load(up).to(tl.float32)
+    if SAME:
+        if factor == 1.0:
+            return
+    seq = (tl.program_id(0) // rows).to(tl.int64)
+    tok = (tl.program_id(0) % rows).to(tl.int64)
+    src = row_at(grad, seq, tok, grad_b, grad_t, ALIGNED)
+    dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
+    for start in range(0, V, K * L):
+        at = start + tl.arange(0, K)[:, None] * L + tl.arange(0, L)[None, :]
+        x = tl.load(src + at, mask=at < V, other=0.0).to(tl.float32) * factor
+        tl.store(dst + at, x.to(dst.dtype.element_ty), mask=at < V)
