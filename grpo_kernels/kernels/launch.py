@@ -16,19 +16,21 @@ _LOG2E = math.log2(math.e)
 _WAVE = 64 if torch.version.hip else 32
 
 
-def tile_shape(V: int, itemsize: int, wave: int = _WAVE, wide: bool = True) -> dict[str, int]:
-    """K, L and num_warps for rows of V entries: 16 bytes a thread side by side, K such lines deep.
+def tile_shape(V: int, itemsize: int, wave: int = _WAVE) -> dict[str, int]:
+    """K, L and launch options for rows of V entries: 16 bytes a thread side by side, K such lines deep.
 
     One program of 1024 threads fills a multiprocessor, so that few rows are in flight at a time and
-    the second pass finds its row in L2. ``wide`` is False for kernels that keep more per lane.
+    the second pass finds its row in L2. Left to itself ptxas squeezes such a program into 32
+    registers, to fit two, and spills; ``maxnreg`` grants it the 64 that one can have.
     """
     vector = 16 // itemsize
     most = 1024 // wave
     warps = max(4, min(most, triton.next_power_of_2(triton.cdiv(V, vector * wave * 2))))
     lanes = vector * wave * warps
+    limit = {"maxnreg": 64} if wave == 32 and warps == most else {}
     if lanes >= V:
-        return {"K": 1, "L": triton.next_power_of_2(V), "num_warps": warps}
-    return {"K": 2 if wide else 1, "L": lanes, "num_warps": warps}
+        return {"K": 1, "L": triton.next_power_of_2(V), "num_warps": warps, **limit}
+    return {"K": 2 if wave == 32 else 1, "L": lanes, "num_warps": warps, **limit}
 
 
 def require_available(device: torch.device) -> None:
@@ -55,7 +57,7 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
             *logits.stride()[:2], *_strides(inputs.ids), *_strides(inputs.mask), *_strides(inputs.adv),
             B, T, V, inputs.num_generations, _LOG2E / coefs.temperature, coefs.adv_eps,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            ALIGNED=_aligned(logits), **tile_shape(V, logits.element_size(), wide=not entropy),
+            ALIGNED=_aligned(logits), **tile_shape(V, logits.element_size()),
         )  # fmt: skip
     return logps, entropies, stats
 
@@ -77,7 +79,7 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
             coefs.w_factor, coefs.h_factor, coefs.adv_eps, term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased,
             SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
-            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), wide=not entropy),
+            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size()),
         )  # fmt: skip
     return logps, entropies
 
@@ -91,7 +93,7 @@ def slope(logits, out, ids, mask, stats, g, h, up, coefs: Coefs) -> None:
         slope_kernel[(B * rows,)](
             logits, out, ids, mask, stats, g, h, up, *logits.stride()[:2], *out.stride()[:2], *_strides(ids),
             *_strides(mask), *_strides(up), T, rows, V, _LOG2E / coefs.temperature, 1.0 / coefs.temperature,
-            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), wide=h is None),
+            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size()),
         )  # fmt: skip
 
 
