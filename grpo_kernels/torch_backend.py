@@ -194,9 +194,7 @@ def objective(
     losses = torch.where(read, policy + coefs.beta * kl if plan.kl else policy, 0.0)
 
     w, bonus = (x.expand(B, T) for x in _weights(inputs, coefs, plan))
-    if not weighted:
-        w, bonus = torch.ones_like(w), torch.zeros_like(bonus)
-    g = torch.where(read, w * (d_ratio + d_lp), 0.0)
+    g = torch.where(read, (d_ratio + d_lp) * (w if weighted else 1.0), 0.0)
     h = torch.where(read, -bonus, 0.0)
 
     def total(x: torch.Tensor) -> torch.Tensor:

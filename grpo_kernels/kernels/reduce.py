@@ -42,12 +42,11 @@ def sequence_kernel(
     """One program per sequence: ℓ, its derivatives by lp (g) and entropy (h), and the sums of the metrics."""
     seq = tl.program_id(0).to(tl.int64)
     factor = load_or_none(loss_scale, 0)
-    w = 1.0
+    w = weight(load_or_none(count, seq * count_b), w_factor, factor)
+    w_slope = w if WEIGHTED else 1.0
     bonus = 0.0
-    if WEIGHTED:
-        w = weight(load_or_none(count, seq * count_b), w_factor, factor)
-        if BONUS:
-            bonus = weight(load_or_none(tokens, 0), h_factor, factor)
+    if BONUS:
+        bonus = weight(load_or_none(tokens, 0), h_factor, factor)
     spread = 0.0
     A_seq = 0.0
     if rewards is not None:
@@ -92,7 +91,7 @@ def sequence_kernel(
         if losses is not None:
             tl.store(losses + at, loss, mask=inside)
         if g is not None:
-            tl.store(g + at, tl.where(live, w * (d_ratio + d_lp), 0.0), mask=inside)
+            tl.store(g + at, tl.where(live, w_slope * (d_ratio + d_lp), 0.0), mask=inside)
         if h is not None:
             tl.store(h + at, tl.where(live, -bonus, 0.0), mask=inside)
 

@@ -1,0 +1,110 @@
+"""What the tests share: random batches, the reference's answer, and how close a dtype must come."""
+
+import dataclasses
+
+import torch
+
+import reference
+from grpo_kernels import fused_grpo_loss
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ("torch", "triton")
+# fp32: rounding of sums over a row. Half precision: the gradient is rounded once on being written,
+# to one unit in the last place (the interpreter truncates where hardware rounds to nearest).
+GRAD_RTOL = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+GRAD_ATOL = {torch.float32: 1e-7, torch.bfloat16: 1e-7, torch.float16: 2**-24}
+VALUE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@dataclasses.dataclass
+class Case:
+    """A batch on the CPU: float logits of some dtype and every optional input, to pick from."""
+
+    logits: torch.Tensor  # (B, T, V) or (B, T+1, V)
+    completion_ids: torch.Tensor
+    completion_mask: torch.Tensor
+    advantages: torch.Tensor  # (B,)
+    token_advantages: torch.Tensor  # (B, T)
+    rewards: torch.Tensor
+    old_logps: torch.Tensor
+    ref_logps: torch.Tensor
+    importance_weights: torch.Tensor  # (B, T)
+
+    def inputs(self, *names: str) -> dict[str, torch.Tensor]:
+        return {name: getattr(self, name) for name in names}
+
+
+def make_case(B=4, T=5, V=131, *, dtype=torch.float32, extra=0, seed=0, spread=1.0) -> Case:
+    """Ratios on both sides of the clip range, one sequence fully masked, ids at masked places anything."""
+    g = torch.Generator().manual_seed(seed)
+    logits = (spread * torch.randn(B, T + extra, V, generator=g)).to(dtype)
+    ids = torch.randint(0, V, (B, T), generator=g)
+    mask = torch.rand(B, T, generator=g) < 0.8
+    if B > 2:
+        mask[B - 2] = False
+    lp = torch.log_softmax(logits[:, :T].double(), -1).gather(-1, ids[..., None])[..., 0]
+    noise = torch.randn(4, B, T, generator=g, dtype=torch.float64)
+    ids[~mask] = -100
+    return Case(
+        logits=logits,
+        completion_ids=ids,
+        completion_mask=mask,
+        advantages=torch.randn(B, generator=g),
+        token_advantages=torch.randn(B, T, generator=g),
+        rewards=torch.randn(B, generator=g),
+        old_logps=(lp + 0.4 * noise[0]).float(),
+        ref_logps=(lp + 0.4 * noise[1]).float(),
+        importance_weights=noise[2].exp().float(),
+    )
+
+
+def on_device(kwargs: dict) -> dict:
+    return {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
+
+
+def ours(logits, backend, *, upstream=None, **kwargs):
+    """(LossOutput, gradient of the logits on the CPU), from a non-leaf so that inplace may be asked for."""
+    leaf = logits.detach().to(DEVICE).clone().requires_grad_()
+    grads = []
+    x = leaf * 1
+    if x.dtype == leaf.dtype:
+        x.register_hook(grads.append)
+    out = fused_grpo_loss(x, backend=backend, **on_device(kwargs))
+    up = torch.ones_like(out.loss) if upstream is None else torch.as_tensor(upstream, dtype=torch.float32).to(DEVICE)
+    torch.autograd.backward(out.loss, up.expand_as(out.loss))
+    return out, grads[0].cpu()
+
+
+def expected(logits, *, upstream=None, **kwargs):
+    """The reference's (LossOutput, gradient), in float64 from the same logits."""
+    drop = ("inplace", "skip_zero_advantage", "return_entropy", "backend")
+    kwargs = {k: v for k, v in kwargs.items() if k not in drop}
+    x = logits.detach().double().requires_grad_()
+    as_double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
+    out = reference.grpo_loss(x, **as_double)
+    up = torch.ones_like(out.loss) if upstream is None else torch.as_tensor(upstream, dtype=torch.float64)
+    torch.autograd.backward(out.loss, up.expand_as(out.loss))
+    return out, x.grad
+
+
+def assert_grad_close(actual: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
+    """Entry by entry within the dtype's rounding, and small entries within that of fp32 row sums."""
+    atol = max(GRAD_ATOL[dtype], 1e-6 * wanted.abs().max().item())
+    torch.testing.assert_close(actual.double(), wanted, rtol=roundings * GRAD_RTOL[dtype], atol=atol)
+
+
+def check(logits, backend, *, upstream=None, **kwargs):
+    """Ours against the reference: loss, gradient, log-probabilities, entropies and metrics."""
+    out, grad = ours(logits, backend, upstream=upstream, **kwargs)
+    want, want_grad = expected(logits, upstream=upstream, **kwargs)
+    torch.testing.assert_close(out.loss.double().cpu(), want.loss.detach(), **VALUE)
+    assert grad.dtype == logits.dtype
+    # bf16 that the forward has written is rounded once more by an upstream gradient other than 1
+    twice = logits.dtype == torch.bfloat16 and isinstance(upstream, float) and upstream != 1.0
+    assert_grad_close(grad, want_grad, logits.dtype, roundings=2 if twice else 1)
+    torch.testing.assert_close(out.logps.double().cpu(), want.logps, **VALUE)
+    if kwargs.get("return_entropy"):
+        torch.testing.assert_close(out.entropy.double().cpu(), want.entropy, **VALUE)
+    for name, value in out.metrics.items():
+        torch.testing.assert_close(value.double().cpu(), want.metrics[name].double(), **VALUE, msg=lambda m: f"{name}: {m}")
+    return out, grad
