@@ -1,0 +1,65 @@
+"""`token_logprobs`: values and gradients against float64 autograd."""
+
+import pytest
+import torch
+
+from cases import BACKENDS, DEVICE, assert_grad_close, make_case
+from grpo_kernels import fused_grpo_loss, token_logprobs
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def reference_logprobs(logits, ids, mask, temperature):
+    lp = (logits.double() / temperature).log_softmax(-1)
+    zero = torch.zeros((), dtype=torch.float64)
+    safe = ids.where(mask, torch.zeros_like(ids)).long()
+    return lp.gather(-1, safe[..., None])[..., 0].where(mask, zero), -(lp.exp() * lp).sum(-1).where(mask, zero)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("V", (2, 131, 9000))
+@pytest.mark.parametrize("extra", (0, 1))
+@pytest.mark.parametrize("use", ("logps", "entropy", "both"))
+def test_values_and_gradients(use, extra, V, dtype, backend):
+    case = make_case(B=3, T=4, V=V, dtype=dtype, extra=extra, spread=2.0)
+    ids, mask = case.completion_ids.to(DEVICE), case.completion_mask.to(DEVICE)
+    leaf = case.logits.to(DEVICE).clone().requires_grad_()
+    out = token_logprobs(leaf, ids, mask=mask, temperature=0.9, return_entropy=use != "logps", backend=backend)
+    x = case.logits.double().requires_grad_()
+    lp, H = reference_logprobs(x[:, :4], case.completion_ids, case.completion_mask, 0.9)
+    torch.testing.assert_close(out.logps.cpu().double(), lp, rtol=1e-5, atol=1e-5)
+    if use == "logps":
+        assert out.entropy is None
+    else:
+        torch.testing.assert_close(out.entropy.cpu().double(), H, rtol=1e-5, atol=1e-5)
+
+    g, h = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(1))
+    got = (out.logps * g.to(DEVICE)).sum() if use != "entropy" else 0.0
+    want = (lp * g).sum() if use != "entropy" else 0.0
+    if use != "logps":
+        got, want = got + (out.entropy * h.to(DEVICE)).sum(), want + (H * h).sum()
+    got.backward()
+    want.backward()
+    assert_grad_close(leaf.grad.cpu(), x.grad, dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_own_objective_equals_the_built_in(backend):
+    """Any objective is token_logprobs and torch: REINFORCE written out has fused_grpo_loss's gradient."""
+    case = make_case(seed=1)
+    ids, mask, adv = (x.to(DEVICE) for x in (case.completion_ids, case.completion_mask, case.advantages))
+    a, b = (case.logits.to(DEVICE).clone().requires_grad_() for _ in range(2))
+    lp = token_logprobs(a, ids, mask=mask, backend=backend).logps
+    (-(lp * adv[:, None] * mask).sum() / mask.sum()).backward()
+    fused_grpo_loss(b, ids, adv, completion_mask=mask, loss_type="bnpo", backend=backend).loss.backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_grad(backend):
+    case = make_case(seed=2)
+    with torch.no_grad():
+        out = token_logprobs(case.logits.clone().requires_grad_(), case.completion_ids, mask=case.completion_mask,
+                             return_entropy=True, backend=backend)  # fmt: skip
+    assert not out.logps.requires_grad and not out.entropy.requires_grad

@@ -1,0 +1,91 @@
+"""Metrics by hand, and that the sums of parts give the metrics of the whole."""
+
+import math
+
+import pytest
+import torch
+
+from cases import BACKENDS, make_case, on_device
+from grpo_kernels import fused_grpo_loss
+from grpo_kernels.metrics import METRIC_NAMES, combine
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_by_hand(backend):
+    """Two sequences over a uniform distribution: lp = −log 4 everywhere, ratios chosen through old."""
+    logits, ids = torch.zeros(2, 2, 4), torch.zeros(2, 2, dtype=torch.long)
+    ratio = torch.tensor([[2.0, 1.0], [0.5, 9.0]])
+    mask = torch.tensor([[1, 1], [1, 0]])
+    old = -math.log(4) - ratio.log()
+    ref = torch.full((2, 2), -math.log(4)) + math.log(2)
+    out = fused_grpo_loss(
+        **on_device(dict(logits=logits, completion_ids=ids, completion_mask=mask, old_logps=old, ref_logps=ref)),
+        **on_device(dict(rewards=torch.tensor([1.0, 0.0]))), num_generations=2, advantage_eps=0.0, beta=0.5,
+        return_entropy=True, backend=backend,
+    )  # fmt: skip
+    # A = ±1/√2. Token (0,0): ρ = 2, A > 0: clipped high. Token (1,0): ρ = 0.5, A < 0: clipped low.
+    a, kl = 1 / math.sqrt(2), 2 - math.log(2) - 1
+    want = {
+        "kl": kl,
+        "entropy": math.log(4),
+        "clip_ratio/low_mean": 1 / 3, "clip_ratio/low_min": 0.0,
+        "clip_ratio/high_mean": 1 / 3, "clip_ratio/high_max": 0.5, "clip_ratio/region_mean": 2 / 3,
+        "ratio/mean": 3.5 / 3, "ratio/min": 0.5, "ratio/max": 2.0,
+        "approx_kl": ((1 - math.log(2)) + 0 + (-0.5 + math.log(2))) / 3,
+        "reward": 0.5, "reward_std": 1 / math.sqrt(2), "frac_reward_zero_std": 0.0,
+        # sequence 0: (−1.2a − 1.0a)/2; sequence 1: 0.8a; mean of the two, plus β·kl
+        "policy_loss": ((-1.2 * a - a) / 2 + 0.8 * a) / 2 + 0.5 * kl,
+    }  # fmt: skip
+    assert out.metrics.keys() == want.keys() == set(METRIC_NAMES)
+    for name, value in want.items():
+        assert out.metrics[name].item() == pytest.approx(value, abs=1e-6), name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_of_parts_give_the_metrics_of_the_whole(backend):
+    case = make_case(B=8, T=6, seed=1)
+    names = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "rewards")
+    kwargs = dict(num_generations=2, beta=0.1, return_entropy=True, backend=backend, loss_type="dapo")
+    N = case.completion_mask.sum()
+    whole = fused_grpo_loss(**on_device({"logits": case.logits, **case.inputs(*names)}), **kwargs, num_items_in_batch=N)
+    parts = []
+    for part in (slice(0, 2), slice(2, 6), slice(6, 8)):
+        mine = on_device({"logits": case.logits[part], **{k: v[part] for k, v in case.inputs(*names).items()}})
+        parts.append(fused_grpo_loss(**mine, **kwargs, num_items_in_batch=N).sums)
+    joined = combine(parts)
+    assert joined.keys() == whole.metrics.keys()
+    for name, value in whole.metrics.items():
+        torch.testing.assert_close(joined[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_empty_parts_do_not_disturb():
+    case = make_case(B=4, seed=2)
+    names = ("completion_ids", "completion_mask", "old_logps", "advantages")
+    full = fused_grpo_loss(case.logits, **case.inputs(*names))
+    inputs = case.inputs(*names) | {"completion_mask": torch.zeros_like(case.completion_mask)}
+    empty = fused_grpo_loss(case.logits, **inputs)
+    joined = combine([full.sums, empty.sums])
+    for name in ("ratio/min", "ratio/max", "clip_ratio/low_min", "clip_ratio/high_max", "ratio/mean"):
+        assert joined[name].item() == pytest.approx(full.metrics[name].item(), abs=1e-7), name
+
+
+def test_combine_errors():
+    case = make_case()
+    names = ("completion_ids", "completion_mask", "old_logps", "advantages", "ref_logps")
+    a = fused_grpo_loss(case.logits, **case.inputs(*names))
+    b = fused_grpo_loss(case.logits, **case.inputs(*names), beta=0.1)
+    with pytest.raises(ValueError, match="at least one"):
+        combine([])
+    with pytest.raises(ValueError, match="different configurations"):
+        combine([a.sums, b.sums])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reward_std_of_large_rewards(backend):
+    """Σ R² is kept in fp64: a spread of 0.1 around 1000 survives."""
+    case = make_case(B=4, seed=3)
+    rewards = torch.tensor([1000.0, 1000.125, 1000.25, 1000.125])
+    out = fused_grpo_loss(**on_device({"logits": case.logits, **case.inputs("completion_ids", "completion_mask")}),
+                          rewards=on_device({"r": rewards})["r"], num_generations=2, backend=backend)  # fmt: skip
+    assert out.metrics["reward_std"].item() == pytest.approx(rewards.double().std().item(), rel=1e-5)
+    assert out.metrics["reward"].item() == pytest.approx(1000.125)
