@@ -9,6 +9,7 @@ compiler's own report, the rest from the disassembly. Run without TRITON_INTERPR
 
 import argparse
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -73,7 +74,7 @@ def recording(launches: list, label: str, wave: int) -> Iterator[None]:
     saved = {name: getattr(launch, name) for name in (*KERNELS, "tile_shape")}
     for name in KERNELS:
         setattr(launch, name, _Recorder(saved[name], launches, label))
-    launch.tile_shape = lambda V, itemsize: saved["tile_shape"](V, itemsize, wave)
+    launch.tile_shape = functools.partial(saved["tile_shape"], wave=wave)
     try:
         yield
     finally:
@@ -144,6 +145,7 @@ def compile_launch(each: Launch, target_name: str) -> dict:
     row = {"kernel": each.label, "target": target_name, **each.options}
     row.update(_amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _nvidia(compiled.asm["cubin"]))
     per_tile = each.arguments.get("K", 0) * each.arguments.get("L", 0)
+    row["lines"] = each.arguments.get("K", 0)
     row["elements_per_thread"] = per_tile // (options["num_warps"] * target.warp_size) if per_tile else 0
     return row
 

@@ -16,7 +16,8 @@ from grpo_kernels.metrics import metrics_of
 from grpo_kernels.objective import log_ratio, token_objective, weight
 from grpo_kernels.variants import TERMS, Plan
 
-CHUNK_ELEMENTS = 1 << 20  # of fp32 scratch: 4 MiB, within a core's share of the last-level cache
+CHUNK_ELEMENTS = 1 << 21  # of fp32 scratch: 8 MiB, measured fastest from 512×32000 to 256×151936
+_TINY = 1e-30
 _FLOOR = -1e30  # stands for −inf where p·x is formed: 0·(−1e30) is 0, 0·(−inf) is NaN
 
 
@@ -53,49 +54,53 @@ def run_rows(
         _clear(out, read)
     height = max(1, min(B * rows, CHUNK_ELEMENTS // V))
     p_buffer = torch.empty(height, V, device=logits.device)
-    x_buffer = torch.empty(height, V, device=logits.device)
+    plain = logits.dtype == torch.float32 and temperature == 1.0 and not entropy  # softmax reads logits as they are
+    x_buffer = None if plain else torch.empty(height, V, device=logits.device)
     for source, target, at, tokens in _chunks(logits, out, read, height):
         x = source[at] if isinstance(at, slice) else source.index_select(0, at)
-        n = x.shape[0]
-        p = p_buffer[:n]
-        if x.dtype != torch.float32 or temperature != 1.0 or entropy or out is logits:
-            x = x_buffer[:n].copy_(x)
+        p = p_buffer[: x.shape[0]]
+        if not plain:
+            x = x_buffer[: x.shape[0]].copy_(x)
             if temperature != 1.0:
                 x.div_(temperature)
         torch.softmax(x, -1, out=p)
-        top = x.amax(-1)
-        log_scale = p.amax(-1).log()  # −log Σ exp(x − top)
         token = flat_ids[tokens]
         known = (token >= 0) & (token < V)
         token = torch.where(known, token, 0)[:, None]
-        x_token = x.gather(1, token)[:, 0]
-        lp = torch.where(known, (x_token - top) + log_scale, torch.nan)
+        p_token = p.gather(1, token)[:, 0]
+        lp = torch.where(known, _log_probability(x, p_token, token), torch.nan)
         logps[tokens] = lp
         if entropy:
-            depth = x.sub_(top[:, None]).clamp_(min=_FLOOR)
+            depth = x.sub_(x.amax(-1, keepdim=True)).clamp_(min=_FLOOR)
             mean = torch.linalg.vecdot(p, depth)
-            entropies[tokens] = -log_scale - mean
+            entropies[tokens] = -p.amax(-1).log() - mean  # p.amax() is 1/Σ exp(x − top)
         if out is None:
             continue
 
         g, h = slopes(tokens, lp)
-        p_token = p.gather(1, token)[:, 0]
+        direct = isinstance(at, slice) and target.dtype == p.dtype  # torch is slow at mixed-dtype arithmetic
+        d = target[at] if direct else p
         d_token = g * (1.0 - p_token)
         if h is None:
-            dead = g == 0.0
-            d = p.mul_((-g / temperature)[:, None])
+            torch.mul(p, (-g / temperature)[:, None], out=d)
         else:
-            dead = (g == 0.0) & (h == 0.0)
-            d_token = d_token + h * p_token * (mean - depth.gather(1, token)[:, 0])
-            d = depth.sub_(mean[:, None]).mul_(-h[:, None]).sub_(g[:, None]).mul_(p).div_(temperature)
+            d_token += h * p_token * (mean - depth.gather(1, token)[:, 0])
+            depth.sub_(mean[:, None]).mul_(-h[:, None]).sub_(g[:, None]).div_(temperature)
+            torch.mul(depth, p, out=d)
         d.scatter_(1, token, (d_token / temperature)[:, None])
-        if bool(dead.any()):
-            d[dead] = 0.0
-        if isinstance(at, slice):
-            target[at].copy_(d)
-        else:
-            target.index_copy_(0, at, d.to(target.dtype))
+        if not direct:
+            target[at] = d.to(target.dtype)
     return logps.view(B, T), entropies.view(B, T)
+
+
+def _log_probability(x: torch.Tensor, p_token: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    """log p of each row's token; from the logits where p is too small to carry all its digits."""
+    lp = p_token.log()
+    small = p_token < _TINY
+    if bool(small.any()):
+        rows = x[small]
+        lp[small] = rows.gather(1, token[small])[:, 0] - rows.logsumexp(-1)
+    return lp
 
 
 def _blocks(x: torch.Tensor) -> list[torch.Tensor]:

@@ -16,12 +16,13 @@ _LOG2E = math.log2(math.e)
 _WAVE = 64 if torch.version.hip else 32
 
 
-def tile_shape(V: int, itemsize: int, wave: int = _WAVE) -> dict[str, int]:
+def tile_shape(V: int, itemsize: int, entropy: bool = False, wave: int = _WAVE) -> dict[str, int]:
     """K, L and launch options for rows of V entries: 16 bytes a thread side by side, K such lines deep.
 
     One program of 1024 threads fills a multiprocessor, so that few rows are in flight at a time and
     the second pass finds its row in L2. Left to itself ptxas squeezes such a program into 32
-    registers, to fit two, and spills; ``maxnreg`` grants it the 64 that one can have.
+    registers, to fit two, and spills; ``maxnreg`` grants it the 64 that one can have. Entropies keep
+    more per lane, which leaves registers for one line only.
     """
     vector = 16 // itemsize
     most = 1024 // wave
@@ -30,7 +31,7 @@ def tile_shape(V: int, itemsize: int, wave: int = _WAVE) -> dict[str, int]:
     limit = {"maxnreg": 64} if wave == 32 and warps == most else {}
     if lanes >= V:
         return {"K": 1, "L": triton.next_power_of_2(V), "num_warps": warps, **limit}
-    return {"K": 2 if wave == 32 else 1, "L": lanes, "num_warps": warps, **limit}
+    return {"K": 2 if wave == 32 and not entropy else 1, "L": lanes, "num_warps": warps, **limit}
 
 
 def require_available(device: torch.device) -> None:
@@ -57,7 +58,7 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
             *logits.stride()[:2], *_strides(inputs.ids), *_strides(inputs.mask), *_strides(inputs.adv),
             B, T, V, inputs.num_generations, _LOG2E / coefs.temperature, coefs.adv_eps,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            ALIGNED=_aligned(logits), **tile_shape(V, logits.element_size()),
+            ALIGNED=_aligned(logits), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
     return logps, entropies, stats
 
@@ -79,7 +80,7 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
             coefs.w_factor, coefs.h_factor, coefs.adv_eps, term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased,
             SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
-            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size()),
+            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
     return logps, entropies
 
@@ -93,7 +94,7 @@ def slope(logits, out, ids, mask, stats, g, h, up, coefs: Coefs) -> None:
         slope_kernel[(B * rows,)](
             logits, out, ids, mask, stats, g, h, up, *logits.stride()[:2], *out.stride()[:2], *_strides(ids),
             *_strides(mask), *_strides(up), T, rows, V, _LOG2E / coefs.temperature, 1.0 / coefs.temperature,
-            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size()),
+            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), h is not None),
         )  # fmt: skip
 
 

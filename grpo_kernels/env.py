@@ -1,0 +1,48 @@
+"""`python -m grpo_kernels.env`: what a bug report needs to know of a machine."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import grpo_kernels
+from grpo_kernels.jit import is_interpreted, triton
+
+_PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "liger-kernel", "numpy")
+
+
+def environment() -> dict[str, str]:
+    """Versions and devices, by name."""
+    facts = {
+        "grpo_kernels": grpo_kernels.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for name in _PACKAGES:
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    facts["cuda"] = torch.version.cuda or "none"
+    facts["rocm"] = torch.version.hip or "none"
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    facts["gpus"] = ", ".join(devices) or "none"
+    facts["backend"] = _backend(bool(devices))
+    facts["GRPO_KERNELS_VALIDATE"] = os.environ.get("GRPO_KERNELS_VALIDATE", "not set: values are checked on the CPU")
+    return facts
+
+
+def _backend(has_gpu: bool) -> str:
+    if triton is None:
+        return "torch (Triton is not installed)"
+    from grpo_kernels.kernels.rows import loss_kernel
+
+    if is_interpreted(loss_kernel):
+        return "triton, interpreted (TRITON_INTERPRET=1): for tests, not for speed"
+    return "triton on GPU tensors, torch on CPU tensors" if has_gpu else "torch (no GPU is seen)"
+
+
+if __name__ == "__main__":
+    for name, value in environment().items():
+        print(f"{name:22} {value}")

@@ -1,0 +1,81 @@
+"""The package as a user meets it: it imports and works without Triton, and shows its version."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import grpo_kernels
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**clean, **env}, capture_output=True, text=True)
+
+
+def test_works_without_triton():
+    """As where Triton has no wheel: the import of it fails."""
+    done = run(
+        """
+        import sys
+        sys.modules["triton"] = None
+        import torch
+        from grpo_kernels import fused_grpo_loss, group_advantages, token_logprobs
+        logits = torch.randn(2, 3, 11, requires_grad=True)
+        ids = torch.randint(0, 11, (2, 3))
+        out = fused_grpo_loss(logits, ids, rewards=torch.tensor([0., 1.]), num_generations=2)
+        out.loss.backward()
+        assert logits.grad.abs().max() > 0 and token_logprobs(logits, ids).logps.shape == (2, 3)
+        try:
+            fused_grpo_loss(logits, ids, torch.ones(2), backend="triton")
+        except ValueError as error:
+            assert "pip install triton" in str(error), error
+        else:
+            raise AssertionError("backend='triton' without Triton must raise")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_import_is_light():
+    """Importing the library pulls in neither transformers nor matplotlib nor the kernels."""
+    done = run(
+        """
+        import sys
+        import grpo_kernels
+        heavy = {"transformers", "matplotlib", "trl", "grpo_kernels.kernels.rows"} & set(sys.modules)
+        assert not heavy, heavy
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_cpu_path_without_the_interpreter():
+    done = run(
+        """
+        import torch
+        from grpo_kernels import fused_grpo_loss
+        logits = torch.randn(2, 3, 11, requires_grad=True)
+        fused_grpo_loss(logits, torch.randint(0, 11, (2, 3)), torch.ones(2)).loss.backward()
+        try:
+            fused_grpo_loss(logits, torch.zeros(2, 3, dtype=torch.long), torch.ones(2), backend="triton")
+        except ValueError as error:
+            assert "TRITON_INTERPRET=1" in str(error), error
+        else:
+            raise AssertionError("compiled kernels cannot run on CPU tensors")
+        """
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("interpret", ("0", "1"))
+def test_environment_report(interpret):
+    env = {"TRITON_INTERPRET": interpret} if interpret == "1" else {}
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "grpo_kernels.env"], capture_output=True, text=True, env={**clean, **env})
+    assert done.returncode == 0, done.stderr
+    facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert facts["grpo_kernels"] == grpo_kernels.__version__
+    assert ("interpreted" in facts["backend"]) == (interpret == "1")
