@@ -28,7 +28,7 @@ def tile_shape(V: int, itemsize: int, entropy: bool = False, wave: int = _WAVE) 
     most = 1024 // wave
     warps = max(4, min(most, triton.next_power_of_2(triton.cdiv(V, vector * wave * 2))))
     lanes = vector * wave * warps
-    limit = {"maxnreg": 64} if wave == 32 and warps == most else {}
+    limit = {"maxnreg": 64} if wave == 32 else {}
     if lanes >= V:
         return {"K": 1, "L": triton.next_power_of_2(V), "num_warps": warps, **limit}
     return {"K": 2 if wave == 32 and not entropy else 1, "L": lanes, "num_warps": warps, **limit}
