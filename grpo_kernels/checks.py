@@ -115,7 +115,7 @@ def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewa
 def check_temperature(temperature: float) -> None:
     if isinstance(temperature, torch.Tensor):
         raise ValueError("temperature must be a number: a tensor of temperatures is not available.")
-    if not (isinstance(temperature, (int, float)) and temperature > 0 and math.isfinite(temperature)):
+    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
         raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}.")
 
 

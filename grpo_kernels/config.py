@@ -52,7 +52,7 @@ class LossConfig:
         _at_least("beta", self.beta, 0.0)
         _at_least("epsilon", self.epsilon, 0.0)
         _at_least("advantage_eps", self.advantage_eps, 0.0)
-        if not math.isfinite(self.entropy_coef):
+        if not -math.inf < self.entropy_coef < math.inf:
             raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}.")
         if self.epsilon_high is not None:
             _at_least("epsilon_high", self.epsilon_high, 0.0)
@@ -89,5 +89,5 @@ def _one_of(name: str, value: object, valid) -> None:
 
 
 def _at_least(name: str, value: float, bound: float) -> None:
-    if not (value >= bound and math.isfinite(value)):
+    if not bound <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least {bound:g}, got {value}.")

@@ -193,12 +193,13 @@ class _OneLaunch(torch.autograd.Function):
         else:
             logps, entropies, grad = loss_op(logits, *tensors, coefs, plan, num_generations, entropy, backend)
         given = entropies if entropy else None
-        loss, losses, _, _, sums, metrics = objective_op(
+        loss, _, _, _, sums, metrics = objective_op(
             logps, given, *tensors, coefs, plan, num_generations, True, backend
         )
         ctx.backend = backend
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(logps, entropies, sums, metrics)
+        ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient
         return loss, logps, entropies, sums, metrics
 
     @staticmethod
@@ -228,13 +229,15 @@ class _TwoLaunches(torch.autograd.Function):
         ctx.backend, ctx.inplace, ctx.bonus = backend, inplace, weighted and Plan.from_key(plan).bonus
         ctx.save_for_backward(logits, ids, stats, g, h, coefs)
         ctx.mark_non_differentiable(logps, entropies, sums, metrics)
+        ctx.set_materialize_grads(False)
         return loss if weighted else losses, logps, entropies, sums, metrics
 
     @staticmethod
     def backward(ctx, up, *_):
         _refuse_double_backward()
         logits, ids, stats, g, h, coefs = ctx.saved_tensors
-        grad = write_gradient(logits, ids, None, stats, g, h if ctx.bonus else None, up, coefs, ctx.backend, ctx.inplace)
+        h = h if ctx.bonus else None
+        grad = write_gradient(logits, ids, None, stats, g, h, up, coefs, ctx.backend, ctx.inplace)
         return grad, *(None,) * 8
 
 
@@ -244,7 +247,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, ids, mask, coefs, plan, entropy, backend):
         logps, entropies, stats = logprobs_op(logits, ids, mask, None, None, coefs, plan, 1, entropy, backend)
-        ctx.backend = backend
+        ctx.backend, ctx.entropy = backend, entropy
         ctx.save_for_backward(logits, ids, mask, stats, coefs)
         ctx.set_materialize_grads(False)
         if not entropy:
@@ -256,7 +259,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
         _refuse_double_backward()
         logits, ids, mask, stats, coefs = ctx.saved_tensors
         g = torch.zeros(ids.shape, device=logits.device) if g is None else g.contiguous()
-        h = None if h is None else h.contiguous()
+        h = h.contiguous() if ctx.entropy and h is not None else None
         grad = write_gradient(logits, ids, mask, stats, g, h, None, coefs, ctx.backend, False)
         return grad, None, None, None, None, None, None
 

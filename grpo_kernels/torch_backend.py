@@ -43,7 +43,7 @@ def run_rows(
         slopes: from indices into the B·T tokens and their log-probabilities to (∂L/∂lp, ∂L/∂H or None).
 
     Returns:
-        (B, T) log-probabilities and (B, T) entropies (zeros if not asked for), fp32.
+        (B, T) log-probabilities and (B, T) entropies (empty if not asked for), fp32.
     """
     B, T = ids.shape
     rows, V = logits.shape[1:]
@@ -64,16 +64,17 @@ def run_rows(
             if temperature != 1.0:
                 x.div_(temperature)
         torch.softmax(x, -1, out=p)
+        mass = p.sum(-1)  # softmax's own sum of a long row is off by up to 3e-5: divide by what p adds up to
         token = flat_ids[tokens]
         known = (token >= 0) & (token < V)
         token = torch.where(known, token, 0)[:, None]
-        p_token = p.gather(1, token)[:, 0]
+        p_token = p.gather(1, token)[:, 0] / mass
         lp = torch.where(known, _log_probability(x, p_token, token), torch.nan)
         logps[tokens] = lp
         if entropy:
             depth = x.sub_(x.amax(-1, keepdim=True)).clamp_(min=_FLOOR)
-            mean = torch.linalg.vecdot(p, depth)
-            entropies[tokens] = -p.amax(-1).log() - mean  # p.amax() is 1/Σ exp(x − top)
+            mean = torch.linalg.vecdot(p, depth) / mass
+            entropies[tokens] = (mass / p.amax(-1)).log() - mean  # the first is log Σ exp(x − top)
         if out is None:
             continue
 
@@ -82,15 +83,15 @@ def run_rows(
         d = target[at] if direct else p
         d_token = g * (1.0 - p_token)
         if h is None:
-            torch.mul(p, (-g / temperature)[:, None], out=d)
+            torch.mul(p, (-g / (mass * temperature))[:, None], out=d)
         else:
             d_token += h * p_token * (mean - depth.gather(1, token)[:, 0])
-            depth.sub_(mean[:, None]).mul_(-h[:, None]).sub_(g[:, None]).div_(temperature)
+            depth.sub_(mean[:, None]).mul_(-h[:, None]).sub_(g[:, None]).div_((mass * temperature)[:, None])
             torch.mul(depth, p, out=d)
         d.scatter_(1, token, (d_token / temperature)[:, None])
         if not direct:
             target[at] = d.to(target.dtype)
-    return logps.view(B, T), entropies.view(B, T)
+    return logps.view(B, T), entropies.view(B, T) if entropy else logps.new_empty(0)
 
 
 def _log_probability(x: torch.Tensor, p_token: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
@@ -146,7 +147,7 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
     """(logps, entropies, stats); stats is empty, since `slope` makes the probabilities anew."""
     read, unread = _rows_to_read(inputs, coefs, plan)
     logps, entropies = run_rows(logits, inputs.ids, read, coefs.temperature, entropy=entropy)
-    return logps.masked_fill_(unread, torch.nan), entropies.masked_fill_(unread, torch.nan), logps.new_empty(0)
+    return *_mark_unread(unread, logps, entropies), logps.new_empty(0)
 
 
 def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,7 +163,12 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
         return w[tokens] * (d_ratio + d_lp), -bonus[tokens] if plan.bonus else None
 
     logps, entropies = run_rows(logits, inputs.ids, read, coefs.temperature, entropy=entropy, out=out, slopes=slopes)
-    return logps.masked_fill_(unread, torch.nan), entropies.masked_fill_(unread, torch.nan)
+    return _mark_unread(unread, logps, entropies)
+
+
+def _mark_unread(unread: torch.Tensor, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """NaN at unmasked rows that were not read; values that were not asked for are empty."""
+    return tuple(x.masked_fill_(unread, torch.nan) if x.numel() else x for x in values)
 
 
 def slope(logits, out, ids, mask, stats, g, h, up, coefs: Coefs) -> None:
@@ -227,7 +233,7 @@ def objective(
 def _objective(lp, here: dict, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(ℓ_policy, kl, ∂/∂r, ∂/∂lp, r) of tokens, all tensors of the shape of ``lp``."""
     term = TERMS[plan.term]
-    r = on_torch(log_ratio)(lp, here["old"])
+    r = on_torch(log_ratio)(lp, lp if here["old"] is None else here["old"])
     values = on_torch(token_objective)(
         r, lp, here["ref"], here["adv"], here["is_weight"], coefs.beta, term.kind(*coefs.term),
         on_torch(term.function), on_torch(plan.kl_function) if plan.kl else None,
@@ -238,7 +244,8 @@ def _objective(lp, here: dict, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, 
 def _token_tensors(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, torch.Tensor | None]:
     """The per-token inputs as (B, T) fp32."""
     shape = inputs.ids.shape
-    given = {"old": inputs.old, "ref": inputs.ref, "is_weight": inputs.is_weight}
+    one = torch.ones((), device=inputs.ids.device)
+    given = {"old": inputs.old, "ref": inputs.ref, "is_weight": one if inputs.is_weight is None else inputs.is_weight}
     tensors = {name: None if x is None else x.float().expand(shape) for name, x in given.items()}
     return {**tensors, "adv": _advantages(inputs, coefs, plan)}
 
@@ -267,10 +274,11 @@ def _weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, to
     """(w, w_H), each broadcastable to (B, T)."""
 
     def of(count: torch.Tensor | None, factor: float) -> torch.Tensor:
-        count = None if count is None else count.float().reshape(-1, 1)
-        scale = None if inputs.loss_scale is None else inputs.loss_scale.float()
-        value = on_torch(weight)(count, factor, scale)
-        return torch.as_tensor(value, dtype=torch.float32, device=inputs.ids.device).reshape(-1, 1)
+        count = one if count is None else count.float()
+        scale = one if inputs.loss_scale is None else inputs.loss_scale.float()
+        return on_torch(weight)(count, factor, scale).reshape(-1, 1)
+
+    one = torch.ones((), device=inputs.ids.device)
 
     return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor if plan.bonus else 0.0)
 

@@ -1,6 +1,7 @@
 """What the tests share: random batches, the reference's answer, and how close a dtype must come."""
 
 import dataclasses
+import functools
 
 import torch
 
@@ -80,8 +81,10 @@ def expected(logits, *, upstream=None, **kwargs):
     drop = ("inplace", "skip_zero_advantage", "return_entropy", "backend")
     kwargs = {k: v for k, v in kwargs.items() if k not in drop}
     x = logits.detach().double().requires_grad_()
-    as_double = {k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
-    out = reference.grpo_loss(x, **as_double)
+    for name, value in kwargs.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            kwargs[name] = value.double()
+    out = reference.grpo_loss(x, **kwargs)
     up = torch.ones_like(out.loss) if upstream is None else torch.as_tensor(upstream, dtype=torch.float64)
     torch.autograd.backward(out.loss, up.expand_as(out.loss))
     return out, x.grad
@@ -106,5 +109,6 @@ def check(logits, backend, *, upstream=None, **kwargs):
     if kwargs.get("return_entropy"):
         torch.testing.assert_close(out.entropy.double().cpu(), want.entropy, **VALUE)
     for name, value in out.metrics.items():
-        torch.testing.assert_close(value.double().cpu(), want.metrics[name].double(), **VALUE, msg=lambda m: f"{name}: {m}")
+        describe = functools.partial("{}: {}".format, name)
+        torch.testing.assert_close(value.double().cpu(), want.metrics[name].double(), **VALUE, msg=describe)
     return out, grad

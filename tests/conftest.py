@@ -9,7 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 if os.environ["TRITON_INTERPRET"] == "0":
     del os.environ["TRITON_INTERPRET"]
 
-import pytest  # noqa: E402
+import pytest
 
 torch.set_num_threads(2)
 

@@ -46,7 +46,8 @@ def test_wide_loads_and_stores(rows):
         assert row["wide_loads"] > 0, row
         if kernel != "logprob_kernel":
             assert row["wide_stores"] > 0, row
-            assert row["stores"] - row["wide_stores"] <= 8, row  # log-probability, entropy and the token's entry, on each path through the kernel
+            # narrow: log-probability, entropy and the token's entry, on each path through the kernel
+            assert row["stores"] - row["wide_stores"] <= 8, row
 
 
 def test_exponentials_per_element(rows):

@@ -29,7 +29,7 @@ BAD = [
     ("logits 2-D", lambda c: dict(logits=c.logits[0]), ValueError, "logits must be"),
     ("logits batch", lambda c: dict(logits=c.logits[:2]), ValueError, "logits must be"),
     ("vocabulary strided", lambda c: dict(logits=torch.stack([c.logits] * 2, -1)[..., 0]), ValueError, "contiguous"),
-    ("no token", lambda c: dict(logits=c.logits[:, :0], completion_ids=c.completion_ids[:, :0]), ValueError, "no token"),
+    ("empty", lambda c: dict(logits=c.logits[:, :0], completion_ids=c.completion_ids[:, :0]), ValueError, "no token"),
     ("advantages shape", lambda c: dict(advantages=c.advantages[:3]), ValueError, r"advantages must be .*\(4, 5\)"),
     ("integer advantages", lambda c: dict(advantages=c.advantages.long()), TypeError, "advantages must be floating"),
     ("no advantages", lambda c: dict(advantages=None), ValueError, "either advantages or rewards"),

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import BACKENDS, check, expected, make_case, ours, assert_grad_close
+from cases import BACKENDS, assert_grad_close, check, expected, make_case, ours
 from grpo_kernels import LossConfig, fused_grpo_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -52,7 +52,7 @@ def test_clipping(clip, reduction, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 17), (2, 3, 64), (3, 2, 513), (2, 2, 5000), (2, 1, 40000)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 17), (2, 3, 64), (3, 2, 513), (2, 2, 5000), (2, 1, 40000)])
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_shapes(shape, dtype, backend):
     B, T, V = shape
@@ -67,7 +67,8 @@ def test_shapes(shape, dtype, backend):
 @pytest.mark.parametrize("shape", ["(B,)", "(B, 1)", "(B, T)"])
 def test_importance_weights(shape, dtype, backend):
     case = make_case(dtype=dtype, seed=4)
-    w = {"(B,)": case.importance_weights[:, 0], "(B, 1)": case.importance_weights[:, :1]}.get(shape, case.importance_weights)
+    full = case.importance_weights
+    w = {"(B,)": full[:, 0], "(B, 1)": full[:, :1], "(B, T)": full}[shape]
     check(case.logits, backend, **case.inputs(*FULL, "advantages"), importance_weights=w, beta=0.2)
 
 
@@ -85,11 +86,11 @@ def test_rewards(scale, unbiased, G, backend):
     )  # fmt: skip
 
 
-def test_rewards_of_large_groups(tiles=70):
+def test_rewards_of_large_groups(B=70):
     """More rewards than the kernel reads at a time."""
-    case = make_case(B=tiles, T=1, V=7, seed=6)
+    case = make_case(B, T=1, V=7, seed=6)
     for scale in ("group", "batch"):
-        check(case.logits, "triton", **case.inputs(*FULL, "rewards"), num_generations=tiles // 2, scale_rewards=scale)
+        check(case.logits, "triton", **case.inputs(*FULL, "rewards"), num_generations=B // 2, scale_rewards=scale)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -111,8 +112,8 @@ def test_scale_and_counts(loss_type, as_tensor, backend):
 def test_upstream_gradient(dtype, upstream, entropy_coef, backend):
     case = make_case(dtype=dtype, seed=8)
     check(
-        case.logits, backend, **case.inputs(*FULL, "advantages"), beta=0.1, entropy_coef=entropy_coef, upstream=upstream,
-        loss_scale=1e-3,
+        case.logits, backend, **case.inputs(*FULL, "advantages"), beta=0.1, entropy_coef=entropy_coef,
+        upstream=upstream, loss_scale=1e-3,
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def test_strides(kind, inplace, reduction, backend):
     """No layout of the logits is copied or misread, and in place nothing around them is touched."""
     case = make_case(seed=10, extra=1)
     kwargs = dict(**case.inputs(*FULL, "advantages"), beta=0.1, reduction=reduction)
-    want, want_grad = expected(case.logits, **kwargs)
+    _, want_grad = expected(case.logits, **kwargs)
     leaf = case.logits.clone().requires_grad_()
     z = _strided(kind, leaf * 1)
     assert z.stride() == _strided(kind, case.logits).stride() and torch.equal(z, case.logits)
@@ -176,12 +177,12 @@ def test_strides_of_token_inputs(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", (torch.bool, torch.int32, torch.int64, torch.uint8, torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dtype", ("bool", "int32", "int64", "uint8", "float32", "bfloat16"))
 def test_mask_and_id_dtypes(dtype, backend):
     case = make_case(seed=12)
     kwargs = case.inputs("completion_ids", "advantages")
     kwargs["completion_ids"] = kwargs["completion_ids"].int()
-    check(case.logits, backend, **kwargs, completion_mask=case.completion_mask.to(dtype))
+    check(case.logits, backend, **kwargs, completion_mask=case.completion_mask.to(getattr(torch, dtype)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -282,7 +283,7 @@ def test_micro_batches_sum_to_the_batch(loss_type, scales, backend):
         extra = {"B": {"loss_scale": size / 6}, "N": {"num_items_in_batch": N}, "tokens": {"loss_scale": n / N}}[scales]
         out, grad = ours(case.logits[part], backend, **mine, advantages=case.advantages[part], loss_type=loss_type,
                          beta=0.1, max_completion_length=9, **extra)  # fmt: skip
-        total, grads = total + out.loss.item(), grads + [grad]
+        total, grads = total + out.loss.item(), [*grads, grad]
     assert total == pytest.approx(whole.loss.item(), rel=1e-5, abs=1e-6)
     torch.testing.assert_close(torch.cat(grads), want, rtol=1e-5, atol=1e-7)
 
@@ -293,7 +294,8 @@ def test_backends_agree_on_mixtures(seed):
     g = torch.Generator().manual_seed(seed)
     pick = lambda options: options[int(torch.randint(len(options), (1,), generator=g))]  # noqa: E731
     for _ in range(6):
-        case = make_case(B=4, T=pick((1, 3, 8)), V=pick((5, 257, 1030)), dtype=pick(DTYPES), extra=pick((0, 1)), seed=seed)
+        T, V, extra = pick((1, 3, 8)), pick((5, 257, 1030)), pick((0, 1))
+        case = make_case(4, T, V, dtype=pick(DTYPES), extra=extra, seed=seed)
         kwargs = dict(
             loss_type=pick(LOSS_TYPES), beta=pick((0.0, 0.2)), kl_estimator=pick(("k1", "k2", "k3")),
             epsilon_high=pick((None, 0.3)), delta=pick((None, 1.4)), temperature=pick((1.0, 0.8)),
@@ -311,7 +313,7 @@ def test_combinations_are_distinct():
     case = make_case(seed=19)
     losses = [
         fused_grpo_loss(case.logits, **case.inputs(*FULL, "advantages"), loss_type=t, max_completion_length=7,
-                        num_items_in_batch=50).loss.item()  # fmt: skip
+                        num_items_in_batch=50).loss.item()
         for t in LOSS_TYPES
     ]
     assert all(abs(a - b) > 1e-4 for a, b in itertools.combinations(losses, 2))

@@ -11,8 +11,12 @@ import grpo_kernels
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    return python("-c", textwrap.dedent(code), **env)
+
+
+def python(*args: str, **env: str) -> subprocess.CompletedProcess:
     clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env={**clean, **env}, capture_output=True, text=True)
+    return subprocess.run([sys.executable, *args], env={**clean, **env}, capture_output=True, text=True)
 
 
 def test_works_without_triton():
@@ -72,9 +76,7 @@ def test_cpu_path_without_the_interpreter():
 
 @pytest.mark.parametrize("interpret", ("0", "1"))
 def test_environment_report(interpret):
-    env = {"TRITON_INTERPRET": interpret} if interpret == "1" else {}
-    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "grpo_kernels.env"], capture_output=True, text=True, env={**clean, **env})
+    done = python("-m", "grpo_kernels.env", **({"TRITON_INTERPRET": "1"} if interpret == "1" else {}))
     assert done.returncode == 0, done.stderr
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert facts["grpo_kernels"] == grpo_kernels.__version__

@@ -130,19 +130,18 @@ def test_derivatives_against_autograd(lp, old, ref, A, w, beta, lo, hi, delta, k
 def test_nan_is_passed_on(place):
     args = {"r": f64(0.0), "lp": f64(-1.0), "A": f64(1.0)} | {place: f64(math.nan)}
     policy, _, d_r, d_lp = on_torch(token_objective)(
-        args["r"], args["lp"], None, args["A"], None, 0.0, Clip(0.8, 1.2, INF), on_torch(clipped), None
+        args["r"], args["lp"], f64(0.0), args["A"], f64(1.0), 0.0, Clip(0.8, 1.2, INF), on_torch(clipped), None
     )
     assert policy.isnan() and (d_r + d_lp).isnan()
 
 
-def test_log_ratio_without_old_is_zero():
+def test_log_ratio_of_equals_is_zero():
     lp = f64(-1.0, -INF, math.nan)
-    assert on_torch(log_ratio)(lp, None)[:2].tolist() == [0.0, 0.0]
-    assert on_torch(log_ratio)(lp, None)[2].isnan()
+    assert on_torch(log_ratio)(lp, lp)[:2].tolist() == [0.0, 0.0]
+    assert on_torch(log_ratio)(lp, lp)[2].isnan()
     assert on_torch(log_ratio)(lp, f64(-2.0, -2.0, 0.0))[0].item() == 1.0
 
 
 def test_weight_by_hand():
     count = f64(4.0, 0.0)
     assert on_torch(weight)(count, 0.5, f64(2.0)).tolist() == [0.25, 1.0]
-    assert on_torch(weight)(None, 0.5, None) == 0.5

@@ -6,7 +6,7 @@ import torch
 from cases import BACKENDS, GRAD_ATOL, make_case, ours
 
 pytest.importorskip("trl", reason="parity needs TRL 1.16, which needs Python 3.11")
-from trl_oracle import trl_loss  # noqa: E402
+from trl_oracle import trl_loss
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -59,7 +59,8 @@ def test_gradient_accumulation(loss_type, backend):
     case = make_case(B=4, T=12, V=31, seed=3)
     both(
         case, backend, loss_type=loss_type, max_completion_length=12,
-        trl={"gradient_accumulation_steps": 4, "steps_per_generation": 8, "num_items_in_batch": 300, "num_processes": 2},
+        trl={"gradient_accumulation_steps": 4, "steps_per_generation": 8, "num_items_in_batch": 300,
+             "num_processes": 2},
         fused={"loss_scale": 1 / 4, "num_items_in_batch": 300 / (2 * 8)},
     )  # fmt: skip
 

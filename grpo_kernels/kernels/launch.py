@@ -74,8 +74,9 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
         loss_kernel[(B * rows,)](
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
             inputs.is_weight, logps, entropies, inputs.count, inputs.loss_scale, inputs.tokens,
-            *logits.stride()[:2], *out.stride()[:2], *_strides(inputs.ids), *_strides(inputs.mask), *_strides(inputs.old),
-            *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight), _stride(inputs.count),
+            *logits.stride()[:2], *out.stride()[:2], *_strides(inputs.ids), *_strides(inputs.mask),
+            *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
+            _stride(inputs.count),
             B, T, rows, V, inputs.num_generations, _LOG2E / coefs.temperature, 1.0 / coefs.temperature, coefs.beta,
             coefs.w_factor, coefs.h_factor, coefs.adv_eps, term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased,

@@ -7,21 +7,21 @@ same bits, and counts stay exact.
 
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
-from grpo_kernels.kernels.rows import kernel, load_or_none
+from grpo_kernels.kernels.rows import kernel, load_or
 from grpo_kernels.metrics import SUM_NAMES, summarise
 from grpo_kernels.objective import log_ratio, token_objective, weight
 
-BLOCK = tl.constexpr(512)
+BLOCK = tl.constexpr(256)
 SUMS = tl.constexpr(len(SUM_NAMES))
 _INF = tl.constexpr(float("inf"))
 
 
 @jit
-def load_row(pointer, at, where, other: tl.constexpr):
+def load_row(pointer, at, where, default):
     if pointer is not None:
-        return tl.load(pointer + at, mask=where, other=other).to(tl.float32)
+        return tl.load(pointer + at, mask=where, other=0.0).to(tl.float32)
     else:
-        return None
+        return default
 
 
 @jit
@@ -41,12 +41,12 @@ def sequence_kernel(
 ):  # fmt: skip
     """One program per sequence: ℓ, its derivatives by lp (g) and entropy (h), and the sums of the metrics."""
     seq = tl.program_id(0).to(tl.int64)
-    factor = load_or_none(loss_scale, 0)
-    w = weight(load_or_none(count, seq * count_b), w_factor, factor)
+    factor = load_or(loss_scale, 0, 1.0)
+    w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
     w_slope = w if WEIGHTED else 1.0
     bonus = 0.0
     if BONUS:
-        bonus = weight(load_or_none(tokens, 0), h_factor, factor)
+        bonus = weight(load_or(tokens, 0, 1.0), h_factor, factor)
     spread = 0.0
     A_seq = 0.0
     if rewards is not None:
@@ -79,10 +79,10 @@ def sequence_kernel(
         if SKIP:
             live = live & (A != 0.0)
         lp = tl.load(logps + at, mask=live, other=0.0)
-        r = log_ratio(lp, load_row(old, seq * old_b + tok * old_t, live, 0.0))
+        r = log_ratio(lp, load_row(old, seq * old_b + tok * old_t, live, lp))
         policy, kl, d_ratio, d_lp = token_objective(
             r, lp, load_row(ref, seq * ref_b + tok * ref_t, live, 0.0), A,
-            load_row(is_weight, seq * is_b + tok * is_t, live, 0.0), beta, c, TERM, KL,
+            load_row(is_weight, seq * is_b + tok * is_t, live, 1.0), beta, c, TERM, KL,
         )  # fmt: skip
         loss = policy
         if KL is not None:

@@ -14,11 +14,15 @@ from grpo_kernels.kernels.rewards import group_advantage
 from grpo_kernels.kernels.row import entropy_of, read_row, score_token, write_slope, write_zeros
 from grpo_kernels.objective import log_ratio, token_objective, weight
 
+
 def kernel(fn):
-    """``@jit`` that specialises on structure alone: no integer's value, no pointer's alignment.
+    """``@jit`` that specialises on structure alone: no integer's value or size, no pointer's alignment.
 
     The exception is V, which a model fixes. Row pointers are declared aligned through ALIGNED.
+    Parameters that end in _b or _t are strides, and 64 bits wide.
     """
+    strides = [n for n in inspect.signature(fn).parameters if n.endswith(("_b", "_t"))]
+    fn.__annotations__.update(dict.fromkeys(strides, tl.int64))
     runtime = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
     plain = [n for n in runtime if n not in ("V", "c")]
     return jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
@@ -33,11 +37,12 @@ def row_at(base, seq, tok, stride_b, stride_t, ALIGNED: tl.constexpr):
 
 
 @jit
-def load_or_none(pointer, at):
+def load_or(pointer, at, default):
+    """A scalar, or ``default`` where there is no such input (Triton 3.6 cannot return None)."""
     if pointer is not None:
         return tl.load(pointer + at).to(tl.float32)
     else:
-        return None
+        return default
 
 
 @jit
@@ -60,7 +65,7 @@ def advantage_of(adv, at, rewards, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED
 def logprob_kernel(
     logits, ids, mask, adv, rewards,  # [B, rows, V], [B, T], [B, T], [B, T], [B]
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
-    logits_b: tl.int64, logits_t: tl.int64, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t,
+    logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t,
     B, T, V, G, scale: tl.float32, adv_eps: tl.float32,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
@@ -100,7 +105,7 @@ def logprob_kernel(
 def slope_kernel(
     logits, out, ids, mask, stats,  # [B, rows, V], [B, rows, V], [B, T], [B, T], [B·T, 3]
     g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
-    logits_b: tl.int64, logits_t: tl.int64, out_b: tl.int64, out_t: tl.int64, ids_b, ids_t, mask_b, mask_t,
+    logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
     up_b, up_t,
     T, rows, V, scale: tl.float32, inv_temperature: tl.float32,
     ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
@@ -142,7 +147,7 @@ def loss_kernel(
     logits, out, ids, mask, old, ref, adv, rewards, is_weight,  # [B, rows, V] ×2, [B, T] ×5, [B], [B, T]
     logps, entropy,  # out: [B, T]
     count, loss_scale, tokens,  # the weight's count [B] or [], factor [], unmasked tokens []
-    logits_b: tl.int64, logits_t: tl.int64, out_b: tl.int64, out_t: tl.int64, ids_b, ids_t, mask_b, mask_t,
+    logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
     old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, count_b,
     B, T, rows, V, G, scale: tl.float32, inv_temperature: tl.float32, beta: tl.float32,
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, c,
@@ -180,16 +185,16 @@ def loss_kernel(
     if ENTROPY:
         tl.store(entropy + at, entropy_of(total, mean))
 
-    r = log_ratio(lp, load_or_none(old, seq * old_b + tok * old_t))
+    r = log_ratio(lp, load_or(old, seq * old_b + tok * old_t, lp))
     _, _, d_ratio, d_lp = token_objective(
-        r, lp, load_or_none(ref, seq * ref_b + tok * ref_t), A,
-        load_or_none(is_weight, seq * is_b + tok * is_t), beta, c, TERM, KL,
+        r, lp, load_or(ref, seq * ref_b + tok * ref_t, 0.0), A,
+        load_or(is_weight, seq * is_b + tok * is_t, 1.0), beta, c, TERM, KL,
     )  # fmt: skip
-    factor = load_or_none(loss_scale, 0)
-    g = weight(load_or_none(count, seq * count_b), w_factor, factor) * (d_ratio + d_lp)
+    factor = load_or(loss_scale, 0, 1.0)
+    g = weight(load_or(count, seq * count_b, 1.0), w_factor, factor) * (d_ratio + d_lp)
     h = 0.0
     if BONUS:
-        h = -weight(load_or_none(tokens, 0), h_factor, factor)
+        h = -weight(load_or(tokens, 0, 1.0), h_factor, factor)
     if (g == 0.0) & (h == 0.0):
         write_zeros(dst, V, K, L)
     else:
@@ -200,7 +205,7 @@ def loss_kernel(
 @kernel
 def scale_kernel(
     grad, out, up,  # [B, rows, V], [B, rows, V], []
-    grad_b: tl.int64, grad_t: tl.int64, out_b: tl.int64, out_t: tl.int64,
+    grad_b, grad_t, out_b, out_t,
     rows, V, SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """out = grad · up. Where both are one tensor (SAME) and up is 1, nothing is read or written."""

@@ -1,0 +1,166 @@
+"""Time and memory of a call, on a CUDA device or on the CPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Timed:
+    call: Callable[[], object]
+    prepare: Callable[[], object] | None = None  # before every call, its time not counted
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds."""
+
+    median: float
+    p20: float
+    p80: float
+    repetitions: int
+
+
+def time_all(
+    subjects: Mapping[str, Timed], device: torch.device, seconds: float, *, min_rounds: int = 5, max_rounds: int = 200
+) -> dict[str, Timing | str]:
+    """Median, 20th and 80th percentile of each subject's time.
+
+    The subjects take turns, so that whatever disturbs the machine disturbs all of them. A subject that
+    runs out of memory drops out and gets the allocator's message instead of a time.
+
+    Args:
+        subjects: name → what to time.
+        seconds: time budget per subject; at least `min_rounds` rounds are made however long they take.
+    """
+    measure = _cuda_ms if device.type == "cuda" else _cpu_ms
+    times: dict[str, list[float]] = {name: [] for name in subjects}
+    failed: dict[str, str] = {}
+    deadline = float("inf")
+    for round_ in range(-1, max_rounds):  # round −1 warms up: compilation, allocator, page faults
+        for name, subject in subjects.items():
+            if name in failed:
+                continue
+            ms, problem = unless_out_of_memory(lambda s=subject: measure(s, device))
+            if problem is not None:
+                failed[name] = problem
+                continue
+            if round_ >= 0:
+                times[name] += ms
+        if round_ < 0:
+            deadline = time.perf_counter() + seconds * len(subjects)
+        elif round_ + 1 >= min_rounds and time.perf_counter() > deadline:
+            break
+    return {name: failed[name] if name in failed else _summary(times[name]) for name in subjects}
+
+
+def _cuda_ms(subject: Timed, device: torch.device, calls: int = 4) -> list[float]:
+    """Calls are queued back to back, so that a short one is not charged for its launch."""
+    events = []
+    for _ in range(calls):
+        if subject.prepare is not None:
+            subject.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        subject.call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _cpu_ms(subject: Timed, device: torch.device) -> list[float]:
+    if subject.prepare is not None:
+        subject.prepare()
+    start = time.perf_counter()
+    subject.call()
+    return [(time.perf_counter() - start) * 1e3]
+
+
+def _summary(times: list[float]) -> Timing:
+    at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    p20, median, p80 = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
+    return Timing(median, p20, p80, len(times))
+
+
+def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:
+    """How far memory rises above its level before the call, the call's result included.
+
+    On CUDA: memory that tensors held. On the CPU: resident memory, read from /proc; None without it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    _give_back_freed_memory()
+    before = _reset_resident_peak()
+    call()
+    after = _resident_peak()
+    return None if before is None or after is None else max(after - before, 0)
+
+
+def _give_back_freed_memory() -> None:
+    """What malloc keeps for later would hide what the call allocates."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None  # glibc has it
+    if trim is not None:
+        trim(0)
+
+
+def _reset_resident_peak() -> int | None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to the present
+    except OSError:
+        return None
+    return _resident_peak()
+
+
+def _resident_peak() -> int | None:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return None
+    for line in status.splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def unless_out_of_memory(function: Callable[[], T]) -> tuple[T | None, str | None]:
+    """(result, None), or (None, message) if memory ran out. The exception is not kept: its frames would
+    hold on to the tensors that filled the memory."""
+    try:
+        return function(), None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return None, first_line(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def free_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()

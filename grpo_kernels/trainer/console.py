@@ -1,0 +1,130 @@
+"""What a person sees: a header, two progress bars, and a short table at the end.
+
+On a terminal the bars are live; elsewhere (a pipe, a log of CI) the same numbers come as plain lines.
+"""
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from grpo_kernels.trainer.loop import Row
+from grpo_kernels.trainer.options import Options
+from grpo_kernels.trainer.records import Records
+from grpo_kernels.trainer.task import Task
+from grpo_kernels.trainer.warmup import WarmUp
+
+# Rewards of single steps are noisy: the table shows means over this many.
+WINDOW = 10
+
+
+class Reporter:
+    """Prints a run's progress. Use as a context manager, so that the bars are taken down on any exit."""
+
+    def __init__(self, options: Options, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False)
+        self._options = options
+        self._live = self._console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description:<7}"),
+            TextColumn("{task.fields[status]:<30}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[count]:>9}"),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._bar = self._progress.add_task("", total=None, visible=False, status="", count="")
+        self._rewards: list[float] = []
+        self._last: Row = {}
+        self._accuracy = 0.0
+
+    def __enter__(self) -> "Reporter":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()
+
+    def _say(self, text: str = "") -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def header(self, task: Task, parameters: int, device: torch.device) -> None:
+        options = self._options
+        self._say(f"GRPO on {task.name}: {len(task.train)} problems to learn from, {len(task.held_out)} held out")
+        self._say(f"  e.g. {task.held_out[0].prompt}{task.held_out[0].answer}  ({task.note})")
+        self._say(f"Qwen2 of {parameters:,} parameters, random weights; {device}, {options.dtype}, seed {options.seed}")
+        self._say(
+            f"{options.batch_size} prompts x {options.num_generations} completions a step, "
+            f"{options.num_iterations} updates each; loss {options.loss_type}, beta {options.beta:g}"
+        )
+        self._say()
+
+    def warming_up(self, step: int, accuracy: float) -> None:
+        aim = self._options.warmup_accuracy
+        if self._live:
+            self._progress.update(
+                self._bar, description="warm-up", visible=True, total=aim, completed=min(accuracy, aim),
+                status=f"accuracy {accuracy:.3f}", count=f"step {step}",
+            )  # fmt: skip
+        elif step % 50 == 0:
+            self._say(f"warm-up  accuracy {accuracy:.3f}  step {step}")
+
+    def warmed_up(self, warmup: WarmUp) -> None:
+        if warmup.steps == 0:
+            return
+        text = f"warm-up: {warmup.steps} supervised steps, held-out accuracy {warmup.accuracy:.3f}"
+        if not warmup.reached:
+            text += f", below the {self._options.warmup_accuracy:g} aimed at"
+        self._progress.remove_task(self._bar)
+        self._say(text)
+        self._bar = self._progress.add_task("GRPO", total=self._options.steps, status="", count="")
+
+    def row(self, row: Row) -> None:
+        """Shows a row of metrics, of a step or of an evaluation."""
+        if "eval/accuracy" in row:
+            self._accuracy = row["eval/accuracy"]
+        else:
+            self._last = row
+            self._rewards.append(row["reward"])
+        if not self._last:
+            return
+        steps, step = self._options.steps, self._last["step"]
+        if self._live:
+            self._progress.update(
+                self._bar, description="GRPO", visible=True, total=steps, completed=step,
+                status=f"reward {self._last['reward']:.3f} accuracy {self._accuracy:.3f}", count=f"{step}/{steps}",
+            )  # fmt: skip
+        elif "eval/accuracy" in row:
+            recent = self._rewards[-self._options.eval_every :]
+            line = f"reward {sum(recent) / len(recent):.3f}  accuracy {self._accuracy:.3f}"
+            for name in ("kl", "entropy"):
+                if name in self._last:
+                    line += f"  {name} {self._last[name]:.3f}"
+            self._say(f"{line}  step {step}/{steps}  {self._last['step_time']:.2f} s")
+
+    def summary(self, records: Records, seconds: dict[str, float], files: dict[str, Path]) -> None:
+        """The table at the end.
+
+        Args:
+            seconds: wall time by phase.
+            files: what was written, by what it is.
+        """
+        self._progress.stop()
+        accuracy, reward = records.series("eval/accuracy")[1], records.series("reward")[1]
+        window = min(WINDOW, len(reward))
+        table = Table(title=None, show_edge=False, pad_edge=False, header_style="bold")
+        for title in ("", "before GRPO", "after GRPO"):
+            table.add_column(title, justify="right" if title else "left")
+        table.add_row("accuracy, held-out, greedy", f"{accuracy[0]:.3f}", f"[bold]{accuracy[-1]:.3f}[/bold]")
+        first, last = sum(reward[:window]) / window, sum(reward[-window:]) / window
+        table.add_row(f"reward, sampled, {window} steps", f"{first:.3f}", f"{last:.3f}")
+        self._say()
+        self._console.print(table)
+        self._say()
+        for what, path in files.items():
+            self._say(f"{what:<8} {path}")
+        self._say(f"{'time':<8} " + ", ".join(f"{phase} {spent:.0f} s" for phase, spent in seconds.items()))
+        self._say("The loss is near 0 by construction (centred advantages): watch the reward.")

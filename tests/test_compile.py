@@ -1,0 +1,174 @@
+"""torch.compile(fullgraph=True) through the loss: equal to eager, and compiled once for all values."""
+
+import contextlib
+import itertools
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from cases import BACKENDS, DEVICE, make_case
+from counting import INTERPRETED, launches
+from grpo_kernels import fused_grpo_loss, ops, token_logprobs
+
+H, V = 8, 37
+FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "importance_weights")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    """No graph is left from another test; a frame that is compiled too often raises instead of falling back."""
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
+    torch._dynamo.reset()
+
+
+def batch(B=2, T=3, seed=0):
+    """(hidden (B, T+1, H), weight (V, H), inputs of the loss), on the device under test."""
+    case = make_case(B, T, V, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    hidden, weight = torch.randn(B, T + 1, H, generator=g), torch.randn(V, H, generator=g)
+    case.completion_ids.clamp_(min=0)
+    inputs = {name: value.to(DEVICE) for name, value in case.inputs(*FULL).items()}
+    return hidden.to(DEVICE), weight.to(DEVICE), inputs
+
+
+def train(hidden, weight, **kwargs):
+    """A language-model head and the loss; what a compiled training step holds."""
+    return fused_grpo_loss(hidden @ weight.T, **kwargs)
+
+
+def gradients(step, hidden, weight, **kwargs):
+    hidden, weight = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = step(hidden, weight, **kwargs)
+    out.loss.sum().backward()
+    return out, hidden.grad, weight.grad
+
+
+def assert_same(step, hidden, weight, **kwargs):
+    got, want = gradients(step, hidden, weight, **kwargs), gradients(train, hidden, weight, **kwargs)
+    for a, b in zip(got[1:], want[1:]):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for name in ("loss", "logps", "entropy", "metrics", "sums"):
+        torch.testing.assert_close(getattr(got[0], name), getattr(want[0], name), rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_compiled_is_eager(backend, inplace, reduction):
+    hidden, weight, inputs = batch()
+    step = torch.compile(train, fullgraph=True, backend="aot_eager")
+    rewards = torch.tensor([0.0, 1.0], device=DEVICE)
+    assert_same(
+        step, hidden, weight, **inputs, rewards=rewards, num_generations=2, beta=0.1, entropy_coef=0.01,
+        return_entropy=True, inplace=inplace, reduction=reduction, backend=backend,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entropy", (False, True))
+def test_compiled_token_logprobs_are_eager(backend, entropy):
+    hidden, weight, inputs = batch()
+
+    def objective(hidden, weight):
+        out = token_logprobs(hidden @ weight.T, inputs["completion_ids"], return_entropy=entropy, backend=backend)
+        return out.logps.exp().sum() + (out.entropy.square().sum() if entropy else 0.0)
+
+    leaves = hidden.requires_grad_(), weight.requires_grad_()
+    step = torch.compile(objective, fullgraph=True, backend="aot_eager")
+    with launches() if INTERPRETED else contextlib.nullcontext():  # a stray address fails, rather than crashing
+        got = torch.autograd.grad(step(*leaves), leaves)
+    for a, b in zip(got, torch.autograd.grad(objective(*leaves), leaves)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+# Dynamo compiles a second time when it sees that a constant was none, so a fourth call settles the
+# matter; twelve go beyond its limit of eight.
+STEPS = {"torch": 12, "triton": 4}
+
+
+def number_of_compilations(calls, backend):
+    """How often a training step is compiled for these calls, each of which must agree with the uncompiled one."""
+    counter = CompileCounterWithBackend("aot_eager")
+    step = torch.compile(train, fullgraph=True, backend=counter)
+    losses = set()
+    for hidden, weight, kwargs in itertools.islice(calls, STEPS[backend]):
+        out, *_ = gradients(step, hidden, weight, backend=backend, **kwargs)
+        with torch.no_grad():
+            want = train(hidden, weight, backend="torch", **kwargs)
+        torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-6)
+        losses.add(out.loss.sum().item())
+    assert len(losses) > 1
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(("backend", "reduction"), [("torch", "mean"), ("torch", "none"), ("triton", "mean")])
+def test_new_values_do_not_recompile(backend, reduction):
+    """The first value is a constant, the second makes it a variable, and then nothing is compiled again."""
+    hidden, weight, inputs = batch()
+
+    def values(k):
+        return {
+            "beta": 0.01 * k, "epsilon": 0.1 + 0.01 * k, "epsilon_high": 0.2 + 0.01 * k, "delta": 1.5 + 0.1 * k,
+            "temperature": 0.5 + 0.1 * k, "loss_scale": 1 / k, "num_items_in_batch": 100 + k,
+            "entropy_coef": 0.001 * k, "advantage_eps": 1e-4 * k,
+        }  # fmt: skip
+
+    rewards = torch.tensor([0.0, 1.0], device=DEVICE)
+    fixed = {**inputs, "rewards": rewards, "num_generations": 2, "loss_type": "dapo", "reduction": reduction}
+    calls = ((hidden, weight, {**fixed, **values(k)}) for k in range(1, 13))
+    assert number_of_compilations(calls, backend) <= 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_tensor_values_do_not_recompile(backend):
+    hidden, weight, inputs = batch()
+    adv = torch.tensor([1.0, -0.5], device=DEVICE)
+
+    def values(k):
+        counts = {"loss_scale": torch.tensor(1 / k), "num_items_in_batch": torch.tensor(100.0 + k)}
+        return {"advantages": adv * k, **{name: value.to(DEVICE) for name, value in counts.items()}}
+
+    calls = ((hidden, weight, {**inputs, **values(k), "loss_type": "dapo"}) for k in range(1, 13))
+    assert number_of_compilations(calls, backend) == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_new_lengths_and_batch_sizes_do_not_recompile(backend):
+    def calls():
+        for B, T in ((2, 3), (2, 4), (4, 2), (3, 5), (6, 2), (8, 3), (4, 7), (2, 16), (3, 6), (5, 2), (7, 3), (3, 9)):
+            hidden, weight, inputs = batch(B, T)
+            yield hidden, weight, {**inputs, "advantages": torch.linspace(-1, 1, B, device=DEVICE), "beta": 0.1}
+
+    assert number_of_compilations(calls(), backend) <= 3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ops_are_what_they_declare(backend, monkeypatch):
+    """Each op's schema names what it mutates, and its fake returns the shapes, strides and dtypes of the real one."""
+    calls = []
+
+    def recorded(op):
+        def call(*args):
+            calls.append((op, [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args]))
+            return op(*args)
+
+        return call
+
+    names = [name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)]
+    for name in names:
+        monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
+    hidden, weight, inputs = batch()
+    inputs["advantages"] = torch.tensor([1.0, -0.5], device=DEVICE)
+    for options in itertools.product((False, True), ("mean", "none"), (0.0, 0.1)):
+        kwargs = dict(zip(("inplace", "reduction", "entropy_coef"), options), return_entropy=options[2] > 0)
+        gradients(train, hidden, weight, **inputs, **kwargs, backend=backend)
+    x = (hidden @ weight.T).requires_grad_()
+    loss = fused_grpo_loss(x, inputs["completion_ids"], inputs["advantages"], backend=backend).loss
+    torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=True)
+    assert len({id(op) for op, _ in calls}) == len(names)
+    for op, args in calls:
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
