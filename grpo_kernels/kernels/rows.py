@@ -177,24 +177,26 @@ def loss_kernel(
             write_zeros(dst, V, K, L)
             return
 
-    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
+    # The weights come before the row, which leaves fewer scalars to hold while it streams by.
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
+    factor = load_or(loss_scale, 0, 1.0)
+    w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
+    h = 0.0
+    if BONUS:
+        h = -weight(load_or(tokens, 0, 1.0), h_factor, factor)
+
+    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_last")
     lp, x_token = score_token(row, token, V, top, total, scale)
     tl.store(logps + at, lp)
     if ENTROPY:
         tl.store(entropy + at, entropy_of(total, mean))
 
-    r = log_ratio(lp, load_or(old, seq * old_b + tok * old_t, lp))
-    _, _, d_ratio, d_lp = token_objective(
-        r, lp, load_or(ref, seq * ref_b + tok * ref_t, 0.0), A,
-        load_or(is_weight, seq * is_b + tok * is_t, 1.0), beta, c, TERM, KL,
-    )  # fmt: skip
-    factor = load_or(loss_scale, 0, 1.0)
-    g = weight(load_or(count, seq * count_b, 1.0), w_factor, factor) * (d_ratio + d_lp)
-    h = 0.0
-    if BONUS:
-        h = -weight(load_or(tokens, 0, 1.0), h_factor, factor)
+    lp_old = load_or(old, seq * old_b + tok * old_t, lp)
+    lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
+    trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
+    _, _, d_ratio, d_lp = token_objective(log_ratio(lp, lp_old), lp, lp_ref, A, trust, beta, c, TERM, KL)
+    g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
         write_zeros(dst, V, K, L)
     else:
