@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from grpo_kernels.trainer.loop import Row
-from grpo_kernels.trainer.options import Options
+from grpo_kernels.trainer.options import REWARD_WINDOW, SOLVED_REWARD, Options
 from grpo_kernels.trainer.records import Records
 from grpo_kernels.trainer.task import Task
 from grpo_kernels.trainer.warmup import WarmUp
@@ -80,7 +80,7 @@ class Reporter:
             text += f", below the {self._options.warmup_accuracy:g} aimed at"
         self._progress.remove_task(self._bar)
         self._say(text)
-        self._bar = self._progress.add_task("GRPO", total=self._options.steps, status="", count="")
+        self._bar = self._progress.add_task("GRPO", total=self._options.max_steps, status="", count="")
 
     def row(self, row: Row) -> None:
         """Shows a row of metrics, of a step or of an evaluation."""
@@ -91,7 +91,7 @@ class Reporter:
             self._rewards.append(row["reward"])
         if not self._last:
             return
-        steps, step = self._options.steps, self._last["step"]
+        steps, step = self._options.max_steps, self._last["step"]
         if self._live:
             self._progress.update(
                 self._bar, description="GRPO", visible=True, total=steps, completed=step,
@@ -122,6 +122,9 @@ class Reporter:
         first, last = sum(reward[:window]) / window, sum(reward[-window:]) / window
         table.add_row(f"reward, sampled, {window} steps", f"{first:.3f}", f"{last:.3f}")
         self._say()
+        if self._options.solved(reward):
+            self._say(f"stopped at step {len(reward)}: mean reward of {REWARD_WINDOW} steps at {SOLVED_REWARD}")
+            self._say()
         self._console.print(table)
         self._say()
         for what, path in files.items():

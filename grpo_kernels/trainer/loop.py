@@ -203,18 +203,19 @@ def train(
 
     Args:
         log: receives a row of metrics per step, under TRL's names; and rows with ``eval/accuracy`` before
-            the first step, after the last, and every ``options.eval_every`` steps.
+            the first step, after the last, and every ``options.eval_every`` steps. The last is
+            ``options.steps``, or without it the one whose rewards count as solved.
     """
     config = options.loss_config(task.max_completion_length)
     reference = copy.deepcopy(policy).eval().requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    rise = max(1, options.steps // 10)
+    rise = max(1, options.max_steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / rise) * (1.0 - step / options.steps)
+        optimizer, lambda step: min(1.0, (step + 1) / rise) * (1.0 - step / options.max_steps)
     )
-    num_tokens = 0
+    num_tokens, rewards = 0, []
     log({"step": 0, "eval/accuracy": evaluate(policy, tokenizer, task)})
-    for step, problems in zip(range(1, options.steps + 1), batches(task.train, options.batch_size, options.seed)):
+    for step, problems in zip(range(1, options.max_steps + 1), batches(task.train, options.batch_size, options.seed)):
         start = time.perf_counter()
         policy.eval()
         with precision(options, policy.device):
@@ -234,5 +235,9 @@ def train(
             "sampling_time": sampled - start,
             "step_time": time.perf_counter() - start,
         })  # fmt: skip
-        if step % options.eval_every == 0 or step == options.steps:
+        rewards.append(row["reward"])
+        last = step == options.max_steps or options.solved(rewards)
+        if last or step % options.eval_every == 0:
             log({"step": step, "eval/accuracy": evaluate(policy, tokenizer, task)})
+        if last:
+            return

@@ -19,6 +19,12 @@ class OptionError(ValueError):
     """An option's value is unusable; the message names the flag, what came, and the remedy."""
 
 
+# Without --steps a run goes on until sampled completions earn this on average, over so many steps.
+SOLVED_REWARD = 0.8
+REWARD_WINDOW = 10
+MOST_STEPS = 300
+
+
 def _option(default, help: str, choices: Sequence[str] | None = None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
@@ -37,7 +43,10 @@ class Options:
     dtype: str = _option("float32", "bfloat16: autocast, the weights stay float32", ("float32", "bfloat16"))
     threads: int = _option(1, "CPU threads of torch; so small a model gains little from more")
 
-    steps: int = _option(130, "GRPO steps; each samples, rewards and learns from a new batch")
+    steps: int | None = _option(
+        None,
+        f"GRPO steps (default: until {REWARD_WINDOW} steps have a mean reward of {SOLVED_REWARD}, {MOST_STEPS} max)",
+    )
     batch_size: int = _option(64, "prompts per step; each gets a group of completions")
     num_generations: int = _option(8, "G, completions per prompt: the group whose mean reward is the baseline")
     num_iterations: int = _option(2, "optimizer steps per batch; from the second on, ratios leave 1 and clipping acts")
@@ -59,7 +68,8 @@ class Options:
     def __post_init__(self) -> None:
         _check(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         for name in ("steps", "batch_size", "num_iterations", "eval_every", "threads"):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, value, "at least 1")
         _check(self.num_generations >= 2, "num_generations", self.num_generations,
                "at least 2: an advantage compares completions of one prompt")  # fmt: skip
         for name in ("temperature", "learning_rate", "max_grad_norm"):
@@ -74,6 +84,16 @@ class Options:
         for name in ("beta", "epsilon", "epsilon_high"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < math.inf, name, value, "a finite number, 0 or more")
+
+    @property
+    def max_steps(self) -> int:
+        """The most GRPO steps there can be."""
+        return MOST_STEPS if self.steps is None else self.steps
+
+    def solved(self, rewards: Sequence[float]) -> bool:
+        """Whether the rewards of the steps so far end the run; never with a given number of steps."""
+        window = rewards[-REWARD_WINDOW:]
+        return self.steps is None and len(window) == REWARD_WINDOW and sum(window) / REWARD_WINDOW >= SOLVED_REWARD
 
     def loss_config(self, max_completion_length: int) -> LossConfig:
         """The loss's part of the options."""
