@@ -44,7 +44,7 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-gpu test-triton bench lint clean check-python
+.PHONY: help demo test test-gpu test-triton test-verl bench lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -52,7 +52,7 @@ help: ## list the targets and the variables
 	@echo
 	@echo "Variables"
 	@echo "  ARGS=            passed on to the command, e.g. make demo ARGS=\"--seed 1\""
-	@echo "  JOBS=            processes that test and test-triton run in (now: $(JOBS)); 0: no extra process"
+	@echo "  JOBS=            processes that test, test-triton and test-verl run in (now: $(JOBS)); 0: no extra process"
 	@echo "  PYTHON=          the interpreter to start from, 3.10 or newer (now: $(or $(PYTHON),none found))"
 	@echo "  VENV=            the virtual environment (now: $(or $(VENV),none, PYTHON as it is)); empty: use"
 	@echo "                   PYTHON as it is and install nothing"
@@ -84,11 +84,14 @@ test-triton: $(if $(VENV),$(TRITON_VERSIONS:%=.venv-triton-%/.installed),needs-v
 	if [ -n "$$failed" ]; then echo "make test-triton: failed with Triton$$failed" >&2; exit 1; fi; \
 	echo "==> passed with Triton $(TRITON_VERSIONS)"
 
+test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's own losses, on the CPU
+	$(on_cpu) .venv-verl/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity_verl $(ARGS)
+
 lint: $(call installed,lint) ## ruff over the sources
 	$(PY) -m ruff check $(or $(ARGS),.)
 
 clean: ## remove the virtual environments, builds and caches, not what you produced
-	rm -rf .venv .venv-triton-* build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf .venv .venv-triton-* .venv-verl build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # --- environments ---------------------------------------------------------------------------------
@@ -140,7 +143,7 @@ check-python:
 force:
 
 needs-venv:
-	@echo "make test-triton: needs a virtual environment to layer the Triton versions on, VENV= is empty" >&2; exit 1
+	@echo "make $(MAKECMDGOALS): needs a virtual environment to layer its own on, VENV= is empty" >&2; exit 1
 
 # One environment per Triton, holding that Triton alone; the rest is read from $(VENV). --no-deps,
 # because torch asks for one exact Triton. Triton 3.6's interpreter does not run with NumPy 2.4.
@@ -150,6 +153,19 @@ triton_numpy_3.6.0 := numpy<2.4
 	@echo "==> installing Triton $* into $(@D)"
 	@$(PY) -m venv --without-pip $(@D)
 	@$(PY) -m pip --python $(@D)/bin/python install --disable-pip-version-check $(index) --no-deps triton==$* $(if $(triton_numpy_$*),'$(triton_numpy_$*)')
+	@base=$$($(PY) -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))'); \
+	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
+	@touch $@
+
+# verl in the same way. --no-deps, because verl asks for an older transformers, for Ray and for much else
+# that its losses never use; and apart from $(VENV), because its wheel holds a package named tests.
+verl_packages := verl tensordict pyvers cloudpickle omegaconf codetiming orjson
+.venv-verl/.installed: $(VENV)/.installed-test constraints.txt
+	@rm -rf $(@D)
+	@echo "==> installing verl into $(@D)"
+	@$(PY) -m venv --without-pip $(@D)
+	@$(PY) -m pip --python $(@D)/bin/python install --disable-pip-version-check $(index) --no-deps -c constraints.txt $(verl_packages)
 	@base=$$($(PY) -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))'); \
 	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"

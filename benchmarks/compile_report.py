@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import functools
 import inspect
+import itertools
 import json
 import os
 import re
@@ -26,9 +27,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.kernels import launch
-from grpo_kernels.variants import TERMS, Plan
+from grpo_kernels.plan import Plan
+from grpo_kernels.variants import KL_ESTIMATORS, TERMS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -36,7 +39,10 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = ("logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel")
+KERNELS = (
+    "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
+    "correction_kernel", "segments_kernel", "threshold_kernel",
+)  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
@@ -71,10 +77,12 @@ class _Recorder:
 @contextlib.contextmanager
 def recording(launches: list, label: str, wave: int) -> Iterator[None]:
     """Launches are recorded instead of run, with the tile shapes of a GPU of this wave size."""
-    saved = {name: getattr(launch, name) for name in (*KERNELS, "tile_shape")}
+    shapes = ("tile_shape", "block_shape")
+    saved = {name: getattr(launch, name) for name in (*KERNELS, *shapes)}
     for name in KERNELS:
         setattr(launch, name, _Recorder(saved[name], launches, label))
-    launch.tile_shape = functools.partial(saved["tile_shape"], wave=wave)
+    for name in shapes:
+        setattr(launch, name, functools.partial(saved[name], wave=wave))
     try:
         yield
     finally:
@@ -83,31 +91,59 @@ def recording(launches: list, label: str, wave: int) -> Iterator[None]:
 
 
 def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
-    """Each kernel in its leanest form (fewest inputs) and its fullest."""
+    """Each kernel in its leanest form (fewest inputs), its fullest, and with every term and KL."""
     B, T = 2, 2
     logits = torch.zeros(B, T, V, dtype=DTYPES[dtype])
     ids = torch.zeros(B, T, dtype=torch.int64)
     token, sequence, one = torch.zeros(B, T), torch.zeros(B), torch.ones(())
-    lean = Inputs(ids, adv=sequence[:, None])
-    full = Inputs(ids, ids, token, token, None, sequence, sequence[:, None], sequence, one, one, B)
+    column = sequence[:, None]
+    lean = Inputs(ids, adv=column)
+    weighted = lean._replace(mask=ids, old=token, count=sequence)
+    full = weighted._replace(ref=token, adv=None, rewards=sequence, is_weight=column, temperature=column,
+                             loss_scale=one, tokens=one)  # fmt: skip
+    tokens = torch.zeros(1, B * T)
+    row, flat_ids = logits.reshape(1, B * T, V), ids.reshape(1, B * T)
+    cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
+    packed = Inputs(flat_ids, flat_ids, tokens, tokens, tokens, column, None, None, column, count=sequence, cu=cu,
+                    segments=segments)  # fmt: skip
+    own = {name: bool(term.statistic) for name, term in TERMS.items()}
     launches: list[Launch] = []
-    for term_name, term in TERMS.items():
-        coefs = Coefs(1.0, term=(1.0,) * len(term.kind._fields))
-        cases = {
-            "lean": (lean, Plan(term_name, "", "group", True, False, False), False),
-            "full": (full, Plan(term_name, "k3", "batch", True, False, True), True),
-            "skip": (full._replace(ref=None), Plan(term_name, "", "group", True, True, False), False),
-        }
-        for case, (inputs, plan, entropy) in cases.items():
-            with recording(launches, f"{term_name} {case} {dtype}", wave):
-                launch.loss(logits, logits, inputs, coefs, plan, entropy)
-                launch.logprobs(logits, inputs, coefs, plan, entropy)
-                entropies = token if entropy else None
-                launch.objective(token, entropies, inputs, coefs, plan, True)
-                stats = torch.zeros(B * T, 3)
-                launch.slope(logits, logits, ids, inputs.mask, stats, token, entropies, one, coefs)
+
+    def run(label, inputs, plan, entropy=False, gradient=True):
+        coefs = Coefs(term=(1.0,) * len(TERMS[plan.term].kind._fields))
+        x = logits if inputs.cu is None else row
+        with recording(launches, f"{plan.term} {label} {dtype}", wave):
+            if plan.one_launch:
+                launch.loss(x, x, inputs, coefs, plan, entropy)
+            launch.logprobs(x, inputs, coefs, plan, entropy)
+            logps = torch.zeros(inputs.ids.shape)
+            entropies = logps if entropy else None
+            launch.objective(logps, entropies, inputs, coefs, plan, gradient)
+            launch.slope(x, x, inputs, torch.zeros(logps.numel(), 3), logps, entropies, one, coefs)
+
+    for name in TERMS:
+        run("lean", lean, Plan(term=name))
+        run("old", weighted, Plan(term=name))
+        level = "token" if own[name] or "dppo" in name else "sequence"
+        run("sequence", weighted, Plan(term=name, level=level, off_policy=True, clip_once=True))
+    for name in KL_ESTIMATORS:
+        run(f"KL {name}", full, Plan(term="clipped", kl=name, bias=True, scale_rewards="batch"))
+    full_plan = Plan(term="clipped", kl="k3", bias=True, scale_rewards="batch", bonus=True)
+    run("full", full, full_plan, entropy=True)
+    run("full sequence", full._replace(sampling=token, threshold=one, gate=token),
+        full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
+    run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True))
+    run("packed", packed, full_plan._replace(scale_rewards="none"), entropy=True)
+    run("packed sequence", packed, Plan(term="clipped", level="sequence"))
+    run("weights once", full._replace(ref=None), Plan(term="vespo", scale_rewards="group", weight_once=True))
     with recording(launches, dtype, wave):
         launch.scale(logits, logits, one)
+        for up, bounds in ((None, None), (token, None), (None, cu)):
+            launch.join(*(tokens if bounds is not None else token for _ in range(3)), up, bounds)
+        for correction in CORRECTIONS.values():
+            launch.correct(token, full._replace(sampling=token), Coefs(), correction)
+        launch.segments(flat_ids, cu, B * T)
+        launch.threshold(segments.float(), segments.float(), 0.5)
     seen = {}
     for each in launches:
         seen.setdefault((each.kernel, str(_signature(each))), each)
@@ -184,15 +220,12 @@ def _tool(name: str, *args: str) -> str:
 
 def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> list[dict]:
     """One row per launch form × target × dtype × vocabulary."""
-    jobs = [
-        (each, target, V)
-        for target in targets
-        for V in vocabularies
-        for dtype in dtypes
-        for each in record_launches(V, dtype, TARGETS[target].warp_size)
-    ]
+    jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
+    for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
+        for each in record_launches(V, dtype, TARGETS[target].warp_size):
+            jobs.setdefault((target, V, each.kernel, str(_signature(each))), each)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: {"V": job[2], **compile_launch(job[0], job[1])}, jobs))
+        return list(pool.map(lambda job: {"V": job[0][1], **compile_launch(job[1], job[0][0])}, jobs.items()))
 
 
 def main(argv: list[str] | None = None) -> None:

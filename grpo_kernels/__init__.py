@@ -3,7 +3,7 @@
 from grpo_kernels.advantages import group_advantages
 from grpo_kernels.config import LossConfig
 from grpo_kernels.logprobs import TokenLogprobs, token_logprobs
-from grpo_kernels.loss import LossOutput, fused_grpo_loss
+from grpo_kernels.loss import LossOutput, fused_grpo_loss, policy_loss
 
 __version__ = "0.1.0"
 
@@ -13,5 +13,6 @@ __all__ = [
     "TokenLogprobs",
     "fused_grpo_loss",
     "group_advantages",
+    "policy_loss",
     "token_logprobs",
 ]

@@ -19,6 +19,7 @@ def group_advantages(
     scale_rewards: str = "group",
     unbiased: bool = True,
     eps: float = 1e-4,
+    data_group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
     """Group-relative advantages of the rewards of ``num_generations`` completions per prompt.
 
@@ -37,6 +38,7 @@ def group_advantages(
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"``, as in the table.
         unbiased: divide the variance by n − 1 (TRL), not n.
         eps: added to the standard deviation (TRL: 1e-4, verl: 1e-6).
+        data_group: process group of data-parallel ranks, whose rewards all count for the batch's std.
 
     Returns:
         (B,) advantages, fp32 (fp64 for fp64 rewards), detached.
@@ -48,15 +50,39 @@ def group_advantages(
     check_rewards(rewards, num_generations, scale_rewards)
     rewards = rewards.detach()
     rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
+    batch_std = batch_spread(rewards, unbiased, data_group) if scale_rewards == "batch" else None
+    return relative_advantages(rewards, num_generations, scale_rewards, unbiased, eps, batch_std)
+
+
+def relative_advantages(rewards, num_generations, scale_rewards, unbiased, eps, batch_std=None) -> torch.Tensor:
+    """`group_advantages` of checked arguments; ``batch_std``: as known, else that of these rewards."""
     groups = rewards.reshape(-1, num_generations)  # [B/G, G]
     mean, spread = moments(groups, unbiased)
     if scale_rewards == "none":
         divisor = torch.ones_like(spread)
     elif scale_rewards == "batch":
-        divisor = moments(rewards.reshape(1, -1), unbiased)[1] + eps
+        divisor = (moments(rewards.reshape(1, -1), unbiased)[1] if batch_std is None else batch_std) + eps
     else:
         divisor = spread + eps
     return on_torch(standardise)(groups, mean, spread, divisor).reshape(-1)
+
+
+def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor | None:
+    """The std of the rewards of all ranks [], as `moments` has it; None without a group."""
+    if group is None:
+        return None
+    reduce = torch.distributed.all_reduce
+    valid = rewards == rewards
+    known = torch.where(valid, rewards, 0.0).double()
+    totals = torch.stack([valid.sum(dtype=torch.float64), known.sum()])
+    reduce(totals, group=group)
+    count, mean = totals[0], totals[1] / totals[0].clamp(min=1.0)
+    square = torch.where(valid, (known - mean).square(), 0.0).sum()
+    reduce(square, group=group)
+    ends = torch.stack([torch.where(valid, x, -torch.inf).amax() for x in (rewards, -rewards)])  # max, −min
+    reduce(ends, torch.distributed.ReduceOp.MAX, group)
+    std = (square / (count - 1.0 if unbiased else count).clamp(min=1.0)).sqrt()
+    return torch.where(ends.sum() > 0.0, std, 0.0).to(rewards.dtype)
 
 
 def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:

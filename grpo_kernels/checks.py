@@ -2,6 +2,7 @@
 
 import math
 import os
+from typing import NamedTuple
 
 import torch
 
@@ -14,8 +15,40 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
 
 
-def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor) -> tuple[int, int]:
-    """The batch size and length (B, T) of logits (B, T, V) or (B, T+1, V) and ids (B, T)."""
+class Layout(NamedTuple):
+    """B sequences of T tokens each, or packed: B sequences (0: not known) in T tokens, one after another."""
+
+    B: int
+    T: int
+    packed: bool
+
+    @property
+    def per_token(self) -> dict[str, tuple]:
+        return {"(N,)": (self.T,)} if self.packed else {"(B, T)": (self.B, self.T)}
+
+    @property
+    def per_sequence(self) -> dict[str, tuple]:
+        return {"(S,)": (self.B,)} if self.packed else {"(B,)": (self.B,), "(B, 1)": (self.B, 1)}
+
+    def rows(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """Something per token, or per sequence, as the backends have it: two-dimensional."""
+        if x is None or x.dim() == 2:
+            return x
+        if self.packed and tuple(x.shape) != (self.B,):
+            return x[None]
+        return x[:, None]
+
+    def tokens(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """Something per token as the backends have it."""
+        return x[None] if x is not None and self.packed else x
+
+    def restore(self, x: torch.Tensor | None) -> torch.Tensor | None:
+        """Back from `tokens`."""
+        return x[0] if x is not None and self.packed and x.dim() else x
+
+
+def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> Layout:
+    """The layout of logits (B, T, V) or (B, T+1, V) and ids (B, T); or of packed (N, V) and (N,)."""
     check_tensor("logits", logits)
     check_tensor("completion_ids", completion_ids)
     if logits.dtype not in LOGITS_DTYPES:
@@ -25,25 +58,65 @@ def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor) -> tuple[in
         )
     if completion_ids.dtype not in _INTEGERS:
         raise TypeError(f"completion_ids must be integers, got {completion_ids.dtype}. Cast them: .long().")
-    if completion_ids.dim() != 2:
+    if completion_ids.dim() not in (1, 2):
+        raise ValueError(f"completion_ids must be (B, T), or packed (N,), got {tuple(completion_ids.shape)}.")
+    packed = completion_ids.dim() == 1
+    if packed and (logits.dim() != 2 or logits.shape[0] != completion_ids.shape[0]):
         raise ValueError(
-            f"completion_ids must be (B, T), got {tuple(completion_ids.shape)}. Packed input is not available."
+            f"packed logits must be (N, V) with N = {completion_ids.shape[0]} from completion_ids, got "
+            f"{tuple(logits.shape)}. logits[i] scores completion_ids[i]."
         )
-    B, T = completion_ids.shape
-    if logits.dim() != 3 or logits.shape[0] != B or logits.shape[1] not in (T, T + 1):
+    shape = tuple(completion_ids.shape)
+    if not packed and tuple(logits.shape[:-1]) not in (shape, (shape[0], shape[1] + 1)):
         raise ValueError(
-            f"logits must be (B, T, V) or (B, T+1, V) with (B, T) = {(B, T)} from completion_ids, got "
+            f"logits must be (B, T, V) or (B, T+1, V) with (B, T) = {shape} from completion_ids, got "
             f"{tuple(logits.shape)}. logits[b, t] scores completion_ids[b, t]: cut the prompt off both."
         )
-    if logits.numel() == 0 or T == 0:
-        raise ValueError(f"logits {tuple(logits.shape)} and completion_ids {(B, T)} hold no token at all.")
-    if logits.stride(2) != 1 and logits.shape[2] > 1:
+    if logits.numel() == 0 or completion_ids.numel() == 0:
+        raise ValueError(f"logits {tuple(logits.shape)} and completion_ids {shape} hold no token at all.")
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"logits must be contiguous in the vocabulary, got strides {logits.stride()}. Make them so with "
             "logits.contiguous(), which copies, or do not transpose them."
         )
     check_device("completion_ids", completion_ids, logits)
-    return B, T
+    return check_layout(shape, cu_seqlens, logits)
+
+
+def check_logprobs(logps: torch.Tensor, entropy: torch.Tensor | None, cu_seqlens: torch.Tensor | None) -> Layout:
+    """The layout of log-probabilities (B, T), or packed (N,), and entropies of the same shape."""
+    for name, value in (("logps", logps), ("entropy", entropy)):
+        if value is None and name == "entropy":
+            continue
+        check_tensor(name, value)
+        if not value.dtype.is_floating_point:
+            raise TypeError(f"{name} must be floating point, got {value.dtype}.")
+        if value.dim() not in (1, 2) or value.numel() == 0:
+            raise ValueError(f"{name} must be (B, T), or packed (N,), and hold a token, got {tuple(value.shape)}.")
+        check_shape(name, value, {"as logps": tuple(logps.shape)})
+        check_device(name, value, logps)
+    return check_layout(tuple(logps.shape), cu_seqlens, logps)
+
+
+def check_layout(shape: tuple[int, ...], cu_seqlens: torch.Tensor | None, like: torch.Tensor) -> Layout:
+    """The layout of a per-token tensor of this shape, with the bounds of its sequences where it is packed."""
+    if cu_seqlens is None:
+        return Layout(0, shape[0], True) if len(shape) == 1 else Layout(*shape, False)
+    check_tensor("cu_seqlens", cu_seqlens)
+    if len(shape) != 1:
+        raise ValueError(f"cu_seqlens goes with packed input, logits (N, V) and ids (N,); got ids {shape}.")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+        raise ValueError(f"cu_seqlens must be (S+1,), from 0 to N, got {tuple(cu_seqlens.shape)}.")
+    check_device("cu_seqlens", cu_seqlens, like)
+    return Layout(cu_seqlens.shape[0] - 1, shape[0], True)
+
+
+def check_bounds(cu_seqlens: torch.Tensor, N: int) -> None:
+    """Values of cu_seqlens: from 0 to N, never falling."""
+    if bool((cu_seqlens.diff() < 0).any()) or int(cu_seqlens[0]) != 0 or int(cu_seqlens[-1]) != N:
+        raise ValueError(f"cu_seqlens must rise from 0 to N = {N}, got {cu_seqlens.tolist()}.")
 
 
 def check_device(name: str, value: torch.Tensor, logits: torch.Tensor) -> None:
@@ -77,13 +150,13 @@ def check_shape(name: str, value: torch.Tensor, shapes: dict[str, tuple]) -> Non
         raise ValueError(f"{name} must be {wanted}, got {tuple(value.shape)}.")
 
 
-def check_mask(name: str, mask: torch.Tensor | None, logits: torch.Tensor, B: int, T: int) -> None:
+def check_mask(name: str, mask: torch.Tensor | None, logits: torch.Tensor, layout: Layout) -> None:
     if mask is None:
         return
     check_tensor(name, mask)
     if mask.dtype.is_complex:
         raise TypeError(f"{name} must be bool, int or float, got {mask.dtype}.")
-    check_shape(name, mask, {"(B, T)": (B, T)})
+    check_shape(name, mask, layout.per_token)
     check_device(name, mask, logits)
     check_no_grad(name, mask)
 
@@ -112,11 +185,15 @@ def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewa
         )
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: torch.Tensor | float, logits: torch.Tensor, layout: Layout) -> None:
+    """A number above 0, or a tensor of them per sequence or token."""
     if isinstance(temperature, torch.Tensor):
-        raise ValueError("temperature must be a number: a tensor of temperatures is not available.")
-    if not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
-        raise ValueError(f"temperature must be a finite number above 0, got {temperature!r}.")
+        shapes = {**layout.per_token, **(layout.per_sequence if layout.B else {})}
+        check_float("temperature", temperature, logits, shapes)
+        if validates(logits.device) and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
+            raise ValueError("temperature must be above 0 everywhere, masked tokens included (1 will do there).")
+    elif not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+        raise ValueError(f"temperature must be a finite number above 0, or a tensor of them, got {temperature!r}.")
 
 
 def check_factor(name: str, value: torch.Tensor | float, logits: torch.Tensor) -> torch.Tensor | float:
@@ -157,16 +234,23 @@ def validates(device: torch.device) -> bool:
     return setting == "1" or (setting == "" and device.type == "cpu")
 
 
+def check_mask_values(mask: torch.Tensor | None) -> None:
+    """A mask of zeros and ones."""
+    if mask is None:
+        return
+    strange = (mask != 0) & (mask != 1)
+    if bool(strange.any()):
+        raise ValueError(
+            f"completion_mask must hold only 0 and 1, got {mask[strange][0].item()}. Weights per token go into "
+            "importance_weights or the advantages."
+        )
+
+
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Ids inside the vocabulary wherever the mask counts them, and a mask of zeros and ones."""
+    check_mask_values(mask)
     outside = (completion_ids < 0) | (completion_ids >= V)
     if mask is not None:
-        strange = (mask != 0) & (mask != 1)
-        if bool(strange.any()):
-            raise ValueError(
-                f"completion_mask must hold only 0 and 1, got {mask[strange][0].item()}. Weights per token go into "
-                "importance_weights or the advantages."
-            )
         outside &= mask != 0
     if bool(outside.any()):
         where = outside.nonzero()[0].tolist()

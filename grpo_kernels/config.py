@@ -3,67 +3,209 @@
 import dataclasses
 import math
 
-from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES
+from grpo_kernels.correction import CORRECTIONS
+from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
+from grpo_kernels.weights import AGGREGATIONS
+
+_PARTS = {"policy_term": "term", "importance_sampling_level": "level", "loss_agg_mode": "aggregation"}
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """What loss to compute. Fields are named as TRL's ``GRPOConfig`` names them.
+    """What loss to compute. Fields are named as TRL's ``GRPOConfig`` names them, where TRL has them.
 
     Attributes:
-        loss_type: one of `grpo_kernels.variants.LOSS_TYPES`: how tokens are weighted, and the term.
+        loss_type: a preset of the three parts below, one of `grpo_kernels.variants.LOSS_TYPES`.
+        policy_term: one of `grpo_kernels.variants.TERMS`; None: the loss type's.
+        importance_sampling_level: whose ratio the term sees, one of `grpo_kernels.variants.LEVELS`;
+            None: the loss type's, which is ``"token"`` for most.
+        loss_agg_mode: how tokens are averaged, one of `grpo_kernels.weights.AGGREGATIONS`; verl's modes
+            under verl's names; None: the loss type's.
         beta: coefficient of the KL to the reference policy; 0 needs no ``ref_logps``.
         epsilon: ε_low; the ratio is clipped below at 1 − ε_low (PPO, arXiv:1707.06347).
         epsilon_high: ε_high; clipped above at 1 + ε_high; None: ``epsilon`` (DAPO, arXiv:2503.14476).
+            An error with cispo, whose bounds are ``cispo_min`` and ``cispo_max``.
         delta: upper cap of the unclipped branch; None: no cap (INTELLECT-2, arXiv:2505.07291).
-        importance_sampling_level: ``"token"``: a ratio per token.
+        dual_clip: c > 1; for A < 0 the loss is at most −c·A; None: off (arXiv:1912.09729; verl: 3.0). For
+            dppo_tv and dppo_kl the cap of ρ, 20 if None.
+        cispo_min, cispo_max: bounds of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585).
+            TRL's ``epsilon_high`` of cispo is ``cispo_max``; verl's are 1 − ε_low and 1 + ε_high.
+        sapo_temperature_pos, sapo_temperature_neg: steepness of the gate (SAPO, arXiv:2511.20347).
+        vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape of φ for A ≥ 0 and A < 0
+            (VESPO, arXiv:2602.10693).
+        dro_beta: coefficient of ½·r̂² (DRO, arXiv:2405.19107; τ of Kimi k1.5, arXiv:2501.12599).
         kl_estimator: one of `grpo_kernels.variants.KL_ESTIMATORS`.
-        max_completion_length: the constant that ``dr_grpo`` divides by; None: T, the padded length
-            of the batch (Dr. GRPO, arXiv:2503.20783).
+        use_bias_correction_kl: multiply the KL by ρ, not detached (DeepSeek-V3.2, arXiv:2512.02556).
+        kl_clamp: the KL's value is held within ±kl_clamp, and u = ref − lp within ±20, with gradient 0
+            beyond (k1+ and k3+ keep the gradient they borrow); None: off (verl's k3: 10).
+        log_ratio_clamp: bounds of the level's log ratio, a number c for ±c or a pair, with gradient 0
+            beyond; None: off (verl: 20; its gspo: (−inf, 10)).
+        max_completion_length: the constant that ``dr_grpo`` and seq-mean-token-sum-norm divide by; None:
+            T, the padded length of the batch (Dr. GRPO, arXiv:2503.20783).
+        global_batch_size: sequences that verl's seq-mean modes divide by; None: those of this call that
+            have an unmasked token.
         entropy_coef: coefficient of the entropy bonus, a mean over the unmasked tokens.
+        top_entropy_quantile: the policy term acts on this share of tokens, those of highest entropy; 1: all
+            ("Beyond the 80/20 rule", arXiv:2506.01939).
+        off_policy_mask_threshold: sequences of negative advantage whose mean log-probability has fallen by
+            more than this since they were sampled leave the policy term; None: off (DeepSeek-V3.2,
+            arXiv:2512.02556).
+        sampling_correction: how importance weights exp(old − sampling_logps) are bounded: None (not made),
+            ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"``, ``"sequence_mask"`` (TRL's
+            modes), or ``"seq_mask_tis"``: token ratios, in sequences whose geometric mean is in bounds.
+        sampling_correction_min, sampling_correction_max: those bounds, inclusive; None: no bound.
         scale_rewards: what ``rewards`` are divided by: ``"group"``, ``"batch"`` or ``"none"``
             (DeepSeekMath, arXiv:2402.03300).
         advantage_eps: added to the standard deviation of rewards (TRL 1e-4, verl 1e-6).
         advantage_unbiased: divide the variance of rewards by n − 1, not n.
 
+    The three parts hold their values after construction: ``LossConfig().importance_sampling_level`` is
+    ``"token"``.
+
     Raises:
-        ValueError: a value outside its range, or a name that is not in the catalogue.
+        ValueError: a value outside its range, a name that is not in the catalogue, a combination
+            without a meaning.
         TypeError: an unknown field.
     """
 
     loss_type: str = "grpo"
+    policy_term: str | None = None
+    importance_sampling_level: str | None = None
+    loss_agg_mode: str | None = None
     beta: float = 0.0
     epsilon: float = 0.2
     epsilon_high: float | None = None
     delta: float | None = None
-    importance_sampling_level: str = "token"
+    dual_clip: float | None = None
+    cispo_min: float | None = None
+    cispo_max: float = 5.0
+    sapo_temperature_pos: float = 1.0
+    sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    dro_beta: float = 1.0
     kl_estimator: str = "k3"
+    use_bias_correction_kl: bool = False
+    kl_clamp: float | None = None
+    log_ratio_clamp: float | tuple[float, float] | None = None
     max_completion_length: int | None = None
+    global_batch_size: int | None = None
     entropy_coef: float = 0.0
+    top_entropy_quantile: float = 1.0
+    off_policy_mask_threshold: float | None = None
+    sampling_correction: str | None = None
+    sampling_correction_min: float | None = None
+    sampling_correction_max: float | None = 3.0
     scale_rewards: str = "group"
     advantage_eps: float = 1e-4
     advantage_unbiased: bool = True
 
     def __post_init__(self) -> None:
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        for field, part in _PARTS.items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, getattr(LOSS_TYPES[self.loss_type], part))
+        _one_of("policy_term", self.policy_term, TERMS)
         _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
+        _one_of("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
+        _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
-        _at_least("beta", self.beta, 0.0)
-        _at_least("epsilon", self.epsilon, 0.0)
-        _at_least("advantage_eps", self.advantage_eps, 0.0)
-        if not -math.inf < self.entropy_coef < math.inf:
-            raise ValueError(f"entropy_coef must be finite, got {self.entropy_coef}.")
-        if self.epsilon_high is not None:
-            _at_least("epsilon_high", self.epsilon_high, 0.0)
-        if self.delta is not None and not self.delta > 0.0:
-            raise ValueError(f"delta must be above 0, or None for no cap, got {self.delta}.")
-        if self.max_completion_length is not None and not self.max_completion_length > 0:
-            raise ValueError(f"max_completion_length must be above 0, got {self.max_completion_length}.")
+        if self.sampling_correction is not None:
+            _one_of("sampling_correction", self.sampling_correction, CORRECTIONS)
+        for name in ("beta", "epsilon", "advantage_eps", "epsilon_high", "cispo_min"):
+            _at_least(name, getattr(self, name), 0.0)
+        for name in ("entropy_coef", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
+                     "off_policy_mask_threshold"):  # fmt: skip
+            _finite(name, getattr(self, name))
+        for name in ("delta", "kl_clamp", "max_completion_length", "global_batch_size", "sapo_temperature_pos",
+                     "sapo_temperature_neg", "dro_beta"):  # fmt: skip
+            _above_zero(name, getattr(self, name))
+        if not self.cispo_max > 0.0:
+            raise ValueError(f"cispo_max must be above 0 (infinity: no bound), got {self.cispo_max}.")
+        if self.dual_clip is not None and not self.dual_clip > 1.0:
+            raise ValueError(f"dual_clip must be above 1, or None, got {self.dual_clip}.")
+        if not 0.0 <= self.top_entropy_quantile <= 1.0:
+            raise ValueError(f"top_entropy_quantile must be between 0 and 1, got {self.top_entropy_quantile}.")
+        low, high = self.log_ratio_bounds
+        if not low < high:
+            raise ValueError(
+                "log_ratio_clamp must be a number above 0 or a pair (low, high) with low < high, got "
+                f"{self.log_ratio_clamp}."
+            )
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        term = TERMS[self.policy_term]
+        if self.importance_sampling_level not in term.levels:
+            raise ValueError(
+                f"the term {self.policy_term!r} has no meaning at importance_sampling_level="
+                f"{self.importance_sampling_level!r}: it is defined at {', '.join(map(repr, term.levels))}."
+            )
+        if self.policy_term == "gmpo" and self.loss_agg_mode != "sequence-mean":
+            raise ValueError(
+                f"gmpo is a mean over sequences by definition: leave loss_agg_mode at None, got {self.loss_agg_mode!r}."
+            )
+        if self.policy_term == "cispo" and self.epsilon_high is not None:
+            raise ValueError(
+                "epsilon_high means two things for cispo. Say cispo_max=epsilon_high for TRL's raw bound of the ratio, "
+                "or cispo_min=1 - epsilon, cispo_max=1 + epsilon_high for verl's."
+            )
+        for knob in ("delta", "dual_clip", "cispo_min"):
+            if getattr(self, knob) is not None and knob not in term.knobs:
+                readers = ", ".join(name for name, other in TERMS.items() if knob in other.knobs)
+                raise ValueError(f"{knob} is read by {readers}, not by {self.policy_term!r}: leave it None.")
+        if self.log_ratio_clamp is not None and term.statistic is not None:
+            raise ValueError(f"{self.policy_term} limits its log ratio itself: leave log_ratio_clamp None.")
+
+    @property
+    def log_ratio_bounds(self) -> tuple[float, float]:
+        """``log_ratio_clamp`` as (low, high); infinite without one."""
+        clamp = self.log_ratio_clamp
+        if clamp is None:
+            return -math.inf, math.inf
+        return tuple(clamp) if isinstance(clamp, (tuple, list)) else (-clamp, clamp)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def from_trl(cls, args: object) -> "LossConfig":
+        """The loss that TRL's ``GRPOTrainer`` computes with these arguments (a ``GRPOConfig``, TRL 1.16).
+
+        Raises:
+            ValueError: an argument that cannot be taken over, with what to do instead.
+        """
+        return cls(**_trl_fields(args))
+
+
+def _trl_fields(args: object) -> dict:
+    if getattr(args, "use_adaptive_entropy", False):
+        raise ValueError(
+            "use_adaptive_entropy changes entropy_coef while training: build the config without it, and pass each "
+            "step's coefficient as entropy_coef=..."
+        )
+    same = ("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level",
+            "use_bias_correction_kl", "max_completion_length", "entropy_coef", "top_entropy_quantile",
+            "off_policy_mask_threshold", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
+            "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "scale_rewards")  # fmt: skip
+    fields = {name: getattr(args, name) for name in same if hasattr(args, name)}
+    scale = fields.get("scale_rewards", "group")
+    fields["scale_rewards"] = {True: "group", False: "none"}.get(scale, scale)
+    _one_of("loss_type", fields["loss_type"], LOSS_TYPES)
+    term = TERMS[LOSS_TYPES[fields["loss_type"]].term]
+    if fields["loss_type"] == "cispo":  # TRL: the raw upper bound of the ratio, epsilon where it is unset
+        high = fields.pop("epsilon_high")
+        fields["cispo_max"] = fields["epsilon"] if high is None else high
+    if "delta" not in term.knobs:  # TRL reads it in its clipped losses alone
+        fields.pop("delta", None)
+    if getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False):
+        fields["sampling_correction"] = args.vllm_importance_sampling_mode
+        fields["sampling_correction_min"] = args.vllm_importance_sampling_clip_min
+        fields["sampling_correction_max"] = args.vllm_importance_sampling_clip_max
+    return fields
 
 
 def resolve_config(config: LossConfig | None, overrides: dict) -> LossConfig:
@@ -80,7 +222,12 @@ def resolve_config(config: LossConfig | None, overrides: dict) -> LossConfig:
         raise TypeError(f"config must be a LossConfig, got {type(config).__name__}.")
     if not overrides:
         return config
-    return LossConfig(**{name: overrides.get(name, getattr(config, name)) for name in valid})
+    given = {name: getattr(config, name) for name in valid}
+    if "loss_type" in overrides:  # parts that were the old loss type's own follow the new one
+        for field, part in _PARTS.items():
+            if given[field] == getattr(LOSS_TYPES[config.loss_type], part):
+                given[field] = None
+    return LossConfig(**{**given, **overrides})
 
 
 def _one_of(name: str, value: object, valid) -> None:
@@ -88,6 +235,16 @@ def _one_of(name: str, value: object, valid) -> None:
         raise ValueError(f"{name}={value!r} is not available. Choose one of: {', '.join(map(repr, valid))}.")
 
 
-def _at_least(name: str, value: float, bound: float) -> None:
-    if not bound <= value < math.inf:
+def _at_least(name: str, value: float | None, bound: float) -> None:
+    if value is not None and not bound <= value < math.inf:
         raise ValueError(f"{name} must be finite and at least {bound:g}, got {value}.")
+
+
+def _above_zero(name: str, value: float | None) -> None:
+    if value is not None and not 0.0 < value < math.inf:
+        raise ValueError(f"{name} must be finite and above 0, got {value}.")
+
+
+def _finite(name: str, value: float | None) -> None:
+    if value is not None and not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be finite, got {value}.")

@@ -4,25 +4,25 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_kernels import checks, ops
-from grpo_kernels.inputs import pack
-from grpo_kernels.variants import Plan
+from grpo_kernels import autograd, checks, ops
+from grpo_kernels.inputs import Coefs
+from grpo_kernels.plan import Plan
 
-_PLAN = Plan(term="", kl="", scale_rewards="none", unbiased=True, skip=False, bonus=False).key()
+_PLAN = Plan().key()
 
 
 class TokenLogprobs(NamedTuple):
     """What `token_logprobs` returns."""
 
-    logps: torch.Tensor  # (B, T) fp32, in nats, 0 where masked
-    entropy: torch.Tensor | None  # (B, T) fp32, in nats, 0 where masked
+    logps: torch.Tensor  # (B, T) or (N,) fp32, in nats, 0 where masked
+    entropy: torch.Tensor | None  # likewise
 
 
 def token_logprobs(
     logits: torch.Tensor,
     completion_ids: torch.Tensor,
     *,
-    temperature: float = 1.0,
+    temperature: torch.Tensor | float = 1.0,
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
     backend: str | None = None,
@@ -33,28 +33,30 @@ def token_logprobs(
     tensor is made besides the gradient. The forward reads each logit once.
 
     Args:
-        logits: (B, T, V), or (B, T+1, V) whose last position is not read; fp32, bf16 or fp16, contiguous
-            in V, other strides free. ``logits[b, t]`` scores ``completion_ids[b, t]``.
-        completion_ids: (B, T) integers.
-        temperature: divides the logits.
-        mask: (B, T) of zeros and ones; masked rows are not read, their ids may be anything.
+        logits: (B, T, V), or (B, T+1, V) whose last position is not read, or packed (N, V); fp32, bf16
+            or fp16, contiguous in V, other strides free. ``logits[b, t]`` scores ``completion_ids[b, t]``.
+        completion_ids: (B, T) or (N,), integers.
+        temperature: divides the logits; a number, or a tensor (B,), (B, T) or (N,).
+        mask: of zeros and ones, shaped as the ids; masked rows are not read, their ids may be anything.
         return_entropy: compute the entropy as well.
         backend: None (by device), ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``TokenLogprobs(logps, entropy)``, (B, T) fp32 each, in nats, 0 where masked; entropy is None
-        unless asked for.
+        ``TokenLogprobs(logps, entropy)``, fp32, shaped as the ids, in nats, 0 where masked; entropy is
+        None unless asked for.
 
     Raises:
         ValueError: wrong shape, stride, device or value. TypeError: wrong dtype.
         IndexError: on the CPU, an unmasked id outside the vocabulary (on a GPU its row is NaN).
     """
-    B, T = checks.check_logits(logits, completion_ids)
-    checks.check_mask("mask", mask, logits, B, T)
-    checks.check_temperature(temperature)
+    layout = checks.check_logits(logits, completion_ids)
+    checks.check_mask("mask", mask, logits, layout)
+    checks.check_temperature(temperature, logits, layout)
     backend = ops.choose_backend(backend, logits)
-    coefs = pack(float(temperature), 0.0, 1.0, 0.0, 0.0)
-    logps, entropy = ops.TokenLogprobsFunction.apply(
-        logits, completion_ids, mask, coefs, _PLAN, return_entropy, backend
-    )
-    return TokenLogprobs(logps, entropy if return_entropy else None)
+    heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
+    coefs = Coefs(temperature=1.0 if heat is not None else float(temperature)).pack()
+    logps, entropy = autograd.TokenLogprobsFunction.apply(
+        layout.tokens(logits), layout.tokens(completion_ids), layout.tokens(mask), heat, coefs, _PLAN, return_entropy,
+        backend,
+    )  # fmt: skip
+    return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)

@@ -19,6 +19,8 @@ SUM_NAMES = {
     "entropy": "sum",
     "clip_ratio/low": "sum",
     "clip_ratio/high": "sum",
+    "clip_ratio/dual": "sum",
+    "clip_ratio/count": "sum",  # tokens, or sequences where there is one value per sequence
     "ratio": "sum",
     "approx_kl": "sum",
     "reward": "sum",
@@ -41,6 +43,7 @@ METRIC_NAMES = (
     "clip_ratio/high_mean",
     "clip_ratio/high_max",
     "clip_ratio/region_mean",
+    "clip_ratio/dual_mean",
     "ratio/mean",
     "ratio/min",
     "ratio/max",
@@ -65,19 +68,21 @@ def std_of(total, square, count):
 
 
 @jit
-def summarise(policy, tokens, kl, entropy, low, high, ratio, drift, reward, reward_square, scored, flat, sequences,
-              ratio_min, low_min, ratio_max, high_max):  # fmt: skip
+def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored, flat,
+              sequences, ratio_min, low_min, ratio_max, high_max):  # fmt: skip
     """The metrics in the order of METRIC_NAMES; 0 where no token counts."""
     some = tokens > 0.0
+    any_clip = clips > 0.0
     return (
         policy,
         mean_of(kl, tokens),
         mean_of(entropy, tokens),
-        mean_of(low, tokens),
-        tl.where(some, low_min, 0.0),
-        mean_of(high, tokens),
-        tl.where(some, high_max, 0.0),
-        mean_of(low + high, tokens),
+        mean_of(low, clips),
+        tl.where(any_clip, low_min, 0.0),
+        mean_of(high, clips),
+        tl.where(any_clip, high_max, 0.0),
+        mean_of(low + high, clips),
+        mean_of(dual, clips),
         mean_of(ratio, tokens),
         tl.where(some, ratio_min, 0.0),
         tl.where(some, ratio_max, 0.0),
@@ -93,22 +98,38 @@ def metrics_of(sums: torch.Tensor) -> torch.Tensor:
     return torch.stack(on_torch(summarise)(*sums[1:].unbind())).float()
 
 
-def applicable(*, beta: bool, entropy: bool, rewards: bool) -> set[str]:
-    """Names of the metrics that a call has the inputs for."""
-    left_out = set()
-    if not beta:
-        left_out |= {"kl"}
-    if not entropy:
-        left_out |= {"entropy"}
-    if not rewards:
-        left_out |= {"reward", "reward_std", "frac_reward_zero_std"}
-    return set(METRIC_NAMES) - left_out
+_REWARD = ("reward", "reward_std", "frac_reward_zero_std")
+_CLIP = "clip_ratio"
+_SINGLE = ("clip_ratio/high", "clip_ratio/count")  # the columns of a report of one number
+
+
+def metric_names(*, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool) -> dict[str, str]:
+    """Entries of METRIC_NAMES that a call has the inputs for -> the names it gives them.
+
+    ``reports``: what the term's region is for, see `grpo_kernels.variants.Term`.
+    """
+    names = {name: name for name in METRIC_NAMES if not name.startswith(_CLIP)}
+    if reports == _CLIP:
+        names |= {name: name for name in METRIC_NAMES if name.startswith(_CLIP)}
+        if not dual:
+            del names["clip_ratio/dual_mean"]
+    elif reports:
+        names["clip_ratio/high_mean"] = reports
+    for name in (*(() if beta else ("kl",)), *(() if entropy else ("entropy",)), *(() if rewards else _REWARD)):
+        del names[name]
+    return {name: names[name] for name in METRIC_NAMES if name in names}
 
 
 # The metric that tells whether a sum has inputs; sums that are not named here always have.
 _SUM_NEEDS = {
     "kl": "kl",
     "entropy": "entropy",
+    "clip_ratio/low": "clip_ratio/low_mean",
+    "clip_ratio/low_min": "clip_ratio/low_mean",
+    "clip_ratio/high_max": "clip_ratio/low_mean",
+    "clip_ratio/high": "clip_ratio/high_mean",
+    "clip_ratio/count": "clip_ratio/high_mean",
+    "clip_ratio/dual": "clip_ratio/dual_mean",
     "reward": "reward",
     "reward_squared": "reward",
     "rewards": "reward",
@@ -116,12 +137,14 @@ _SUM_NEEDS = {
 }
 
 
-def named_sums(sums: torch.Tensor, metric_names: set[str]) -> dict[str, torch.Tensor]:
-    """The sums [S] by name, those without inputs left out."""
+def named_sums(sums: torch.Tensor, names: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The sums [S] by name, those without inputs left out; ``names`` from `metric_names`."""
+    single = names.get("clip_ratio/high_mean", _CLIP)
+    public = dict(zip(_SINGLE, (single, f"{single}/count"))) if not single.startswith(_CLIP) else {}
     return {
-        name: value
+        public.get(name, name): value
         for name, value in zip(SUM_NAMES, sums.unbind())
-        if name not in _SUM_NEEDS or _SUM_NEEDS[name] in metric_names
+        if name not in _SUM_NEEDS or _SUM_NEEDS[name] in names
     }
 
 
@@ -143,11 +166,18 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         raise ValueError("combine() needs the sums of at least one call.")
     if any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError("combine() got the sums of calls with different configurations: their names differ.")
+    reports = _CLIP if "clip_ratio/low" in parts[0] else ""
+    for name in parts[0]:
+        if name.endswith("/count") and name != "clip_ratio/count":
+            reports = name.removesuffix("/count")
+    columns = dict(zip((reports, f"{reports}/count"), _SINGLE)) if reports not in ("", _CLIP) else {}
     how = {"sum": lambda x: x.sum(0), "min": lambda x: x.amin(0), "max": lambda x: x.amax(0)}
-    joined = {
-        name: how[SUM_NAMES[name]](torch.stack([part[name] for part in parts])) for name in parts[0]
-    }
+    joined = {}
+    for name in parts[0]:
+        column = columns.get(name, name)
+        joined[column] = how[SUM_NAMES[column]](torch.stack([part[name] for part in parts]))
     nothing = torch.zeros_like(joined["loss"])
     values = metrics_of(torch.stack([joined.get(name, nothing) for name in SUM_NAMES]))
-    names = applicable(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined)
-    return {name: value for name, value in zip(METRIC_NAMES, values.unbind()) if name in names}
+    names = metric_names(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
+                         reports=reports, dual="clip_ratio/dual" in joined)  # fmt: skip
+    return {names[name]: value for name, value in zip(METRIC_NAMES, values.unbind()) if name in names}

@@ -1,12 +1,24 @@
-"""From a token's log-probability to its loss and derivative: the assembly every backend shares.
+"""From a token's log-probability to its loss and derivatives: the assembly every backend shares.
 
-    ℓ_policy = term(r, A) · is_weight,    ℓ = ℓ_policy + β · kl,    loss = Σ w · ℓ − Σ w_H · H
+    ℓ_policy = term(ρ, A) · trust,    ℓ = ℓ_policy + β · kl,    loss = Σ w · ℓ − Σ w_H · H
 
-The weights w and w_H are known before the loss (`grpo_kernels.weights`), so a kernel that has ∂ℓ/∂lp
-can write the final gradient at once.
+``trust`` is the product of importance weight, off-policy mask and entropy mask. The weights w and
+w_H are known before the loss (`grpo_kernels.weights`), so a kernel that has ∂ℓ/∂lp can write the
+final gradient at once.
 """
 
+from typing import NamedTuple
+
 from grpo_kernels.jit import jit, tl
+
+
+class Limits(NamedTuple):
+    """Bounds of the level's log ratio, of the KL's u and of its value; infinite: off."""
+
+    low: float
+    high: float
+    u: float
+    kl: float
 
 
 @jit
@@ -22,22 +34,60 @@ def log_ratio(lp, old):
 
 
 @jit
-def token_objective(r, lp, ref, A, is_weight, beta, c, TERM: tl.constexpr, KL: tl.constexpr):
-    """One token: (ℓ_policy, kl, ∂ℓ/∂r, ∂ℓ/∂lp), the derivatives those of ℓ = ℓ_policy + β·kl.
+def limited_ratio(r, limits):
+    """(r within the limits, 1 where its gradient survives else 0)."""
+    beyond = (r > limits.high) | (r < limits.low)
+    inside = tl.where(r > limits.high, limits.high, tl.where(r < limits.low, limits.low, r))
+    return inside, tl.where(beyond, 0.0, 1.0)
 
-    ``KL`` is None where β = 0.
+
+@jit
+def product(x, trust):
+    """x·trust, 0 where either is 0: a mask removes infinities too, and A = 0 outdoes an infinite weight.
+
+    A weight that is NaN shows.
     """
-    policy, d_ratio, d_lp = TERM(r, lp, A, c)
-    policy = policy * is_weight
-    d_ratio = d_ratio * is_weight
-    d_lp = d_lp * is_weight
+    x = x + tl.where(trust == 0.0, 0.0, 0.0)  # a term may return a plain number
+    return tl.where((trust == 0.0) | ((x == 0.0) & (trust == trust)), 0.0, x * trust)
+
+
+@jit
+def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, TERM: tl.constexpr, KL: tl.constexpr,
+                    BIAS: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
+    """One token: (ℓ_policy, kl, ∂ℓ/∂r, ∂ℓ/∂r̂, ∂ℓ/∂lp), the derivatives those of ℓ = ℓ_policy + β·kl.
+
+    ``r_hat, passes`` is the log ratio of the level, from `limited_ratio`. Where the term has a
+    statistic of its own (OWN) it sees that, ``r``, instead. ``KL`` is None where β = 0; BIAS
+    multiplies the KL by ρ = exp r̂.
+    """
+    d_term = 0.0
+    d_ratio = 0.0
+    if OWN:
+        policy, d_term, d_lp = TERM(r, lp, old, A, c)
+    else:
+        policy, d_ratio, d_lp = TERM(r_hat, lp, old, A, c)
+    policy = product(policy, trust)
+    d_term = product(d_term, trust)
+    d_ratio = product(d_ratio, trust)
+    d_lp = product(d_lp, trust)
     # A term chooses by comparisons, which NaN answers with "no": pass it on explicitly.
-    bad = (r != r) | (lp != lp) | (A != A)
-    poison = r + lp + A
+    poison = r_hat + r + lp + A
+    bad = (r_hat != r_hat) | (r != r) | (lp != lp) | (A != A)
     policy = tl.where(bad, poison, policy)
-    d_ratio = tl.where(bad, poison, d_ratio)
     kl = tl.where(bad, poison, 0.0)
     if KL is not None:
-        kl, d_kl = KL(ref - lp)
+        kl, d_kl = KL(log_ratio(ref, lp), limits)
+        if BIAS:
+            ratio = tl.exp(r_hat)
+            d_ratio = d_ratio + beta * ratio * kl
+            kl = kl * ratio
+            d_kl = d_kl * ratio
         d_lp = d_lp + beta * d_kl
-    return policy, kl, d_ratio, d_lp
+    d_ratio = tl.where(passes == 0.0, 0.0, d_ratio)
+    return policy, kl, d_term, d_ratio, tl.where(bad, poison, d_lp)
+
+
+@jit
+def keeps_sequence(drift, A, threshold):
+    """Off-policy sequence mask: A ≥ 0, or a mean drift that is not above the threshold."""
+    return tl.where(A >= 0.0, 1.0, tl.where(drift <= threshold, 1.0, 0.0))

@@ -5,11 +5,10 @@ tokens: of the sequence (B,), of the batch (a scalar), or none. The division its
 `grpo_kernels.objective.weight`, which the kernels and the CPU path share.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
-from grpo_kernels.config import LossConfig
 
 
 class Weight(NamedTuple):
@@ -20,31 +19,41 @@ class Weight(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What a weighting may know of a batch: the mask (B, T) or None, the sizes, and the caller's count."""
+    """What an aggregation may know of a batch."""
 
-    mask: torch.Tensor | None
+    mask: torch.Tensor | None  # (B, T)
+    packed_lengths: torch.Tensor | None  # (B,) unmasked tokens of each sequence, where they are packed
     B: int
     T: int
-    num_items: torch.Tensor | float | None
-    max_completion_length: int | None
+    num_items: torch.Tensor | float | None  # the caller's token count
+    horizon: int | None  # the constant that stands for a sequence's length
+    global_batch_size: int | None  # the caller's count of sequences
+
+    def lengths(self) -> torch.Tensor | None:
+        """(B,) unmasked tokens of each sequence; None: T each."""
+        if self.packed_lengths is not None or self.mask is None:
+            return self.packed_lengths
+        return self.mask.sum(1, dtype=torch.float32)
 
 
 def sequence_mean(batch: Batch) -> Weight:
-    """m / (max(|y_i|, 1)·B)"""
-    if batch.mask is None:
+    lengths = batch.lengths()
+    if lengths is None:
         return Weight(None, 1.0 / (batch.T * batch.B))
-    return Weight(batch.mask.sum(1, dtype=torch.float32), 1.0 / batch.B)
+    return Weight(lengths, 1.0 / batch.B)
+
+
+def sequence_sum(batch: Batch) -> Weight:
+    return Weight(None, 1.0 / batch.B)
 
 
 def batch_tokens(batch: Batch) -> Weight:
-    """m / max(Σ m, 1)"""
-    if batch.mask is None:
-        return Weight(None, 1.0 / (batch.B * batch.T))
-    return Weight(batch.mask.sum(dtype=torch.float32), 1.0)
+    if batch.mask is not None:
+        return Weight(batch.mask.sum(dtype=torch.float32), 1.0)
+    return Weight(None, 1.0 / (batch.T if batch.packed_lengths is not None else batch.B * batch.T))
 
 
 def global_tokens(batch: Batch) -> Weight:
-    """m / max(N, 1), N the caller's token count of the whole batch; Σ m without one."""
     if batch.num_items is None:
         return batch_tokens(batch)
     if isinstance(batch.num_items, torch.Tensor):
@@ -53,24 +62,52 @@ def global_tokens(batch: Batch) -> Weight:
 
 
 def constant(batch: Batch) -> Weight:
-    """m / (B·max_completion_length)"""
-    return Weight(None, 1.0 / (batch.B * (batch.max_completion_length or batch.T)))
+    return Weight(None, 1.0 / (batch.B * batch.horizon))
 
 
-WEIGHTINGS = {
-    "sequence_mean": sequence_mean,
-    "batch_tokens": batch_tokens,
-    "global_tokens": global_tokens,
-    "constant": constant,
+def token_sum(batch: Batch) -> Weight:
+    return Weight(None, 1.0)
+
+
+def nonempty_sequence_sum(batch: Batch) -> Weight:
+    if batch.global_batch_size is not None:
+        return Weight(None, 1.0 / batch.global_batch_size)
+    lengths = batch.lengths()
+    if lengths is None:
+        return Weight(None, 1.0 / batch.B)
+    return Weight((lengths > 0).sum(dtype=torch.float32), 1.0)
+
+
+def nonempty_sequence_mean(batch: Batch) -> Weight:
+    count, factor = nonempty_sequence_sum(batch)
+    lengths = batch.lengths()
+    if lengths is None:
+        return Weight(None, factor / batch.T)
+    return Weight(lengths if count is None else lengths * count, factor)
+
+
+def nonempty_sequence_constant(batch: Batch) -> Weight:
+    count, factor = nonempty_sequence_sum(batch)
+    return Weight(count, factor / batch.horizon)
+
+
+class Aggregation(NamedTuple):
+    """``loss_agg_mode``: its weight as a function of the batch, and as a formula."""
+
+    function: Callable[[Batch], Weight]
+    formula: str
+    needs_horizon: bool = False
+
+
+AGGREGATIONS = {
+    "sequence-mean": Aggregation(sequence_mean, "m / (max(|y|, 1)·B)"),
+    "sequence-sum": Aggregation(sequence_sum, "m / B"),
+    "batch-tokens": Aggregation(batch_tokens, "m / max(Σ m, 1)"),
+    "global-tokens": Aggregation(global_tokens, "m / max(num_items_in_batch, 1)"),
+    "constant": Aggregation(constant, "m / (B·max_completion_length)", True),
+    "token-mean": Aggregation(global_tokens, "m / max(num_items_in_batch, 1)"),
+    "token-sum": Aggregation(token_sum, "m"),
+    "seq-mean-token-sum": Aggregation(nonempty_sequence_sum, "m / B'"),
+    "seq-mean-token-mean": Aggregation(nonempty_sequence_mean, "m / (|y|·B')"),
+    "seq-mean-token-sum-norm": Aggregation(nonempty_sequence_constant, "m / (B'·max_completion_length)", True),
 }
-
-
-def policy_weight(config: LossConfig, weighting: str, mask, B: int, T: int, num_items) -> Weight:
-    """The weight of ℓ for a weighting of the catalogue, without ``loss_scale``."""
-    return WEIGHTINGS[weighting](Batch(mask, B, T, num_items, config.max_completion_length))
-
-
-def bonus_weight(config: LossConfig, mask, B: int, T: int) -> Weight:
-    """The weight of the entropy bonus, ``entropy_coef / max(Σ m, 1)``, without ``loss_scale``."""
-    count, factor = batch_tokens(Batch(mask, B, T, None, None))
-    return Weight(count, factor * config.entropy_coef)

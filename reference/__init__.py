@@ -1,12 +1,16 @@
 """GRPO and its relatives in plain PyTorch: the mathematics, slowly and legibly. Read `grpo.py`."""
 
-from reference.grpo import (
-    Knobs,
-    LossOutput,
-    TokenLogprobs,
-    group_advantages,
-    grpo_loss,
-    token_logprobs,
-)
+from reference.advantages import group_advantages
+from reference.grpo import LossOutput, TokenLogprobs, grpo_loss, policy_loss, token_logprobs
+from reference.knobs import LOSS_TYPES, Knobs
 
-__all__ = ["Knobs", "LossOutput", "TokenLogprobs", "group_advantages", "grpo_loss", "token_logprobs"]
+__all__ = [
+    "LOSS_TYPES",
+    "Knobs",
+    "LossOutput",
+    "TokenLogprobs",
+    "group_advantages",
+    "grpo_loss",
+    "policy_loss",
+    "token_logprobs",
+]

@@ -1,4 +1,8 @@
-"""What to watch while training. Names and meanings are TRL's where TRL has the quantity."""
+"""What to watch while training. Names and meanings are TRL's where TRL has the quantity.
+
+A clip flag is averaged over tokens; but over sequences, those without tokens included, where a sequence
+has only one: one ratio by its level, and one advantage.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,18 @@ import torch
 from torch import Tensor
 
 from reference.advantages import nan_std, no_spread, split_groups
-from reference.objective import Knobs, clip_bounds
-from reference.tensors import masked_mean, nan_min
+from reference.knobs import Knobs
+from reference.levels import ONE_RATIO_PER_SEQUENCE
+from reference.tensors import as_column, masked_mean, nan_min
+from reference.terms import (
+    Tokens,
+    clip_bounds,
+    clip_branches,
+    dppo_cap,
+    dppo_keeps,
+    vespo_log_w,
+    vespo_phi,
+)
 
 
 def ratio_metrics(r: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -24,32 +38,92 @@ def ratio_metrics(r: Tensor, mask: Tensor) -> dict[str, Tensor]:
     }
 
 
-def clip_metrics(r: Tensor, A: Tensor, mask: Tensor, k: Knobs) -> dict[str, Tensor]:
+# --- By term: (tokens, advantages as given, knobs) → metrics ---------------------------------------------------
+
+
+def one_per_sequence(advantages: Tensor) -> bool:
+    return as_column(advantages).shape[1] == 1
+
+
+def sequence_values(flag: Tensor, x: Tokens, advantages: Tensor, k: Knobs) -> Tensor:
+    """(B,): the sequences' means of a flag; NaN where a sequence has neither tokens nor a value of its own."""
+    if k.level in ONE_RATIO_PER_SEQUENCE and one_per_sequence(advantages):
+        return (flag & x.mask).any(dim=1).to(x.r.dtype)
+    return (flag & x.mask).sum(dim=1).to(x.r.dtype) / x.mask.sum(dim=1)
+
+
+def mean_of(flag: Tensor, x: Tokens, advantages: Tensor, k: Knobs) -> Tensor:
+    if k.level in ONE_RATIO_PER_SEQUENCE and one_per_sequence(advantages):
+        return sequence_values(flag, x, advantages, k).sum() / max(flag.shape[0], 1)
+    return masked_mean(flag.to(x.r.dtype), x.mask)
+
+
+def region_metrics(low: Tensor, high: Tensor, x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
     """How many tokens the clip holds: `low` made less likely, `high` more likely, `region` either.
 
-    ρ is taken after the cap δ. low_min and high_max range over the sequences' own means; sequences
-    without tokens have none. NaN if there is no token at all.
+    low_min and high_max range over the sequences' own means; NaN if there is none.
     """
-    lo, hi = clip_bounds(k)
-    rho = r.exp().clamp(max=torch.inf if k.delta is None else k.delta)
-    low = ((rho < lo) & (A < 0)).to(r.dtype)
-    high = ((rho > hi) & (A > 0)).to(r.dtype)
-    m = mask.to(r.dtype)
-
-    def sequence_means(x: Tensor) -> Tensor:
-        return (x * m).sum(dim=1) / m.sum(dim=1)  # 0/0 = NaN marks a sequence without tokens
-
     return {
-        "clip_ratio/low_mean": masked_mean(low, mask),
-        "clip_ratio/low_min": nan_min(sequence_means(low)),
-        "clip_ratio/high_mean": masked_mean(high, mask),
-        "clip_ratio/high_max": -nan_min(-sequence_means(high)),
-        "clip_ratio/region_mean": masked_mean(low + high, mask),
+        "clip_ratio/low_mean": mean_of(low, x, advantages, k),
+        "clip_ratio/low_min": nan_min(sequence_values(low, x, advantages, k)),
+        "clip_ratio/high_mean": mean_of(high, x, advantages, k),
+        "clip_ratio/high_max": -nan_min(-sequence_values(high, x, advantages, k)),
+        "clip_ratio/region_mean": mean_of(low | high, x, advantages, k),
     }
 
 
-TermMetrics = Callable[[Tensor, Tensor, Tensor, Knobs], dict[str, Tensor]]
-TERM_METRICS: dict[str, TermMetrics] = {"clipped": clip_metrics}
+def clipped_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    """ρ is taken after the cap δ."""
+    low, high = clip_bounds(k)
+    rho = x.r.exp()
+    capped = rho.clamp(max=torch.inf if k.delta is None else k.delta)
+    metrics = region_metrics((capped < 1 - low) & (x.A < 0), (capped > 1 + high) & (x.A > 0), x, advantages, k)
+    if k.dual_clip is not None:
+        metrics["clip_ratio/dual_mean"] = mean_of(clip_branches(rho, x.A, k).dual, x, advantages, k)
+    return metrics
+
+
+def dppo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    keep = dppo_keeps(x, k)
+    capped = keep & (x.r.exp() > dppo_cap(k))
+    return {
+        **region_metrics(~keep & ~(x.A > 0), ~keep & (x.A > 0), x, advantages, k),
+        "clip_ratio/dual_mean": mean_of(capped, x, advantages, k),
+    }
+
+
+def gmpo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    low, high = clip_bounds(k)
+    return region_metrics((x.r < -low) & (x.A < 0), (x.r > high) & (x.A > 0), x, advantages, k)
+
+
+def topr_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    return region_metrics(torch.zeros_like(x.mask), (x.r.exp() > 1) & (x.A < 0), x, advantages, k)
+
+
+def cispo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    bound = torch.inf if k.cispo_max is None else k.cispo_max
+    return {"cispo_clip_ratio": mean_of((x.r.exp() > bound) & (x.A > 0), x, advantages, k)}
+
+
+def vespo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    """φ belongs to the sequence at every level, if the advantage does."""
+    log_w = vespo_log_w(x)
+    if one_per_sequence(advantages):
+        phi = vespo_phi(log_w, as_column(advantages).to(log_w.dtype), k)
+        return {"vespo/phi_seq_mean": phi.sum() / max(phi.shape[0], 1)}
+    return {"vespo/phi_seq_mean": masked_mean(vespo_phi(log_w, x.A, k), x.mask)}
+
+
+TERM_METRICS: dict[str, Callable[[Tokens, Tensor, Knobs], dict[str, Tensor]]] = {
+    "clipped": clipped_metrics,
+    "dppo_tv": dppo_metrics,
+    "dppo_kl": dppo_metrics,
+    "gmpo": gmpo_metrics,
+    "topr": topr_metrics,
+    "cispo": cispo_metrics,
+    "vespo": vespo_metrics,
+}  # sapo, reinforce and dro have nothing that clips
 
 
 def reward_metrics(rewards: Tensor, num_generations: int, scale_rewards: str) -> dict[str, Tensor]:

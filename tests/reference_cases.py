@@ -14,6 +14,28 @@ def f64(values: object) -> Tensor:
     return torch.tensor(values, dtype=F64)
 
 
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Normal, and the same in every run."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64)
+
+
+def random_logps(B: int = 6, T: int = 7, seed: int = 0) -> dict[str, Tensor]:
+    """What `policy_loss` takes, float64. Ratios of tokens and of sequences on both sides of usual bounds,
+    one sequence without tokens, one without an advantage."""
+    lp = -1.5 + 0.4 * noise(B, T, seed=seed)
+    drift = 0.3 * noise(B, T, seed=seed + 1) + torch.linspace(-0.4, 0.4, B, dtype=F64)[:, None]
+    mask = noise(B, T, seed=seed + 2) > -0.6
+    mask[2] = False
+    return {
+        "logps": lp.requires_grad_(),
+        "advantages": f64([1.3, -0.7, 2.0, 0.0, 0.9, -1.1] * (B // 6)),
+        "old_logps": lp.detach() - drift,
+        "ref_logps": lp.detach() + 0.5 * noise(B, T, seed=seed + 3),
+        "completion_mask": mask,
+        "entropy": noise(B, T, seed=seed + 4).abs(),
+    }
+
+
 def random_batch(B: int = 4, T: int = 5, V: int = 7, seed: int = 0) -> dict[str, Tensor]:
     """Float64; ratios on both sides of any usual clip range; one sequence without tokens."""
     g = torch.Generator().manual_seed(seed)

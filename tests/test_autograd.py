@@ -147,14 +147,13 @@ def test_activation_checkpointing(backend):
 def test_opcheck(inplace, backend):
     """torch's own checks of the registrations: schema, aliasing, fakes."""
     from grpo_kernels import ops
-    from grpo_kernels.inputs import pack
-    from grpo_kernels.variants import Plan
+    from grpo_kernels.inputs import Coefs, Inputs
+    from grpo_kernels.plan import Plan
 
     leaf, kwargs = setup()
-    plan = Plan("clipped", "", "group", True, False, False).key()
-    tensors = (kwargs["completion_ids"], kwargs["completion_mask"], kwargs["old_logps"], None,
-               kwargs["advantages"][:, None], None, None, None, None, None)  # fmt: skip
-    args = (*tensors, pack(1.0, 0.0, 1.0, 0.0, 0.0, 0.8, 1.2, 1e30), plan, 1, True, backend)
+    inputs = Inputs(kwargs["completion_ids"], kwargs["completion_mask"], kwargs["old_logps"],
+                    adv=kwargs["advantages"][:, None])  # fmt: skip
+    args = (tuple(inputs), Coefs(term=(0.8, 1.2, 1e30, 1e30)).pack(), Plan(term="clipped").key(), True, backend)
     op = ops.loss_op_ if inplace else ops.loss_op
     torch.library.opcheck(op, (leaf.detach().clone(), *args), test_utils=("test_schema", "test_faketensor"))
 

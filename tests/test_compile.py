@@ -68,6 +68,39 @@ def test_compiled_is_eager(backend, inplace, reduction):
     )  # fmt: skip
 
 
+# Every way through `Objective`: what is spread, masked or corrected.
+SEQUENCE_CALLS = {
+    "sequence": {"loss_type": "gspo"},
+    "per token": {"loss_type": "gspo", "reduction": "none"},
+    "vespo": {"loss_type": "vespo"},
+    "gmpo": {"loss_type": "gmpo"},
+    "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+    "late": {"sampling_correction": "sequence_mask"},
+    "early": {"sampling_correction": "token_truncate", "off_policy_mask_threshold": 0.1},
+}
+
+
+def adapted(inputs, kwargs):
+    """The inputs that go with these keywords."""
+    inputs = dict(inputs)
+    if "sampling_correction" in kwargs:
+        inputs["sampling_logps"] = inputs.pop("importance_weights").log() - 3.0
+        if kwargs["sampling_correction"] == "sequence_mask":
+            del inputs["old_logps"]
+    return inputs
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SEQUENCE_CALLS)
+def test_compiled_sequence_objectives_are_eager(backend, name):
+    hidden, weight, inputs = batch()
+    kwargs = SEQUENCE_CALLS[name]
+    advantages = torch.tensor([1.0, -0.5], device=DEVICE)
+    step = torch.compile(train, fullgraph=True, backend="aot_eager")
+    assert_same(step, hidden, weight, **adapted(inputs, kwargs), advantages=advantages, beta=0.1, **kwargs,
+                backend=backend)  # fmt: skip
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("entropy", (False, True))
 def test_compiled_token_logprobs_are_eager(backend, entropy):
@@ -166,6 +199,16 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
     for options in itertools.product((False, True), ("mean", "none"), (0.0, 0.1)):
         kwargs = dict(zip(("inplace", "reduction", "entropy_coef"), options), return_entropy=options[2] > 0)
         gradients(train, hidden, weight, **inputs, **kwargs, backend=backend)
+    for kwargs in SEQUENCE_CALLS.values():
+        gradients(train, hidden, weight, **adapted(inputs, kwargs), **kwargs, backend=backend)
+    N = inputs["completion_ids"].numel()
+    packed = {name: value.reshape(N) for name, value in inputs.items() if name != "advantages"}
+    packed["cu_seqlens"] = torch.tensor([0, 1, N], device=DEVICE)
+    for reduction in ("mean", "none"):
+        fused_grpo_loss(
+            (hidden[:, :-1].reshape(N, H) @ weight.T).requires_grad_(), **packed, advantages=inputs["advantages"],
+            loss_type="gspo", reduction=reduction, backend=backend,
+        ).loss.sum().backward()  # fmt: skip
     x = (hidden @ weight.T).requires_grad_()
     loss = fused_grpo_loss(x, inputs["completion_ids"], inputs["advantages"], backend=backend).loss
     torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=True)

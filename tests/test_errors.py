@@ -6,13 +6,20 @@ import pytest
 import torch
 
 from cases import BACKENDS, make_case
-from grpo_kernels import LossConfig, fused_grpo_loss, group_advantages, token_logprobs
+from grpo_kernels import LossConfig, fused_grpo_loss, group_advantages, policy_loss, token_logprobs
 
 
 def call(case, **changes):
     kwargs = dict(logits=case.logits, completion_ids=case.completion_ids, completion_mask=case.completion_mask,
                   advantages=case.advantages, old_logps=case.old_logps) | changes  # fmt: skip
     return fused_grpo_loss(**kwargs)
+
+
+def packed(case, **changes):
+    """The same batch in one row of 20 tokens, two sequences."""
+    flat = {name: value.flatten(0, 1) for name, value in case.inputs("logits", "completion_ids", "completion_mask",
+                                                                     "old_logps").items()}  # fmt: skip
+    return {**flat, "cu_seqlens": torch.tensor([0, 7, 20]), "advantages": case.advantages[:2]} | changes
 
 
 def grad(x):
@@ -24,7 +31,8 @@ BAD = [
     ("logits no tensor", lambda c: dict(logits=[1.0]), TypeError, "logits must be a torch.Tensor"),
     ("float ids", lambda c: dict(completion_ids=c.completion_ids.float()), TypeError, "completion_ids.*integers"),
     ("bool ids", lambda c: dict(completion_ids=c.completion_mask), TypeError, "completion_ids.*integers"),
-    ("ids 1-D", lambda c: dict(completion_ids=c.completion_ids[0]), ValueError, r"completion_ids must be \(B, T\)"),
+    ("ids 1-D", lambda c: dict(completion_ids=c.completion_ids[0]), ValueError, r"packed logits must be \(N, V\)"),
+    ("ids 3-D", lambda c: dict(completion_ids=c.completion_ids[None]), ValueError, r"completion_ids must be \(B, T\)"),
     ("logits too long", lambda c: dict(logits=torch.cat([c.logits, c.logits], 1)), ValueError, r"\(B, T\+1, V\)"),
     ("logits 2-D", lambda c: dict(logits=c.logits[0]), ValueError, "logits must be"),
     ("logits batch", lambda c: dict(logits=c.logits[:2]), ValueError, "logits must be"),
@@ -52,6 +60,34 @@ BAD = [
     ("weights shape", lambda c: dict(importance_weights=c.old_logps[:1]), ValueError, "importance_weights must be"),
     ("temperature 0", lambda c: dict(temperature=0.0), ValueError, "temperature"),
     ("temperature nan", lambda c: dict(temperature=math.nan), ValueError, "temperature"),
+    ("temperatures", lambda c: dict(temperature=-c.old_logps.abs()), ValueError, "temperature must be above 0"),
+    ("temperature shape", lambda c: dict(temperature=torch.ones(3)), ValueError, "temperature must be"),
+    ("bounds of padded", lambda c: dict(cu_seqlens=torch.tensor([0, 4])), ValueError, "cu_seqlens goes with packed"),
+    ("packed alone", lambda c: packed(c, cu_seqlens=None), ValueError, "packed input needs cu_seqlens"),
+    ("packed bounds", lambda c: packed(c, cu_seqlens=torch.tensor([0, 3, 19])), ValueError, "rise from 0 to N = 20"),
+    ("bounds not from 0", lambda c: packed(c, cu_seqlens=torch.tensor([5, 9, 20])), ValueError, "rise from 0 to N"),
+    ("float bounds", lambda c: packed(c, cu_seqlens=torch.tensor([0.0, 20.0])), TypeError, "cu_seqlens must be int32"),
+    ("packed dr_grpo", lambda c: packed(c, loss_type="dr_grpo"), ValueError, "needs max_completion_length"),
+    ("packed rewards", lambda c: packed(c, advantages=None, rewards=c.rewards[:3], num_generations=3), ValueError,
+     r"rewards must be \(S,\) = \(2,\)"),
+    ("no sampler", lambda c: dict(sampling_correction="token_mask"), ValueError, "needs sampling_logps"),
+    ("two weights", lambda c: dict(sampling_correction="token_mask", sampling_logps=c.old_logps,
+                                   importance_weights=c.importance_weights), ValueError, "one of the two"),
+    ("correction", lambda c: dict(sampling_correction="tis"), ValueError, "'tis'.*'seq_mask_tis'"),
+    ("level of gmpo", lambda c: dict(loss_type="gmpo", importance_sampling_level="sequence"), ValueError,
+     "'gmpo'.*token"),
+    ("level of dppo", lambda c: dict(loss_type="dppo_tv", importance_sampling_level="sequence_sum"), ValueError,
+     "no meaning.*'token', 'sequence_token'"),
+    ("gmpo weights", lambda c: dict(loss_type="gmpo", loss_agg_mode="token-mean"), ValueError, "mean over sequences"),
+    ("cispo's trap", lambda c: dict(loss_type="cispo", epsilon_high=0.28), ValueError, "cispo_max=epsilon_high"),
+    ("delta of sapo", lambda c: dict(loss_type="sapo", delta=2.0), ValueError, "delta is read by clipped"),
+    ("dual clip below 1", lambda c: dict(dual_clip=0.5), ValueError, "dual_clip must be above 1"),
+    ("clamped vespo", lambda c: dict(loss_type="vespo", log_ratio_clamp=20.0), ValueError, "limits its log ratio"),
+    ("clamp of 0", lambda c: dict(log_ratio_clamp=0.0), ValueError, "log_ratio_clamp must be"),
+    ("quantile", lambda c: dict(top_entropy_quantile=-0.1), ValueError, "top_entropy_quantile must be between"),
+    ("skip with dro", lambda c: dict(loss_type="dro", skip_zero_advantage=True), ValueError, "skip_zero_advantage"),
+    ("skip with quantile", lambda c: dict(top_entropy_quantile=0.5, skip_zero_advantage=True), ValueError, "entropy"),
+    ("aggregation", lambda c: dict(loss_agg_mode="mean"), ValueError, "'mean'.*'token-mean'"),
     ("reduction", lambda c: dict(reduction="sum"), ValueError, "reduction must be 'mean' or 'none'"),
     ("backend", lambda c: dict(backend="cuda"), ValueError, "backend must be"),
     ("scale shape", lambda c: dict(loss_scale=torch.ones(1)), ValueError, "loss_scale must be"),
@@ -154,3 +190,21 @@ def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.setattr(launch, "triton", None)
     with pytest.raises(ValueError, match="pip install triton"):
         call(case, backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        (dict(entropy_coef=0.1), ValueError, "entropy_coef=0.1 needs entropy"),
+        (dict(top_entropy_quantile=0.5), ValueError, "top_entropy_quantile=0.5 needs entropy"),
+        (dict(entropy=torch.ones(4, 3)), ValueError, "entropy must be as logps"),
+        (dict(logps=torch.ones(4, 5, dtype=torch.long)), TypeError, "logps must be floating point"),
+        (dict(logps=torch.ones(4, 5, 1)), ValueError, "logps must be"),
+        (dict(completion_mask=torch.full((4, 5), 2)), ValueError, "only 0 and 1"),
+        (dict(temperature=1.0), TypeError, "unknown keyword 'temperature'"),
+    ],
+)
+def test_bad_input_of_policy_loss(changes, error, says):
+    kwargs = dict(logps=-torch.ones(4, 5), advantages=torch.ones(4)) | changes
+    with pytest.raises(error, match=says):
+        policy_loss(**kwargs)

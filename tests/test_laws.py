@@ -13,6 +13,8 @@ import torch
 from cases import BACKENDS, make_case, ours
 from counting import Device, HostSync, bare_ops, interpreted, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels.variants import LOSS_TYPES
+from grpo_kernels.weights import AGGREGATIONS
 
 # --- launches and host syncs -----------------------------------------------------------------------
 
@@ -50,6 +52,32 @@ def device_calls():
     for each in itertools.product(("grpo", "bnpo", "dapo", "dr_grpo"), options, advantages, kinds):
         loss_type, *rest = each
         yield {"loss_type": loss_type, **{k: v for part in rest for k, v in part.items()}}
+    token = {name: on_meta(B, T) for name in ("old_logps", "ref_logps", "completion_mask", "advantages")}
+    sampled = {"sampling_logps": on_meta(B, T)}
+    knobs = [
+        {},
+        {"beta": 0.1, "use_bias_correction_kl": True, "importance_weights": on_meta(B)},
+        {"beta": 0.1, "kl_estimator": "k3+", "temperature": on_meta(B, T), "off_policy_mask_threshold": 0.1, **sampled},
+        {"sampling_correction": "token_mask", **sampled},
+        {"sampling_correction": "sequence_mask", **sampled, "old_logps": None},
+        {"top_entropy_quantile": 0.2, "entropy_coef": 0.1},
+    ]
+    for loss_type, extra, kind in itertools.product(LOSS_TYPES, knobs, kinds):
+        yield {**token, "loss_type": loss_type, **extra, **kind}
+    for mode in AGGREGATIONS:
+        yield {**token, "loss_agg_mode": mode, "importance_sampling_level": "sequence"}
+    for loss_type in ("gspo", "topr", "vespo"):  # rows can be skipped with their whole sequence
+        for each in advantages:
+            yield {"loss_type": loss_type, "skip_zero_advantage": True, "completion_mask": on_meta(B, T), **each}
+
+
+def packed_calls():
+    """The same of packed input, B sequences in B·T tokens."""
+    token = {name: on_meta(B * T) for name in ("old_logps", "ref_logps", "completion_mask")}
+    for loss_type, advantages, grad in itertools.product(LOSS_TYPES, (on_meta(B), on_meta(B * T)), (False, True)):
+        kwargs = {**token, "loss_type": loss_type, "advantages": advantages}
+        kwargs["cu_seqlens"] = on_meta(B + 1, dtype=torch.int32)
+        yield {**kwargs, "max_completion_length": 9, "grad": grad, "temperature": on_meta(B), "beta": 0.1}
 
 
 @interpreted
@@ -58,11 +86,12 @@ def test_few_small_launches_and_no_host_sync():
 
     What runs on the CPU beside them (packing a handful of coefficients) is no work for the device.
     """
-    for kwargs in device_calls():
+    for kwargs in itertools.chain(device_calls(), packed_calls()):
         label = {k: tuple(v.shape) if isinstance(v, torch.Tensor) else v for k, v in kwargs.items()}
         grad, dtype, extra = kwargs.pop("grad", True), kwargs.pop("dtype", torch.float32), kwargs.pop("extra", 0)
-        x = on_meta(B, T + extra, V, dtype=dtype).requires_grad_(grad) * 1
-        ids = on_meta(B, T, dtype=torch.int64)
+        shape = (B * T,) if "cu_seqlens" in kwargs else (B, T)
+        x = on_meta(*shape[:-1], shape[-1] + extra, V, dtype=dtype).requires_grad_(grad) * 1
+        ids = on_meta(*shape, dtype=torch.int64)
         with bare_ops(), launches(run=False) as seen, Device() as device:
             out = fused_grpo_loss(x, ids, backend="triton", **kwargs)
             forward = len(seen)

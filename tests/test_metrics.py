@@ -36,7 +36,7 @@ def test_by_hand(backend):
         # sequence 0: (−1.2a − 1.0a)/2; sequence 1: 0.8a; mean of the two, plus β·kl
         "policy_loss": ((-1.2 * a - a) / 2 + 0.8 * a) / 2 + 0.5 * kl,
     }  # fmt: skip
-    assert out.metrics.keys() == want.keys() == set(METRIC_NAMES)
+    assert out.metrics.keys() == want.keys() == set(METRIC_NAMES) - {"clip_ratio/dual_mean"}
     for name, value in want.items():
         assert out.metrics[name].item() == pytest.approx(value, abs=1e-6), name
 
@@ -89,3 +89,50 @@ def test_reward_std_of_large_rewards(backend):
                           rewards=on_device({"r": rewards})["r"], num_generations=2, backend=backend)  # fmt: skip
     assert out.metrics["reward_std"].item() == pytest.approx(rewards.double().std().item(), rel=1e-5)
     assert out.metrics["reward"].item() == pytest.approx(1000.125)
+
+
+PARTS = {
+    "dual": {"loss_type": "dapo", "dual_clip": 1.1},
+    "gspo": {"loss_type": "gspo", "epsilon": 0.01},
+    "cispo": {"loss_type": "cispo", "cispo_max": 1.1},
+    "vespo": {"loss_type": "vespo"},
+    "gmpo": {"loss_type": "gmpo"},
+    "dppo": {"loss_type": "dppo_tv", "epsilon": 0.01},
+    "sapo": {"loss_type": "sapo"},
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PARTS)
+def test_sums_of_parts_for_every_kind_of_report(name, backend):
+    """Quotients per token and per sequence, and metrics of other names, come together exactly."""
+    case = make_case(B=6, T=5, seed=2)
+    names = ("completion_ids", "completion_mask", "old_logps", "advantages")
+    kwargs = {**PARTS[name], "backend": backend}
+    whole = fused_grpo_loss(**on_device({"logits": case.logits, **case.inputs(*names)}), **kwargs)
+    parts = []
+    for part in (slice(0, 2), slice(2, 6)):
+        mine = on_device({"logits": case.logits[part], **{k: v[part] for k, v in case.inputs(*names).items()}})
+        parts.append(fused_grpo_loss(**mine, **kwargs).sums)
+    joined = combine(parts)
+    assert joined.keys() == whole.metrics.keys()
+    for metric, value in whole.metrics.items():
+        if metric != "policy_loss":  # depends on the weights, which these parts do not share
+            torch.testing.assert_close(joined[metric], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=metric: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_clip_metrics_of_a_sequence_level_are_means_over_sequences(backend):
+    """As TRL: one value per sequence, those without tokens included; with advantages per token, over tokens."""
+    logits, ids = torch.zeros(3, 2, 4), torch.zeros(3, 2, dtype=torch.long)
+    old = -math.log(4) - torch.tensor([[2.0, 2.0], [1.0, 1.0], [1.0, 1.0]]).log()
+    mask = torch.tensor([[1, 1], [1, 0], [0, 0]])
+    inputs = on_device(dict(logits=logits, completion_ids=ids, completion_mask=mask, old_logps=old))
+    adv = on_device({"advantages": torch.ones(3)})["advantages"]
+    one = fused_grpo_loss(**inputs, advantages=adv, loss_type="gspo", backend=backend).metrics
+    assert one["clip_ratio/high_mean"].item() == pytest.approx(1 / 3)
+    per_token = adv[:, None].expand(3, 2)
+    many = fused_grpo_loss(**inputs, advantages=per_token, loss_type="gspo", backend=backend).metrics
+    assert many["clip_ratio/high_mean"].item() == pytest.approx(2 / 3)
+    assert one["clip_ratio/high_max"].item() == many["clip_ratio/high_max"].item() == 1.0
+    assert one["ratio/mean"].item() == pytest.approx(5 / 3)  # over tokens, at every level

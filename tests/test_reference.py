@@ -5,9 +5,8 @@ import math
 import pytest
 import torch
 
-from reference import group_advantages, grpo_loss, token_logprobs
-from reference.objective import KL_ESTIMATORS, Knobs, term_clipped
-from tests.reference_cases import F64, INF, NAN, TIGHT, f64, grad, random_batch
+from reference import LOSS_TYPES, group_advantages, grpo_loss, policy_loss, token_logprobs
+from reference_cases import F64, INF, NAN, TIGHT, f64, grad, random_batch
 
 # --- Advantages ---------------------------------------------------------------------------------------------
 
@@ -106,115 +105,6 @@ def test_compute_dtype():
     assert all(value.dtype == F64 and value.dim() == 0 for value in result.metrics.values())
 
 
-# --- The clipped term ---------------------------------------------------------------------------------------
-
-
-def at_ratio(rho: float, A: float, **knobs: float) -> tuple[float, float]:
-    """ℓ and ∂ℓ/∂r̂ of the clipped term."""
-    r = f64(rho).log().requires_grad_()
-    loss = term_clipped(r, r, f64(A), Knobs(**knobs))
-    return loss.item(), grad(loss, r).item()
-
-
-@pytest.mark.parametrize(
-    ("rho", "A", "knobs", "loss", "slope"),
-    [
-        # Inside the range both arguments are ρA, and the gradient is −ρA.
-        (1.0, 2.0, {}, -2.0, -2.0),
-        (1.1, -3.0, {}, 3.3, 3.3),
-        # Moved far enough in the direction of the advantage: the clip holds.
-        (2.0, 1.0, {}, -1.2, 0.0),
-        (0.5, -1.0, {}, 0.8, 0.0),
-        # Moved against it: ρA is the smaller one, the gradient pulls back.
-        (2.0, -1.0, {}, 2.0, 2.0),
-        (0.5, 1.0, {}, -0.5, -0.5),
-        # Clip higher: the upper bound is its own, 1.28.
-        (1.25, 1.0, {"epsilon_high": 0.28}, -1.25, -1.25),
-        (1.5, 1.0, {"epsilon_high": 0.28}, -1.28, 0.0),
-        (0.75, -1.0, {"epsilon_high": 0.28}, 0.8, 0.0),
-        # δ caps the unbounded side only: A < 0. min(4·−1, 1.2·−1) = −4.
-        (3.0, -1.0, {"delta": 4.0}, 3.0, 3.0),
-        (5.0, -1.0, {"delta": 4.0}, 4.0, 0.0),
-        (5.0, 1.0, {"delta": 4.0}, -1.2, 0.0),
-        # δ = 1.1 below 1 + ε_h = 1.2. A < 0, ρ = 1.15: min(−1.1, −1.15) takes the clip, which is inside.
-        (1.15, -1.0, {"delta": 1.1}, 1.15, 1.15),
-        # A > 0: min(1.1, 1.15) takes the capped one. ρ = 2: min(−1.1, −1.2) takes the clip, which holds.
-        (1.15, 1.0, {"delta": 1.1}, -1.1, 0.0),
-        (2.0, -1.0, {"delta": 1.1}, 1.2, 0.0),
-        (2.0, 1.0, {"delta": 1.1}, -1.1, 0.0),
-        # A = 0 is silence at any ratio.
-        (2.0, 0.0, {}, 0.0, 0.0),
-        (INF, 0.0, {}, 0.0, 0.0),
-        (0.0, 0.0, {}, 0.0, 0.0),
-        (NAN, 0.0, {}, 0.0, 0.0),
-        # A ratio that overflows is held like any other, and 0·∞ does not get into the gradient.
-        (INF, 1.0, {}, -1.2, 0.0),
-        (INF, -1.0, {"delta": 4.0}, 4.0, 0.0),
-        (0.0, -1.0, {}, 0.8, 0.0),
-    ],
-)
-def test_clipped_by_hand(rho: float, A: float, knobs: dict, loss: float, slope: float):
-    got = at_ratio(rho, A, **knobs)
-    assert got == pytest.approx((loss, slope), rel=1e-12, abs=0)
-
-
-@pytest.mark.parametrize("r", [0.25, -0.25])
-@pytest.mark.parametrize(
-    ("which", "A"),
-    [("bound", 1.0), ("bound", -1.0), ("delta", 1.0), ("delta", -1.0), ("bound beyond delta", -1.0)],
-)
-def test_bounds_are_closed(A: float, r: float, which: str):
-    """A ratio exactly on a bound still moves. ρ ∈ [½, 2], so ρ − 1 is exact and the bound is ρ to the bit."""
-    rho = f64(r).exp().item()
-    if which == "delta":
-        knobs = {"epsilon": 0.9, "delta": rho}
-    else:
-        knobs = {"epsilon": 1 - rho} if r < 0 else {"epsilon": 0.1, "epsilon_high": rho - 1}
-    if which == "bound beyond delta":
-        knobs["delta"] = 0.9 * rho
-    x = f64(r).requires_grad_()
-    loss = term_clipped(x, x, f64(A), Knobs(**knobs))
-    assert loss.item() == -A * rho
-    assert grad(loss, x).item() == -A * rho
-
-
-def test_nan_ratio_is_passed_on():
-    loss, slope = at_ratio(NAN, 1.0)
-    assert math.isnan(loss) and math.isnan(slope)
-
-
-# --- KL estimators ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "slope"),
-    # lp = ln ½, ref = ln ¼: u = −ln 2, e^u = ½. k1 = −u; k2 = u²/2; k3 = ½ + ln 2 − 1. Slopes 1, −u, 1 − e^u.
-    [
-        ("k1", math.log(2), 1.0),
-        ("k2", math.log(2) ** 2 / 2, math.log(2)),
-        ("k3", math.log(2) - 0.5, 0.5),
-    ],
-)
-def test_kl_by_hand(name: str, value: float, slope: float):
-    lp = f64(math.log(0.5)).requires_grad_()
-    kl = KL_ESTIMATORS[name](lp, f64(math.log(0.25)))
-    assert kl.item() == pytest.approx(value, rel=1e-12)
-    assert grad(kl, lp).item() == pytest.approx(slope, rel=1e-12)
-
-
-def test_kl_estimators_estimate_the_kl():
-    """E_π[k1] = E_π[k3] = KL(π‖π_ref), and E_π[∂k2] = ∂KL: exact sums over a vocabulary of 5."""
-    x, y = torch.randn(2, 5, dtype=F64)
-    x.requires_grad_()
-    lp, ref = x.log_softmax(0), y.log_softmax(0)
-    p = lp.detach().exp()
-    kl = (lp.exp() * (lp - ref)).sum()
-    for name in ("k1", "k3"):
-        torch.testing.assert_close((p * KL_ESTIMATORS[name](lp, ref)).sum(), kl, **TIGHT)
-    dkl = torch.autograd.grad(kl, x, retain_graph=True)[0]
-    torch.testing.assert_close(grad((p * KL_ESTIMATORS["k2"](lp, ref)).sum(), x), dkl, **TIGHT)
-
-
 # --- From tokens to the loss --------------------------------------------------------------------------------
 
 
@@ -232,13 +122,23 @@ MASK = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]])  # 4, 1 and 0 to
         ("dapo", {"num_items_in_batch": torch.tensor(0)}, 1.0, 1.0),
         ("dr_grpo", {}, 1 / 12, 1 / 12),
         ("dr_grpo", {"max_completion_length": 10}, 1 / 30, 1 / 30),
+        ("luspo", {}, 1 / 3, 1 / 3),
+        # verl's: over the two sequences that have tokens, or over those of the whole batch
+        ("token-mean", {}, 1 / 5, 1 / 5),
+        ("token-mean", {"num_items_in_batch": 10}, 1 / 10, 1 / 10),
+        ("token-mean", {"num_items_in_batch": 0.5}, 1.0, 1.0),
+        ("token-sum", {"num_items_in_batch": 10}, 1.0, 1.0),
+        ("seq-mean-token-sum", {}, 1 / 2, 1 / 2),
+        ("seq-mean-token-sum", {"global_batch_size": 8, "loss_scale": 4}, 1 / 2, 1 / 2),
+        ("seq-mean-token-mean", {}, 1 / (2 * (4 + 1e-8)), 1 / (2 * (1 + 1e-8))),
+        ("seq-mean-token-mean", {"global_batch_size": 8}, 1 / (8 * (4 + 1e-8)), 1 / (8 * (1 + 1e-8))),
+        ("seq-mean-token-sum-norm", {}, 1 / 8, 1 / 8),
+        ("seq-mean-token-sum-norm", {"max_completion_length": 10, "global_batch_size": 5}, 1 / 50, 1 / 50),
     ],
 )
 def test_weights_by_hand(loss_type: str, kwargs: dict, first: float, second: float):
-    logits = torch.zeros(3, 4, 2, dtype=F64)
-    out = grpo_loss(
-        logits, torch.zeros(3, 4).long(), torch.ones(3), completion_mask=MASK, loss_type=loss_type, **kwargs
-    )
+    how = {"loss_type": loss_type} if loss_type in LOSS_TYPES else {"loss_agg_mode": loss_type}
+    out = policy_loss(torch.zeros(3, 4, dtype=F64), torch.ones(3), completion_mask=MASK, **how, **kwargs)
     expected = f64([[first] * 4, [0, second, 0, 0], [0] * 4])
     torch.testing.assert_close(out.weights, expected, **TIGHT)
     # On-policy with A = 1 every ℓ is −1.

@@ -1,82 +1,150 @@
-"""Parity with TRL itself: its unpatched ``GRPOTrainer._compute_loss``, in float64, against the fused loss."""
+"""Parity with TRL itself: its unpatched ``GRPOTrainer._compute_loss``, in float64, against the fused loss.
+
+The fused loss is configured by ``LossConfig.from_trl`` from the same arguments, so that is tested too.
+"""
+
+import math
 
 import pytest
 import torch
 
 from cases import BACKENDS, GRAD_ATOL, make_case, ours
+from grpo_kernels import LossConfig
 
 pytest.importorskip("trl", reason="parity needs TRL 1.16, which needs Python 3.11")
-from trl_oracle import trl_loss
+from trl_oracle import trl_args, trl_loss
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+LEVELS = ("token", "sequence")
+POLICY = ("old_logps", "ref_logps")
 
 
-def both(case, backend, *, trl: dict, fused: dict, loss_type: str, **knobs):
+def both(case, backend, *, given=(), trl=None, fused=None, **args):
+    """TRL's loss and ours: ``given`` names of the case for both, ``trl`` and ``fused`` for one, ``args`` TRL's."""
+    mask, ids = case.completion_mask, case.completion_ids.clamp(min=0)
+    inputs = {"advantages": case.advantages, **case.inputs(*given)}
     x = case.logits.double().requires_grad_()
-    inputs = {k: v.double() if v.is_floating_point() else v
-              for k, v in case.inputs("completion_ids", "completion_mask").items()}  # fmt: skip
-    ids = inputs["completion_ids"].clamp(min=0)
-    loss, metrics = trl_loss(
-        x, ids, trl.pop("advantages", case.advantages).double(), completion_mask=inputs["completion_mask"],
-        loss_type=loss_type, use_bias_correction_kl=False, **trl, **knobs,
-    )  # fmt: skip
+    theirs = {name: value.double() for name, value in {**inputs, **(trl or {})}.items() if torch.is_tensor(value)}
+    rest = {name: value for name, value in (trl or {}).items() if not torch.is_tensor(value)}
+    loss, metrics = trl_loss(x, ids, theirs.pop("advantages"), completion_mask=mask, **theirs, **rest, **args)
     loss.backward()
+    config = LossConfig.from_trl(trl_args(**args))
     out, grad = ours(
-        case.logits, backend, **case.inputs("completion_ids", "completion_mask"),
-        **{"advantages": case.advantages, **fused}, loss_type=loss_type, **knobs,
+        case.logits, backend, completion_ids=case.completion_ids, completion_mask=mask, **{**inputs, **(fused or {})},
+        config=config, return_entropy=True, temperature=args.get("temperature", 1.0),
     )  # fmt: skip
     torch.testing.assert_close(out.loss.double().cpu(), loss.detach(), **ROUNDING)
     atol = max(GRAD_ATOL[torch.float32], 1e-6 * x.grad.abs().max().item())
     torch.testing.assert_close(grad.double(), x.grad, rtol=1e-5, atol=atol)
-    for name, value in metrics.items():
-        if name in out.metrics and name != "policy_loss" and value == value:
+    logged = metrics.keys() - {"policy_loss", "entropy_coef"}  # before accumulation; the setting itself
+    assert logged <= out.metrics.keys(), logged - out.metrics.keys()
+    for name in logged:
+        value = metrics[name]
+        if value == value:
             assert out.metrics[name].item() == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "bnpo", "dapo", "dr_grpo"))
-@pytest.mark.parametrize("beta", (0.0, 0.04))
-@pytest.mark.parametrize("clip", [{}, {"epsilon_high": 0.28}, {"delta": 1.5}, {"delta": 1.05}], ids=str)
-def test_loss_types(clip, beta, loss_type, backend):
-    case = make_case(B=4, T=12, V=31, seed=1)
-    old = {"old_logps": case.old_logps, "ref_logps": case.ref_logps}
-    both(case, backend, trl={k: v.double() for k, v in old.items()}, fused=old, loss_type=loss_type, beta=beta,
-         max_completion_length=12, **clip)  # fmt: skip
+def mismatched(case):
+    """The sampler's log-probs, NaN at a token it could not score."""
+    noise = torch.randn(case.old_logps.shape, generator=torch.Generator().manual_seed(1))
+    out = case.old_logps + 0.2 * noise
+    out[0, 0] = math.nan
+    return out
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "dapo"))
-def test_on_policy_and_token_advantages(loss_type, backend):
-    case = make_case(B=4, T=12, V=31, seed=2)
-    adv = {"advantages": case.token_advantages}
-    both(case, backend, trl=dict(adv), fused=adv, loss_type=loss_type, temperature=0.7)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "bnpo", "dapo", "dr_grpo"))
-def test_gradient_accumulation(loss_type, backend):
-    """loss_scale = 1/ga, num_items_in_batch = N/(processes·steps_per_generation), for every loss type."""
-    case = make_case(B=4, T=12, V=31, seed=3)
-    both(
-        case, backend, loss_type=loss_type, max_completion_length=12,
-        trl={"gradient_accumulation_steps": 4, "steps_per_generation": 8, "num_items_in_batch": 300,
-             "num_processes": 2},
+KNOBS = {
+    "on-policy": lambda c: dict(temperature=0.7),
+    "old": lambda c: dict(given=POLICY[:1]),
+    "KL": lambda c: dict(given=POLICY, beta=0.04, use_bias_correction_kl=False),
+    "bias-corrected KL": lambda c: dict(given=POLICY, beta=0.04),
+    "clip higher": lambda c: dict(given=POLICY[:1], epsilon=0.1, epsilon_high=0.28),
+    "delta": lambda c: dict(given=POLICY[:1], delta=1.05),
+    "token advantages": lambda c: dict(
+        given=POLICY, beta=0.04, trl={"advantages": c.token_advantages}, fused={"advantages": c.token_advantages}
+    ),
+    "weights per token": lambda c: weighted(c, c.importance_weights),
+    "weights per sequence": lambda c: weighted(c, c.importance_weights[:, :1]),
+    "off-policy mask": lambda c: dict(
+        given=POLICY, beta=0.04, off_policy_mask_threshold=0.02, trl={"sampling_per_token_logps": mismatched(c)},
+        fused={"sampling_logps": mismatched(c)},
+    ),
+    "entropy quantile": lambda c: dict(given=POLICY, beta=0.04, top_entropy_quantile=0.3, entropy_coef=0.05),
+    "entropy bonus": lambda c: dict(entropy_coef=0.05),
+    "accumulation": lambda c: dict(
+        given=POLICY, beta=0.04, entropy_coef=0.01, gradient_accumulation_steps=4, steps_per_generation=8,
+        trl={"num_items_in_batch": 300, "num_processes": 2},
         fused={"loss_scale": 1 / 4, "num_items_in_batch": 300 / (2 * 8)},
+    ),
+    "evaluation": lambda c: dict(
+        given=POLICY, beta=0.04, entropy_coef=0.01, gradient_accumulation_steps=4, steps_per_generation=8,
+        trl={"num_items_in_batch": 300, "num_processes": 2, "training": False}, fused={"num_items_in_batch": 150},
+    ),
+}  # fmt: skip
+
+
+def weighted(case, weights):
+    """TRL's weights are 1 where masked, and its vespo relies on that."""
+    mask = case.completion_mask if weights.shape[1] > 1 else torch.ones_like(weights, dtype=torch.bool)
+    weights = torch.where(mask, weights, 1.0)
+    return dict(given=POLICY, beta=0.04, trl={"importance_sampling_ratio": weights},
+                fused={"importance_weights": weights})  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("knob", KNOBS)
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_parity(loss_type, level, knob, backend):
+    case = make_case(B=4, T=12, V=31, seed=1)
+    kwargs = KNOBS[knob](case)
+    kwargs.setdefault("max_completion_length", 12)
+    # TRL rounds SAPO's temperature to float32, and 1.0625 is the same there
+    both(case, backend, loss_type=loss_type, importance_sampling_level=level, sapo_temperature_neg=1.0625, **kwargs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("seed", range(5))
+def test_parity_on_other_shapes_and_seeds(seed, backend):
+    for loss_type in LOSS_TYPES:
+        case = make_case(B=3 + seed, T=2 + 4 * seed, V=9 + 40 * seed, seed=seed, spread=1 + seed)
+        both(case, backend, given=POLICY, loss_type=loss_type, beta=0.1, max_completion_length=64,
+             importance_sampling_level=LEVELS[seed % 2], sapo_temperature_neg=1.0625, temperature=0.9)  # fmt: skip
+
+
+def test_from_trl_takes_over_every_argument():
+    args = trl_args(
+        loss_type="sapo", beta=0.1, epsilon=0.3, epsilon_high=0.4, delta=2.0, importance_sampling_level="sequence",
+        max_completion_length=99, entropy_coef=0.1, top_entropy_quantile=0.2, off_policy_mask_threshold=0.5,
+        sapo_temperature_pos=2.0, sapo_temperature_neg=3.0, vespo_k_pos=1.0, vespo_lambda_pos=1.5, vespo_k_neg=2.5,
+        vespo_lambda_neg=3.5, scale_rewards="batch", use_vllm=True, vllm_importance_sampling_mode="token_mask",
+        vllm_importance_sampling_clip_max=2.0, vllm_importance_sampling_clip_min=0.5,
+    )  # fmt: skip
+    assert LossConfig.from_trl(args) == LossConfig(
+        loss_type="sapo", beta=0.1, epsilon=0.3, epsilon_high=0.4, importance_sampling_level="sequence",
+        use_bias_correction_kl=True, max_completion_length=99, entropy_coef=0.1, top_entropy_quantile=0.2,
+        off_policy_mask_threshold=0.5, sapo_temperature_pos=2.0, sapo_temperature_neg=3.0, vespo_k_pos=1.0,
+        vespo_lambda_pos=1.5, vespo_k_neg=2.5, vespo_lambda_neg=3.5, scale_rewards="batch",
+        sampling_correction="token_mask", sampling_correction_max=2.0, sampling_correction_min=0.5,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("shape", ("(B, T)", "(B, 1)"))
-def test_sampler_mismatch_weights(shape, backend):
-    case = make_case(B=4, T=12, V=31, seed=4)
-    w = case.importance_weights if shape == "(B, T)" else case.importance_weights[:, :1]
-    old = {"old_logps": case.old_logps}
-    both(case, backend, trl={"importance_sampling_ratio": w.double(), "old_logps": case.old_logps.double()},
-         fused={"importance_weights": w, **old}, loss_type="dapo")  # fmt: skip
+def test_from_trl_defaults():
+    """TRL's own: dapo, the bias-corrected KL, and no correction without vLLM."""
+    config = LossConfig.from_trl(trl_args())
+    assert (config.loss_type, config.use_bias_correction_kl, config.sampling_correction) == ("dapo", True, None)
+    assert LossConfig.from_trl(trl_args(scale_rewards=False)).scale_rewards == "none"
+    assert LossConfig.from_trl(trl_args(delta=2.0)).delta == 2.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "dapo"))
-def test_entropy_bonus(loss_type, backend):
-    case = make_case(B=4, T=12, V=31, seed=5)
-    both(case, backend, trl={}, fused={"return_entropy": True}, loss_type=loss_type, entropy_coef=0.05)
+@pytest.mark.parametrize(("args", "bound"), [({}, 0.2), ({"epsilon": 0.3}, 0.3), ({"epsilon_high": 5.0}, 5.0)])
+def test_from_trl_reads_cispo_as_trl_does(args, bound):
+    """epsilon_high is the raw bound of the ratio; unset it falls back to epsilon."""
+    assert LossConfig.from_trl(trl_args(loss_type="cispo", **args)).cispo_max == bound
+
+
+def test_from_trl_refuses_what_it_cannot_hold():
+    with pytest.raises(ValueError, match="use_adaptive_entropy.*each step's coefficient"):
+        LossConfig.from_trl(trl_args(use_adaptive_entropy=True))
+    with pytest.raises(ValueError, match="loss_type='sft'"):
+        LossConfig.from_trl(trl_args(loss_type="sft"))

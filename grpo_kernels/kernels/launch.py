@@ -1,18 +1,20 @@
 """Launches: the Triton backend, with the same functions as `grpo_kernels.torch_backend`."""
 
 import contextlib
-import math
 
 import torch
 
+from grpo_kernels.correction import Correction
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
+from grpo_kernels.kernels.quantile import threshold_kernel
 from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
 from grpo_kernels.kernels.rows import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
+from grpo_kernels.kernels.sequences import correction_kernel, segments_kernel, spread_kernel
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES
-from grpo_kernels.variants import TERMS, Plan
+from grpo_kernels.plan import Plan
+from grpo_kernels.variants import LEVELS, TERMS
 
-_LOG2E = math.log2(math.e)
 _WAVE = 64 if torch.version.hip else 32
 
 
@@ -34,6 +36,11 @@ def tile_shape(V: int, itemsize: int, entropy: bool = False, wave: int = _WAVE) 
     return {"K": 2 if wave == 32 and not entropy else 1, "L": lanes, "num_warps": warps, **limit}
 
 
+def block_shape(wave: int = _WAVE) -> dict[str, int]:
+    """Launch options of the [B, T] kernels. Left to itself ptxas aims at an occupancy they do not need, and spills."""
+    return {"num_warps": 4, **({"maxnreg": 128} if wave == 32 else {})}
+
+
 def require_available(device: torch.device) -> None:
     """Raise unless the kernels can run on tensors of this device."""
     if triton is None:
@@ -47,17 +54,19 @@ def require_available(device: torch.device) -> None:
 
 def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row."""
-    B, T = inputs.ids.shape
+    ids, gate = inputs.ids, inputs.adv if inputs.gate is None else inputs.gate
+    rewards = inputs.rewards if inputs.gate is None else None
     V = logits.shape[2]
-    logps = logits.new_empty((B, T), dtype=torch.float32)
+    logps = logits.new_empty(ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
-    stats = logits.new_empty((B * T, 3), dtype=torch.float32)
+    stats = logits.new_empty((ids.numel(), 3), dtype=torch.float32)
     with _on(logits):
-        logprob_kernel[(B * T,)](
-            logits, inputs.ids, inputs.mask, inputs.adv, inputs.rewards, logps, entropies, stats,
-            *logits.stride()[:2], *_strides(inputs.ids), *_strides(inputs.mask), *_strides(inputs.adv),
-            B, T, V, inputs.num_generations, _LOG2E / coefs.temperature, coefs.adv_eps,
-            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
+        logprob_kernel[(ids.numel(),)](
+            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
+            logps, entropies, stats,
+            *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
+            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature,
+            coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
             ALIGNED=_aligned(logits), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
     return logps, entropies, stats
@@ -65,36 +74,38 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
 
 def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(logps, entropies) of a token-level objective, whose gradient goes to ``out`` in the same launch."""
-    B, T = inputs.ids.shape
-    rows, V = logits.shape[1:]
-    logps = logits.new_empty((B, T), dtype=torch.float32)
+    B, rows, V = logits.shape
+    logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
     term = TERMS[plan.term]
     with _on(logits):
         loss_kernel[(B * rows,)](
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
-            inputs.is_weight, logps, entropies, inputs.count, inputs.loss_scale, inputs.tokens,
-            *logits.stride()[:2], *out.stride()[:2], *_strides(inputs.ids), *_strides(inputs.mask),
+            inputs.is_weight, inputs.temperature, inputs.batch_std, inputs.segments, logps, entropies,
+            inputs.count, inputs.loss_scale, inputs.tokens,
+            *_strides(logits), *_strides(out), *_strides(inputs.ids), *_strides(inputs.mask),
             *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
-            _stride(inputs.count),
-            B, T, rows, V, inputs.num_generations, _LOG2E / coefs.temperature, 1.0 / coefs.temperature, coefs.beta,
-            coefs.w_factor, coefs.h_factor, coefs.adv_eps, term.kind(*coefs.term),
-            TERM=term.function, KL=plan.kl_function, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased,
-            SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
+            *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
+            inputs.sequences, inputs.ids.shape[1], rows, V, int(coefs.num_generations), 1.0 / coefs.temperature,
+            coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits, term.kind(*coefs.term),
+            TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, SCALE=plan.scale_rewards,
+            UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
             ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
     return logps, entropies
 
 
-def slope(logits, out, ids, mask, stats, g, h, up, coefs: Coefs) -> None:
+def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
     """out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], both factors times ``up``."""
-    B, T = ids.shape
-    rows, V = logits.shape[1:]
-    up = None if up is None else up.expand(B, T)
+    B, rows, V = logits.shape
+    ids = inputs.ids
+    up = None if up is None else up.expand(ids.shape)
     with _on(logits):
         slope_kernel[(B * rows,)](
-            logits, out, ids, mask, stats, g, h, up, *logits.stride()[:2], *out.stride()[:2], *_strides(ids),
-            *_strides(mask), *_strides(up), T, rows, V, _LOG2E / coefs.temperature, 1.0 / coefs.temperature,
+            logits, out, ids, inputs.mask, inputs.temperature, inputs.segments, stats, g, h, up,
+            *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
+            *_strides(inputs.temperature), *_strides(up), _at(inputs),
+            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature,
             ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), h is not None),
         )  # fmt: skip
 
@@ -112,25 +123,77 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 def objective(
     logps: torch.Tensor, entropies: torch.Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The [B, T] maths: (loss [], ℓ [B, T], ∂/∂lp [B, T], ∂/∂H [B, T], sums [S], metrics [M])."""
-    B, T = inputs.ids.shape
-    losses, g, h = (torch.empty_like(logps) for _ in range(3))
+    """The [B, T] maths: (loss [], ℓ, local, spread, share, h, sums [S], metrics [M]), see `sequence_kernel`."""
+    B = inputs.sequences
+    losses, local, h = (torch.empty_like(logps) for _ in range(3))
+    spread, share = (torch.empty_like(logps) if plan.spread else logps.new_empty(0) for _ in range(2))
     partial = logps.new_empty((B, len(SUM_NAMES)), dtype=torch.float64)
     sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
-    term = TERMS[plan.term]
+    term, own = TERMS[plan.term], plan.own
     with _on(logps):
         sequence_kernel[(B,)](
-            logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards, inputs.is_weight,
-            losses, g, h, partial, inputs.count, inputs.loss_scale, inputs.tokens,
-            *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv),
-            *_strides(inputs.is_weight), _stride(inputs.count), B, T, inputs.num_generations, coefs.beta,
-            coefs.w_factor, coefs.h_factor, coefs.adv_eps, term.kind(*coefs.term),
-            TERM=term.function, REGION=term.region, KL=plan.kl_function, SCALE=plan.scale_rewards,
-            UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted, num_warps=4,
+            logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
+            inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.threshold, inputs.batch_std, inputs.cu,
+            *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
+            *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
+            _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
+            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.limits, term.kind(*coefs.term),
+            TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
+            CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
+            SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
+            SUMMARY=plan.of_sequence, WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
+            **block_shape(),
         )  # fmt: skip
-        total_kernel[(1,)](partial, sums, total, metrics, B, num_warps=4)
-    return total, losses, g, h, sums, metrics
+        total_kernel[(1,)](partial, sums, total, metrics, B, **block_shape())
+    return total, losses, local, spread, share, h, sums, metrics
+
+
+def join(local, spread, share, up, cu) -> torch.Tensor:
+    """g = up·local + share·Σ up·spread, the sum over each sequence."""
+    g = torch.empty_like(local)
+    up = None if up is None else up.expand(local.shape)
+    B = local.shape[0] if cu is None else cu.shape[0] - 1
+    with _on(local):
+        spread_kernel[(B,)](
+            g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, local.shape[1],
+            **block_shape(),
+        )  # fmt: skip
+    return g
+
+
+def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.Tensor:
+    """Importance weights, (B, T) or (B, 1), from the sampler's log-probabilities."""
+    B, T = inputs.sequences, old.shape[1]
+    out = old.new_empty((B, 1) if correction.per_sequence else old.shape, dtype=torch.float32)
+    with _on(old):
+        correction_kernel[(B,)](
+            old, inputs.sampling, inputs.mask, out, inputs.cu, *_strides(old), *_strides(inputs.sampling),
+            *_strides(inputs.mask), _at(inputs), T, coefs.correction_low, coefs.correction_high,
+            PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
+            **block_shape(),
+        )  # fmt: skip
+    return out
+
+
+def threshold(ordered, everywhere, q: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grpo_kernels.quantile.threshold`."""
+    value, kept = ordered.new_empty(()), ordered.new_empty(())
+    with _on(ordered):
+        threshold_kernel[(1,)](ordered, everywhere, value, kept, ordered.numel(), everywhere.numel(), q, num_warps=1)
+    return value, kept
+
+
+def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of packed input: the sequence of each token [N] int32, and the unmasked tokens of each sequence [B]."""
+    B = cu.shape[0] - 1
+    numbers = torch.full((N,), B, dtype=torch.int32, device=cu.device)  # tokens of no sequence
+    lengths = torch.empty(B, device=cu.device)
+    with _on(cu):
+        segments_kernel[(B,)](mask, cu, numbers, lengths, *_strides(mask), **block_shape())
+    return numbers, lengths
 
 
 def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
@@ -149,6 +212,11 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
     if x is None:
         return 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
+
+
+def _at(inputs: Inputs) -> int:
+    """How far apart sequences lie in the outputs, 0 for packed input, where a token's place is its own."""
+    return inputs.ids.shape[1] if inputs.cu is None else 0
 
 
 def _stride(count: torch.Tensor | None) -> int:

@@ -1,88 +1,155 @@
 """The [B, T] kernels: token objective, its sums per sequence, and the sums over sequences.
 
-They run on log-probabilities, not on logits, and so cost next to nothing. Sums are taken in a fixed
-order, in fp32 within a sequence's tile and in fp64 across tiles and sequences: two runs give the
-same bits, and counts stay exact.
+They run on log-probabilities, not on logits, and so cost next to nothing. Sums over sequences are
+taken in fp64, in a fixed order.
 """
 
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
 from grpo_kernels.kernels.rows import kernel, load_or
+from grpo_kernels.kernels.sequences import BLOCK, add, bounds, load_row, nothing, unmasked
 from grpo_kernels.metrics import SUM_NAMES, summarise
-from grpo_kernels.objective import log_ratio, token_objective, weight
+from grpo_kernels.objective import keeps_sequence, limited_ratio, log_ratio, token_objective, weight
 
-BLOCK = tl.constexpr(256)
 SUMS = tl.constexpr(len(SUM_NAMES))
 _INF = tl.constexpr(float("inf"))
 
 
 @jit
-def load_row(pointer, at, where, default):
-    if pointer is not None:
-        return tl.load(pointer + at, mask=where, other=0.0).to(tl.float32)
+def advantages_at(adv, at, A_seq, inside):
+    if adv is not None:
+        return tl.load(adv + at, mask=inside, other=0.0).to(tl.float32)
     else:
-        return default
+        return tl.where(inside, A_seq, 0.0)
 
 
 @jit
-def add(total, value):
-    return total + tl.sum(value, axis=0).to(tl.float64)
+def drift_of(lp, lp_old, sampling, at, live):
+    """How far log π has fallen since the token was sampled; 0 where nobody knows."""
+    d = lp_old - lp
+    if sampling is not None:
+        d = tl.load(sampling + at, mask=live, other=0.0).to(tl.float32) - lp
+    return tl.where(live & (d == d), d, 0.0)
 
 
 @kernel
 def sequence_kernel(
-    logps, entropy, mask, old, ref, adv, rewards, is_weight,  # [B, T] ×6, [B], [B, T]
-    losses, g, h, partial,  # out: [B, T] ×3, [B, SUMS] fp64
-    count, loss_scale, tokens,
-    mask_b, mask_t, old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, count_b,
-    B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, c,
-    TERM: tl.constexpr, REGION: tl.constexpr, KL: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr,
-    SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr,
+    logps, entropy, mask, old, ref, sampling, adv, rewards, gate, is_weight,  # [B, T] ×7, [B], [B, T] ×2
+    losses, local, spread, share, h, partial,  # out: [B, T] ×5, [B, SUMS] fp64
+    count, loss_scale, tokens, threshold, batch_std, cu,
+    mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, gate_b, gate_t, is_b, is_t, count_b,
+    at_b, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
+    drift_limit: tl.float32, limits, c,
+    TERM: tl.constexpr, REGION: tl.constexpr, STATISTIC: tl.constexpr, CORRECTION: tl.constexpr, OWN: tl.constexpr,
+    HOW: tl.constexpr, SPREAD: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, OFF_POLICY: tl.constexpr,
+    SUMMARY: tl.constexpr, WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr, SCALE: tl.constexpr,
+    UNBIASED: tl.constexpr, SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence: ℓ, its derivatives by lp (g) and entropy (h), and the sums of the metrics."""
+    """One program per sequence: ℓ, its derivatives, and the sums of the metrics.
+
+    ``local`` is ∂L/∂lp of the token itself, ``h`` is ∂L/∂H. With SPREAD ("level" or "term") the
+    sequence also has ``spread``, ∂L/∂r of the ratio that all its tokens share, and ``share``, what each
+    moves it by: `spread_kernel` puts them together. HOW ("", "mean", "sum") makes the level's log
+    ratio of the tokens', OWN ("", "mean", "sum") the term's own statistic; SUMMARY: either exists, or
+    an off-policy mask, so that the sequence is read twice.
+    """
     seq = tl.program_id(0).to(tl.int64)
+    first, last = bounds(cu, seq, T)
     factor = load_or(loss_scale, 0, 1.0)
     w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
     w_slope = w if WEIGHTED else 1.0
     bonus = 0.0
     if BONUS:
         bonus = weight(load_or(tokens, 0, 1.0), h_factor, factor)
-    spread = 0.0
+    spread_of_rewards = 0.0
     A_seq = 0.0
     if rewards is not None:
-        A_seq, spread = group_advantage(rewards, seq, B, G, adv_eps, SCALE, UNBIASED)
+        A_seq, spread_of_rewards = group_advantage(rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
 
-    zero = tl.sum(tl.zeros([BLOCK], tl.float32), axis=0).to(tl.float64)
-    s_loss = zero
-    s_policy = zero
-    s_tokens = zero
-    s_kl = zero
-    s_entropy = zero
-    s_low = zero
-    s_high = zero
-    s_ratio = zero
-    s_drift = zero
+    size = nothing()
+    total_r = nothing()
+    total_own = nothing()
+    total_drift = nothing()
+    if SUMMARY:
+        for start in range(first, last, BLOCK):
+            tok = start + tl.arange(0, BLOCK).to(tl.int64)
+            live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
+            A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
+            if SKIP:
+                live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
+            lp = tl.load(logps + seq * at_b + tok, mask=live, other=0.0)
+            lp_old = load_row(old, seq * old_b + tok * old_t, live, lp)
+            r = log_ratio(lp, lp_old)
+            size = add(size, tl.where(live, 1.0, 0.0))
+            total_r = add(total_r, tl.where(live, r, 0.0))
+            if OWN != "":
+                x, _ = STATISTIC(r, A, c)
+                if is_weight is not None:
+                    if not WEIGHT_ONCE:
+                        x = x + CORRECTION(load_row(is_weight, seq * is_b + tok * is_t, live, 1.0))
+                total_own = add(total_own, tl.where(live, x, 0.0))
+            if OFF_POLICY:
+                total_drift = add(total_drift, drift_of(lp, lp_old, sampling, seq * samp_b + tok * samp_t, live))
+    size = tl.where(size < 1.0, 1.0, size)
+    inverse = (1.0 / size).to(tl.float32)
+    drift = (total_drift / size).to(tl.float32)
+    r_seq = total_r.to(tl.float32)
+    step = 1.0
+    if HOW == "mean":
+        r_seq = (total_r / size).to(tl.float32)
+        step = inverse
+    own = total_own.to(tl.float32)
+    if OWN == "mean":
+        own = (total_own / size).to(tl.float32)
+    if OWN != "":
+        if is_weight is not None:
+            if WEIGHT_ONCE:
+                own += CORRECTION(tl.load(is_weight + seq * is_b).to(tl.float32))
+
+    s_loss = nothing()
+    s_policy = nothing()
+    s_tokens = nothing()
+    s_kl = nothing()
+    s_entropy = nothing()
+    s_low = nothing()
+    s_high = nothing()
+    s_cap = nothing()
+    s_ratio = nothing()
+    s_drift = nothing()
     ratio_min = tl.full([BLOCK], _INF, tl.float32)
     ratio_max = tl.full([BLOCK], -_INF, tl.float32)
-    for start in range(0, T, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        tok = t.to(tl.int64)
-        at = seq * T + tok
-        inside = t < T
-        live = inside
-        if mask is not None:
-            live = inside & (tl.load(mask + seq * mask_b + tok * mask_t, mask=inside, other=0) != 0)
-        if rewards is not None:
-            A = tl.where(inside, A_seq, 0.0)
-        else:
-            A = load_row(adv, seq * adv_b + tok * adv_t, live, 0.0)
+    for start in range(first, last, BLOCK):
+        tok = start + tl.arange(0, BLOCK).to(tl.int64)
+        at = seq * at_b + tok
+        inside = tok < last
+        live = unmasked(mask, seq * mask_b + tok * mask_t, inside)
+        A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
         if SKIP:
-            live = live & (A != 0.0)
+            live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
         lp = tl.load(logps + at, mask=live, other=0.0)
-        r = log_ratio(lp, load_row(old, seq * old_b + tok * old_t, live, lp))
-        policy, kl, d_ratio, d_lp = token_objective(
-            r, lp, load_row(ref, seq * ref_b + tok * ref_t, live, 0.0), A,
-            load_row(is_weight, seq * is_b + tok * is_t, live, 1.0), beta, c, TERM, KL,
+        lp_old = load_row(old, seq * old_b + tok * old_t, live, lp)
+        r_token = log_ratio(lp, lp_old)
+        r = r_token
+        if HOW != "":
+            r = r_seq + tl.zeros([BLOCK], tl.float32)
+        r, passes = limited_ratio(r, limits)
+        r_term = r
+        if OWN != "":
+            r_term = own + tl.zeros([BLOCK], tl.float32)
+
+        trust = tl.full([BLOCK], 1.0, tl.float32)
+        if OWN == "":
+            trust = trust * load_row(is_weight, seq * is_b + tok * is_t, live, 1.0)
+        if OFF_POLICY:
+            trust = tl.where(keeps_sequence(drift, A, drift_limit) != 0.0, trust, 0.0)
+        H = load_row(entropy, at, live, 0.0)
+        chosen = live
+        if threshold is not None:
+            chosen = live & (H >= tl.load(threshold))
+            trust = tl.where(chosen, trust, 0.0)
+        policy, kl, d_term, d_ratio, d_lp = token_objective(
+            r, passes, r_term, lp, lp_old, load_row(ref, seq * ref_b + tok * ref_t, live, 0.0), A, trust, beta,
+            limits, c, TERM, KL, BIAS, OWN != "",
         )  # fmt: skip
         loss = policy
         if KL is not None:
@@ -90,57 +157,67 @@ def sequence_kernel(
         loss = tl.where(live, loss, 0.0)
         if losses is not None:
             tl.store(losses + at, loss, mask=inside)
-        if g is not None:
-            tl.store(g + at, tl.where(live, w_slope * (d_ratio + d_lp), 0.0), mask=inside)
+        if SPREAD == "level":
+            g = d_term + d_lp
+            tl.store(spread + at, tl.where(live, w_slope * d_ratio, 0.0), mask=inside)
+            tl.store(share + at, tl.where(live, step, 0.0), mask=inside)
+        elif SPREAD == "term":
+            g = d_ratio + d_lp
+            _, slope = STATISTIC(r_token, A, c)
+            tl.store(spread + at, tl.where(live, w_slope * d_term, 0.0), mask=inside)
+            tl.store(share + at, tl.where(live, slope * inverse, 0.0), mask=inside)
+        else:
+            g = d_term + d_ratio + d_lp
+        if local is not None:
+            tl.store(local + at, tl.where(live, w_slope * g, 0.0), mask=inside)
         if h is not None:
-            tl.store(h + at, tl.where(live, -bonus, 0.0), mask=inside)
+            tl.store(h + at, tl.where(chosen, -bonus, 0.0), mask=inside)
 
         s_policy = add(s_policy, w * loss)
         s_loss = add(s_loss, w * loss)
         s_tokens = add(s_tokens, tl.where(live, 1.0, 0.0))
         s_kl = add(s_kl, tl.where(live, kl, 0.0))
-        if entropy is not None:
-            H = tl.load(entropy + at, mask=live, other=0.0)
-            s_entropy = add(s_entropy, H)
-            if BONUS:
-                s_loss = add(s_loss, -bonus * H)
-        low, high = REGION(r, A, c)
-        s_low = add(s_low, tl.where(live, low, 0.0))
-        s_high = add(s_high, tl.where(live, high, 0.0))
+        s_entropy = add(s_entropy, tl.where(live, H, 0.0))
+        if BONUS:
+            s_loss = add(s_loss, tl.where(chosen, -bonus * H, 0.0))
+        if not CLIP_ONCE:
+            low, high, cap = REGION(r, r_term, lp, lp_old, A, c)
+            s_low = add(s_low, tl.where(live, low, 0.0))
+            s_high = add(s_high, tl.where(live, high, 0.0))
+            s_cap = add(s_cap, tl.where(live, cap, 0.0))
         ratio = tl.exp(r)
         s_ratio = add(s_ratio, tl.where(live, ratio, 0.0))
         s_drift = add(s_drift, tl.where(live, ratio - 1.0 - r, 0.0))
         ratio_min = tl.minimum(ratio_min, tl.where(live, ratio, _INF))
         ratio_max = tl.maximum(ratio_max, tl.where(live, ratio, -_INF))
 
-    row = partial + seq * SUMS
-    empty = s_tokens == 0.0
-    tl.store(row + 0, s_loss)
-    tl.store(row + 1, s_policy)
-    tl.store(row + 2, s_tokens)
-    tl.store(row + 3, s_kl)
-    tl.store(row + 4, s_entropy)
-    tl.store(row + 5, s_low)
-    tl.store(row + 6, s_high)
-    tl.store(row + 7, s_ratio)
-    tl.store(row + 8, s_drift)
-    reward = zero
-    scored = zero
-    flat = zero
+    s_clips = s_tokens
+    if CLIP_ONCE:
+        if adv is not None:
+            A_seq = tl.load(adv + seq * adv_b).to(tl.float32)
+        r, _ = limited_ratio(r_seq, limits)
+        low, high, cap = REGION(r, own if OWN != "" else r, 0.0, 0.0, A_seq, c)
+        s_clips = nothing() + (tl.where(A_seq == 0.0, 0.0, 1.0) if SKIP else 1.0)
+        s_low = s_clips * low
+        s_high = s_clips * high
+        s_cap = s_clips * cap
+    empty = s_clips == 0.0
+    reward = nothing()
+    scored = nothing()
+    flat = nothing()
     if rewards is not None:
         reward = tl.load(rewards + seq).to(tl.float64)
         scored = tl.where(reward == reward, 1.0, 0.0).to(tl.float64)
         reward = tl.where(reward == reward, reward, 0.0)
-        flat = tl.where(spread == 0.0, 1.0, 0.0).to(tl.float64)
-    tl.store(row + 9, reward)
-    tl.store(row + 10, reward * reward)
-    tl.store(row + 11, scored)
-    tl.store(row + 12, flat)
-    tl.store(row + 13, zero + 1.0)
-    tl.store(row + 14, tl.min(ratio_min, axis=0).to(tl.float64))
-    tl.store(row + 15, tl.where(empty, _INF, s_low / s_tokens))
-    tl.store(row + 16, tl.max(ratio_max, axis=0).to(tl.float64))
-    tl.store(row + 17, tl.where(empty, -_INF, s_high / s_tokens))
+        flat = tl.where(spread_of_rewards == 0.0, 1.0, 0.0).to(tl.float64)
+    row = (
+        s_loss, s_policy, s_tokens, s_kl, s_entropy, s_low, s_high, s_cap, s_clips, s_ratio, s_drift,
+        reward, reward * reward, scored, flat, nothing() + 1.0,
+        tl.min(ratio_min, axis=0).to(tl.float64), tl.where(empty, _INF, s_low / s_clips),
+        tl.max(ratio_max, axis=0).to(tl.float64), tl.where(empty, -_INF, s_high / s_clips),
+    )  # fmt: skip
+    for k in tl.static_range(SUMS):
+        tl.store(partial + seq * SUMS + k, row[k])
 
 
 @jit
@@ -175,23 +252,25 @@ def total_kernel(partial, sums, loss, metrics, B):
     entropy = column(partial, B, 4, "sum")
     low = column(partial, B, 5, "sum")
     high = column(partial, B, 6, "sum")
-    ratio = column(partial, B, 7, "sum")
-    drift = column(partial, B, 8, "sum")
-    reward = column(partial, B, 9, "sum")
-    reward_square = column(partial, B, 10, "sum")
-    scored = column(partial, B, 11, "sum")
-    flat = column(partial, B, 12, "sum")
-    sequences = column(partial, B, 13, "sum")
-    ratio_min = column(partial, B, 14, "min")
-    low_min = column(partial, B, 15, "min")
-    ratio_max = column(partial, B, 16, "max")
-    high_max = column(partial, B, 17, "max")
-    every = (total, policy, tokens, kl, entropy, low, high, ratio, drift, reward, reward_square, scored, flat,
-             sequences, ratio_min, low_min, ratio_max, high_max)  # fmt: skip
+    dual = column(partial, B, 7, "sum")
+    clips = column(partial, B, 8, "sum")
+    ratio = column(partial, B, 9, "sum")
+    drift = column(partial, B, 10, "sum")
+    reward = column(partial, B, 11, "sum")
+    reward_square = column(partial, B, 12, "sum")
+    scored = column(partial, B, 13, "sum")
+    flat = column(partial, B, 14, "sum")
+    sequences = column(partial, B, 15, "sum")
+    ratio_min = column(partial, B, 16, "min")
+    low_min = column(partial, B, 17, "min")
+    ratio_max = column(partial, B, 18, "max")
+    high_max = column(partial, B, 19, "max")
+    every = (total, policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored,
+             flat, sequences, ratio_min, low_min, ratio_max, high_max)  # fmt: skip
     for k in tl.static_range(SUMS):
         tl.store(sums + k, every[k])
     tl.store(loss, total.to(tl.float32))
-    values = summarise(policy, tokens, kl, entropy, low, high, ratio, drift, reward, reward_square, scored, flat,
-                       sequences, ratio_min, low_min, ratio_max, high_max)  # fmt: skip
+    values = summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored,
+                       flat, sequences, ratio_min, low_min, ratio_max, high_max)  # fmt: skip
     for k in tl.static_range(len(values)):
         tl.store(metrics + k, values[k].to(tl.float32))

@@ -34,12 +34,18 @@ def reward_moments(rewards, n, UNBIASED: tl.constexpr):
 
 
 @jit
-def group_advantage(rewards, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
-    """(advantage, std it was divided by) of sequence ``seq``; its group is rows [k·G, (k+1)·G)."""
+def group_advantage(rewards, batch_std, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
+    """(advantage, std it was divided by) of sequence ``seq``; its group is rows [k·G, (k+1)·G).
+
+    ``batch_std``: the std of the rewards of all ranks, where they are more than these.
+    """
     mean, spread = reward_moments(rewards + seq // G * G, G, UNBIASED)
     divisor = spread
     if SCALE == "batch":
-        _, divisor = reward_moments(rewards, B, UNBIASED)
+        if batch_std is not None:
+            divisor = tl.load(batch_std).to(tl.float32)
+        else:
+            _, divisor = reward_moments(rewards, B, UNBIASED)
     reward = tl.load(rewards + seq).to(tl.float32)
     if SCALE == "none":
         return standardise(reward, mean, spread, 1.0), spread

@@ -12,6 +12,7 @@ d = (x − top)·scale and scale = log2(e)/temperature.
 from grpo_kernels.jit import jit, tl
 
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @jit

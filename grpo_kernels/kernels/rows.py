@@ -1,18 +1,19 @@
-"""The row kernels: one program per row of logits, on a 1-D grid of B·rows programs.
+"""The row kernels: one program per row of logits, on a 1-D grid.
 
-``rows`` is the number of positions per sequence that logits have, ``T`` the number that is scored:
-positions beyond T are never read and get gradient 0. Tensors named [B, T] come with their two
-strides (0 broadcasts); outputs named [B, T] are contiguous. A pointer may be None where an input
-does not exist. Scalars that change from call to call are plain fp32 or unspecialised integers, so
-that nothing recompiles for a new length, batch size or coefficient.
+Padded logits have ``rows`` positions per sequence, of which the first ``T`` are scored; the others
+are never read and get gradient 0. Packed logits are one long sequence of rows, and ``segments``
+says which sequence a row belongs to. Either way a tensor comes with two strides, of the sequence
+and of the token (0 broadcasts), and outputs [B, T] are contiguous, ``at_b`` apart. A pointer may be
+None where an input does not exist. Scalars that change from call to call are plain fp32 or
+unspecialised integers, so that nothing recompiles for a new length, batch size or coefficient.
 """
 
 import inspect
 
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
-from grpo_kernels.kernels.row import entropy_of, read_row, score_token, write_slope, write_zeros
-from grpo_kernels.objective import log_ratio, token_objective, weight
+from grpo_kernels.kernels.row import LOG2E, entropy_of, read_row, score_token, write_slope, write_zeros
+from grpo_kernels.objective import limited_ratio, log_ratio, token_objective, weight
 
 
 def kernel(fn):
@@ -24,8 +25,18 @@ def kernel(fn):
     strides = [n for n in inspect.signature(fn).parameters if n.endswith(("_b", "_t"))]
     fn.__annotations__.update(dict.fromkeys(strides, tl.int64))
     runtime = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
-    plain = [n for n in runtime if n not in ("V", "c")]
+    plain = [n for n in runtime if n not in ("V", "c", "limits")]
     return jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
+
+
+@jit
+def place(segments, rows):
+    """(sequence, token) of this program's row."""
+    row = tl.program_id(0)
+    if segments is not None:
+        return tl.load(segments + row).to(tl.int64), row.to(tl.int64)
+    else:
+        return (row // rows).to(tl.int64), (row % rows).to(tl.int64)
 
 
 @jit
@@ -46,6 +57,21 @@ def load_or(pointer, at, default):
 
 
 @jit
+def store_values(logps, entropy, at, lp, H, ENTROPY: tl.constexpr):
+    tl.store(logps + at, lp)
+    if ENTROPY:
+        tl.store(entropy + at, H)
+
+
+@jit
+def inverse_or(temperature, at, default):
+    if temperature is not None:
+        return 1.0 / tl.load(temperature + at).to(tl.float32)
+    else:
+        return default
+
+
+@jit
 def is_masked(mask, at):
     if mask is not None:
         return tl.load(mask + at) == 0
@@ -54,19 +80,20 @@ def is_masked(mask, at):
 
 
 @jit
-def advantage_of(adv, at, rewards, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
+def advantage_of(adv, at, rewards, batch_std, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
     if rewards is not None:
-        return group_advantage(rewards, seq, B, G, eps, SCALE, UNBIASED)[0]
+        return group_advantage(rewards, batch_std, seq, B, G, eps, SCALE, UNBIASED)[0]
     else:
         return tl.load(adv + at).to(tl.float32)
 
 
 @kernel
 def logprob_kernel(
-    logits, ids, mask, adv, rewards,  # [B, rows, V], [B, T], [B, T], [B, T], [B]
+    logits, ids, mask, adv, rewards, temperature,  # [B, rows, V], [B, T], [B, T], [B, T], [B], [B, T]
+    batch_std, segments,  # [], [N]
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
-    logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t,
-    B, T, V, G, scale: tl.float32, adv_eps: tl.float32,
+    logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
+    B, T, V, G, inv_temperature: tl.float32, adv_eps: tl.float32,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
@@ -74,27 +101,23 @@ def logprob_kernel(
 
     SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here.
     """
-    seq = (tl.program_id(0) // T).to(tl.int64)
-    tok = (tl.program_id(0) % T).to(tl.int64)
-    at = seq * T + tok
-    if is_masked(mask, seq * mask_b + tok * mask_t):
-        tl.store(logps + at, 0.0)
-        if ENTROPY:
-            tl.store(entropy + at, 0.0)
+    seq, tok = place(segments, T)
+    at = tl.program_id(0).to(tl.int64)
+    if (seq >= B) | is_masked(mask, seq * mask_b + tok * mask_t):
+        store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
         return
     if SKIP:
-        if advantage_of(adv, seq * adv_b + tok * adv_t, rewards, seq, B, G, adv_eps, SCALE, UNBIASED) == 0.0:
-            tl.store(logps + at, float("nan"))
-            if ENTROPY:
-                tl.store(entropy + at, float("nan"))
+        A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
+        if A == 0.0:
+            store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
             return
-    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
+    inv_temperature = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
+    scale = inv_temperature * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
+    row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_first")
     lp, _ = score_token(row, token, V, top, total, scale)
-    tl.store(logps + at, lp)
-    if ENTROPY:
-        tl.store(entropy + at, entropy_of(total, mean))
+    store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
     if stats is not None:
         tl.store(stats + at * 3, top)
         tl.store(stats + at * 3 + 1, total)
@@ -103,24 +126,22 @@ def logprob_kernel(
 
 @kernel
 def slope_kernel(
-    logits, out, ids, mask, stats,  # [B, rows, V], [B, rows, V], [B, T], [B, T], [B·T, 3]
+    logits, out, ids, mask, temperature, segments, stats,  # [B, rows, V] ×2, [B, T] ×3, [N], [B·T, 3]
     g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
-    logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
-    up_b, up_t,
-    T, rows, V, scale: tl.float32, inv_temperature: tl.float32,
+    logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
+    B, T, rows, V, inv_temperature: tl.float32,
     ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits from two numbers per row; the same for every objective. g = h = 0: not read."""
-    seq = (tl.program_id(0) // rows).to(tl.int64)
-    tok = (tl.program_id(0) % rows).to(tl.int64)
+    seq, tok = place(segments, rows)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
-    if tok >= T:
+    if (tok >= T) | (seq >= B):
         write_zeros(dst, V, K, L)
         return
     if is_masked(mask, seq * mask_b + tok * mask_t):
         write_zeros(dst, V, K, L)
         return
-    at = seq * T + tok
+    at = seq * at_b + tok
     slope = tl.load(g + at)
     pull = 0.0
     if h is not None:
@@ -132,6 +153,8 @@ def slope_kernel(
         factor = tl.load(up + seq * up_b + tok * up_t).to(tl.float32)
         slope = slope * factor
         pull = pull * factor
+    inv_temperature = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
+    scale = inv_temperature * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     top = tl.load(stats + at * 3)
@@ -144,58 +167,61 @@ def slope_kernel(
 
 @kernel
 def loss_kernel(
-    logits, out, ids, mask, old, ref, adv, rewards, is_weight,  # [B, rows, V] ×2, [B, T] ×5, [B], [B, T]
+    logits, out, ids, mask, old, ref, adv, rewards, is_weight, temperature,  # [B, rows, V] ×2, [B, T] ×5, [B], ×2
+    batch_std, segments,  # [], [N]
     logps, entropy,  # out: [B, T]
     count, loss_scale, tokens,  # the weight's count [B] or [], factor [], unmasked tokens []
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
-    old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, count_b,
-    B, T, rows, V, G, scale: tl.float32, inv_temperature: tl.float32, beta: tl.float32,
-    w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, c,
-    TERM: tl.constexpr, KL: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
-    ENTROPY: tl.constexpr, BONUS: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, temp_b, temp_t, count_b, at_b,
+    B, T, rows, V, G, inv_temperature: tl.float32, beta: tl.float32,
+    w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
+    TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr,
+    SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr, ALIGNED: tl.constexpr,
+    K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Token-level objectives in one launch: log-probability, loss derivative and gradient of a row."""
-    seq = (tl.program_id(0) // rows).to(tl.int64)
-    tok = (tl.program_id(0) % rows).to(tl.int64)
+    seq, tok = place(segments, rows)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
-    if tok >= T:
+    at = seq * at_b + tok
+    if (tok >= T) | (seq >= B):
+        if segments is not None:
+            store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
         write_zeros(dst, V, K, L)
         return
-    at = seq * T + tok
     if is_masked(mask, seq * mask_b + tok * mask_t):
-        tl.store(logps + at, 0.0)
-        if ENTROPY:
-            tl.store(entropy + at, 0.0)
+        store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
         write_zeros(dst, V, K, L)
         return
-    A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, seq, B, G, adv_eps, SCALE, UNBIASED)
+    A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
     if SKIP:
         if A == 0.0:
-            tl.store(logps + at, float("nan"))
-            if ENTROPY:
-                tl.store(entropy + at, float("nan"))
+            store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
             write_zeros(dst, V, K, L)
             return
 
-    # The weights come before the row, which leaves fewer scalars to hold while it streams by.
+    # What a token needs comes before the row: a value is less to hold while it streams by than a pointer.
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
+    lp_old = load_or(old, seq * old_b + tok * old_t, 0.0)
+    lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
+    trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
     factor = load_or(loss_scale, 0, 1.0)
     w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
     h = 0.0
     if BONUS:
         h = -weight(load_or(tokens, 0, 1.0), h_factor, factor)
 
+    inv_temperature = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
+    scale = inv_temperature * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_last")
     lp, x_token = score_token(row, token, V, top, total, scale)
-    tl.store(logps + at, lp)
-    if ENTROPY:
-        tl.store(entropy + at, entropy_of(total, mean))
+    store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
 
-    lp_old = load_or(old, seq * old_b + tok * old_t, lp)
-    lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
-    trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
-    _, _, d_ratio, d_lp = token_objective(log_ratio(lp, lp_old), lp, lp_ref, A, trust, beta, c, TERM, KL)
+    if old is None:
+        lp_old = lp
+    r, passes = limited_ratio(log_ratio(lp, lp_old), limits)
+    _, _, _, d_ratio, d_lp = token_objective(r, passes, r, lp, lp_old, lp_ref, A, trust, beta, limits, c,
+                                             TERM, KL, BIAS, False)  # fmt: skip
     g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
         write_zeros(dst, V, K, L)

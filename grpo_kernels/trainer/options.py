@@ -55,7 +55,7 @@ class Options:
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
     eval_every: int = _option(10, "steps between measurements of the held-out accuracy")
 
-    loss_type: str = _option("grpo", "how tokens are weighted", tuple(LOSS_TYPES))
+    loss_type: str = _option("grpo", "the objective", tuple(LOSS_TYPES))
     beta: float = _option(0.04, "coefficient of the KL to the policy that GRPO starts from; 0: no reference policy")
     kl_estimator: str = _option("k3", "estimator of that KL", tuple(KL_ESTIMATORS))
     epsilon: float = _option(0.2, "the ratio is clipped to [1 - epsilon, 1 + epsilon]")

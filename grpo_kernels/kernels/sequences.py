@@ -1,0 +1,126 @@
+"""Kernels over the tokens of a sequence, one program each, and what they share.
+
+A sequence is a row of [B, T], or of packed input the tokens between two entries of ``cu``. Sums are
+taken in a fixed order, in fp32 within a tile and in fp64 across tiles: two runs give the same bits,
+and counts stay exact.
+"""
+
+from grpo_kernels.correction import mismatch, within
+from grpo_kernels.jit import jit, tl
+from grpo_kernels.kernels.rows import kernel
+
+BLOCK = tl.constexpr(256)
+
+
+@jit
+def load_row(pointer, at, where, default):
+    if pointer is not None:
+        return tl.load(pointer + at, mask=where, other=0.0).to(tl.float32)
+    else:
+        return default
+
+
+@jit
+def add(total, value):
+    return total + tl.sum(value, axis=0).to(tl.float64)
+
+
+@jit
+def nothing():
+    return tl.sum(tl.zeros([BLOCK], tl.float32), axis=0).to(tl.float64)
+
+
+@jit
+def bounds(cu, seq, T):
+    """First token of a sequence and the one after its last."""
+    if cu is not None:
+        return tl.load(cu + seq).to(tl.int64), tl.load(cu + seq + 1).to(tl.int64)
+    else:
+        return tl.zeros([], tl.int64), T.to(tl.int64)
+
+
+@jit
+def unmasked(mask, at, inside):
+    if mask is not None:
+        return inside & (tl.load(mask + at, mask=inside, other=0) != 0)
+    else:
+        return inside
+
+
+@kernel
+def spread_kernel(
+    g, local, spread, share, up, cu,  # out: [B, T]; [B, T] ×3; [B, T] or None: upstream gradient; [B+1]
+    up_b, up_t, at_b, T,
+):  # fmt: skip
+    """One program per sequence: g = up·local + share·Σ up·spread, over the sequence's tokens."""
+    seq = tl.program_id(0).to(tl.int64)
+    first, last = bounds(cu, seq, T)
+    total = nothing()
+    for start in range(first, last, BLOCK):
+        tok = start + tl.arange(0, BLOCK).to(tl.int64)
+        at = seq * at_b + tok
+        x = tl.load(spread + at, mask=tok < last, other=0.0)
+        factor = load_row(up, seq * up_b + tok * up_t, tok < last, 1.0)
+        total = add(total, tl.where(x == 0.0, 0.0, x * factor))
+    whole = total.to(tl.float32)
+    for start in range(first, last, BLOCK):
+        tok = start + tl.arange(0, BLOCK).to(tl.int64)
+        at = seq * at_b + tok
+        x = tl.load(local + at, mask=tok < last, other=0.0)
+        factor = load_row(up, seq * up_b + tok * up_t, tok < last, 1.0)
+        part = tl.load(share + at, mask=tok < last, other=0.0)
+        common = tl.where(part == 0.0, 0.0, part * whole)
+        tl.store(g + at, tl.where(x == 0.0, 0.0, x * factor) + common, mask=tok < last)
+
+
+@kernel
+def correction_kernel(
+    old, sampling, mask, out, cu,  # [B, T] ×3, out: [B, T] or [B, 1], [B+1]
+    old_b, old_t, samp_b, samp_t, mask_b, mask_t, at_b, T, low: tl.float32, high: tl.float32,
+    PER_SEQUENCE: tl.constexpr, TRUNCATE: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence: importance weights from the sampler's log-probabilities."""
+    seq = tl.program_id(0).to(tl.int64)
+    first, last = bounds(cu, seq, T)
+    keep = 1.0
+    if PER_SEQUENCE | GATED:
+        size = nothing()
+        total = nothing()
+        for start in range(first, last, BLOCK):
+            tok = start + tl.arange(0, BLOCK).to(tl.int64)
+            live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
+            sampled = tl.load(sampling + seq * samp_b + tok * samp_t, mask=live, other=0.0).to(tl.float32)
+            d = mismatch(load_row(old, seq * old_b + tok * old_t, live, 0.0), sampled)
+            total = add(total, tl.where(live, d, 0.0))
+            size = add(size, tl.where(live, 1.0, 0.0))
+        if GATED:
+            mean = tl.exp((total / tl.where(size < 1.0, 1.0, size)).to(tl.float32))
+            keep = tl.where((mean > high) | (mean < low), 0.0, 1.0)
+        else:
+            tl.store(out + seq, within(tl.exp(total.to(tl.float32)), low, high, TRUNCATE))
+    if not PER_SEQUENCE:
+        for start in range(first, last, BLOCK):
+            tok = start + tl.arange(0, BLOCK).to(tl.int64)
+            live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
+            sampled = tl.load(sampling + seq * samp_b + tok * samp_t, mask=live, other=0.0).to(tl.float32)
+            d = mismatch(load_row(old, seq * old_b + tok * old_t, live, 0.0), sampled)
+            ratio = tl.exp(tl.where(live, d, 0.0))
+            if GATED:
+                ratio = tl.where(keep == 0.0, 0.0, ratio)
+            else:
+                ratio = within(ratio, low, high, TRUNCATE)
+            tl.store(out + seq * at_b + tok, ratio, mask=tok < last)
+
+
+@kernel
+def segments_kernel(mask, cu, segments, lengths, mask_b, mask_t):
+    """One program per packed sequence: its number at each of its tokens, and how many are unmasked."""
+    seq = tl.program_id(0).to(tl.int64)
+    first, last = bounds(cu, seq, 0)
+    size = nothing()
+    for start in range(first, last, BLOCK):
+        tok = start + tl.arange(0, BLOCK).to(tl.int64)
+        live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
+        size = add(size, tl.where(live, 1.0, 0.0))
+        tl.store(segments + tok, (seq + tl.zeros([BLOCK], tl.int64)).to(tl.int32), mask=tok < last)
+    tl.store(lengths + seq, size.to(tl.float32))

@@ -1,0 +1,63 @@
+"""Plan: the structure of a call, which is what a kernel is specialised for. Values are not in it."""
+
+from typing import NamedTuple
+
+from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, TERMS
+
+
+class Plan(NamedTuple):
+    """What is computed; ops take it as a string (`key`), which torch.compile can hold."""
+
+    term: str = "reinforce"
+    level: str = "token"
+    kl: str = ""  # "" without a KL
+    bias: bool = False  # the KL is multiplied by ρ
+    scale_rewards: str = "none"
+    unbiased: bool = True
+    skip: bool = False  # rows of advantage 0 are not read
+    bonus: bool = False  # there is an entropy bonus
+    quantile: bool = False  # tokens of low entropy are masked out of the policy term
+    off_policy: bool = False  # sequences that have drifted are masked out of the policy term
+    correction: str = ""  # how importance weights are made of the sampler's log-probabilities
+    late_correction: bool = False  # ... which needs this call's own log-probabilities
+    weight_once: bool = False  # the term's statistic takes importance weights that are one per sequence
+    clip_once: bool = False  # the clip metrics have one value per sequence
+
+    def key(self) -> str:
+        return "/".join(str(int(value)) if isinstance(value, bool) else value for value in self)
+
+    @classmethod
+    def from_key(cls, key: str) -> "Plan":
+        values = zip(cls._field_defaults.values(), key.split("/"))
+        return cls(*(value == "1" if isinstance(default, bool) else value for default, value in values))
+
+    @property
+    def of_sequence(self) -> bool:
+        """Whether a token's loss depends on the rest of its sequence."""
+        return self.level != "token" or self.off_policy or self.own is not None
+
+    @property
+    def one_launch(self) -> bool:
+        """Whether a row's gradient follows from the row alone, given the weights."""
+        return not (self.of_sequence or self.quantile or self.late_correction)
+
+    @property
+    def row_gate(self) -> bool:
+        """Whether a row of advantage 0 can be skipped by itself, not only with its whole sequence."""
+        return not (self.of_sequence or self.late_correction)
+
+    @property
+    def own(self):
+        """The term's statistic of the sequence, or None."""
+        return TERMS[self.term].statistic
+
+    @property
+    def spread(self) -> str:
+        """Which derivative goes to all tokens of the sequence: the "level"'s, the "term"'s own, or "" none."""
+        if self.own is not None and self.own.spreads:
+            return "term"
+        return "level" if LEVELS[self.level].spreads else ""
+
+    @property
+    def kl_function(self):
+        return KL_ESTIMATORS[self.kl] if self.kl else None

@@ -1,0 +1,230 @@
+"""From the arguments of a public function to what the ops take: inputs, coefficients and plan."""
+
+import dataclasses
+
+import torch
+
+from grpo_kernels import checks, ops
+from grpo_kernels.advantages import batch_spread
+from grpo_kernels.checks import Layout
+from grpo_kernels.config import LossConfig
+from grpo_kernels.correction import CORRECTIONS
+from grpo_kernels.inputs import Coefs, Inputs
+from grpo_kernels.metrics import METRIC_NAMES, metric_names, named_sums
+from grpo_kernels.plan import Plan
+from grpo_kernels.variants import LEVELS, TERMS
+from grpo_kernels.weights import AGGREGATIONS, Batch, Weight, batch_tokens
+
+
+@dataclasses.dataclass
+class Arguments:
+    """The arguments that every loss function shares, as the caller gave them; see `fused_grpo_loss`."""
+
+    advantages: torch.Tensor | None
+    rewards: torch.Tensor | None
+    num_generations: int | None
+    old_logps: torch.Tensor | None
+    ref_logps: torch.Tensor | None
+    completion_mask: torch.Tensor | None
+    importance_weights: torch.Tensor | None
+    sampling_logps: torch.Tensor | None
+    num_items_in_batch: torch.Tensor | float | None
+    loss_scale: torch.Tensor | float
+    cu_seqlens: torch.Tensor | None
+    reduction: str
+    data_group: object
+    skip_zero_advantage: bool = False
+    temperature: torch.Tensor | float = 1.0
+
+
+@dataclasses.dataclass
+class Call:
+    """What the ops take, and the names of what they return."""
+
+    inputs: Inputs
+    coefs: torch.Tensor
+    plan: Plan
+    weighted: bool
+    names: dict[str, str]
+
+    @property
+    def needs_entropy(self) -> bool:
+        return self.plan.bonus or self.plan.quantile
+
+    def metrics(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {self.names[name]: value for name, value in zip(METRIC_NAMES, values.unbind()) if name in self.names}
+
+    def sums(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
+        return named_sums(values, self.names)
+
+
+def prepare(
+    args: Arguments, config: LossConfig, layout: Layout, ids: torch.Tensor, backend: str, has_entropy: bool
+) -> Call:
+    """Check the arguments and put them together.
+
+    Args:
+        args: the caller's.
+        config: what loss.
+        layout: of the batch.
+        ids: token ids, or anything of their shape and device.
+        backend: ``"triton"`` or ``"torch"``.
+        has_entropy: entropies are made, or given, whether or not the loss needs them.
+    """
+    _check(args, config, layout, ids)
+    term, level = TERMS[config.policy_term], LEVELS[config.importance_sampling_level]
+    own, weighted = term.statistic, args.reduction == "mean"
+    loss_scale = checks.check_factor("loss_scale", args.loss_scale, ids)
+    num_items = args.num_items_in_batch
+    if num_items is not None:
+        num_items = checks.check_factor("num_items_in_batch", num_items, ids)
+
+    per_sequence_advantages = args.advantages is None or _is_per_sequence(args.advantages, layout)
+    correction = config.sampling_correction
+    once = correction is not None and CORRECTIONS[correction].per_sequence
+    if args.importance_weights is not None:
+        once = _is_per_sequence(args.importance_weights, layout)
+    plan = Plan(
+        term=config.policy_term,
+        level=config.importance_sampling_level,
+        kl=config.kl_estimator if config.beta != 0.0 else "",
+        bias=config.use_bias_correction_kl and config.beta != 0.0,
+        scale_rewards=config.scale_rewards,
+        unbiased=config.advantage_unbiased,
+        skip=args.skip_zero_advantage and config.beta == 0.0,
+        bonus=weighted and config.entropy_coef != 0.0,
+        quantile=config.top_entropy_quantile < 1.0,
+        off_policy=config.off_policy_mask_threshold is not None,
+        correction=correction or "",
+        late_correction=correction is not None and args.old_logps is None,
+        weight_once=once and own is not None,
+        clip_once=per_sequence_advantages and (level.spreads or (own is not None and not own.spreads)),
+    )
+
+    mask, cu = layout.tokens(args.completion_mask), args.cu_seqlens
+    segments = lengths = None
+    if layout.packed:
+        segments, lengths = ops.segments_op(mask, cu, layout.T, backend)
+    batch = Batch(mask, lengths, layout.B, layout.T, num_items, config.max_completion_length or layout.T,
+                  config.global_batch_size)  # fmt: skip
+    w = AGGREGATIONS[config.loss_agg_mode].function(batch)
+    w_bonus = Weight(None, 1.0)
+    if plan.bonus and not plan.quantile:  # else its count follows from the entropies
+        w_bonus = batch_tokens(batch)
+    scale_number, scale_tensor = (1.0, loss_scale) if isinstance(loss_scale, torch.Tensor) else (loss_scale, None)
+    heat = layout.rows(args.temperature) if isinstance(args.temperature, torch.Tensor) else None
+    low, high = config.log_ratio_bounds
+    clamp = config.kl_clamp
+    coefs = Coefs(
+        temperature=args.temperature if heat is None else 1.0,
+        beta=config.beta,
+        w_factor=w.factor * scale_number,
+        h_factor=w_bonus.factor * config.entropy_coef * scale_number if plan.bonus else 0.0,
+        adv_eps=config.advantage_eps,
+        r_low=low,
+        r_high=high,
+        kl_u=torch.inf if clamp is None else 20.0,
+        kl_value=torch.inf if clamp is None else clamp,
+        drift=torch.inf if config.off_policy_mask_threshold is None else config.off_policy_mask_threshold,
+        correction_low=_or(config.sampling_correction_min, -torch.inf),
+        correction_high=_or(config.sampling_correction_max, torch.inf),
+        quantile=1.0 - config.top_entropy_quantile,
+        num_generations=1.0 if args.num_generations is None else float(args.num_generations),
+        term=tuple(term.coefficients(config)),
+    ).pack()
+    adv = layout.rows(args.advantages)
+    gate = None
+    if plan.skip and not per_sequence_advantages and not plan.row_gate:
+        gate = _sequence_gate(adv, mask, cu, layout, backend)
+    inputs = Inputs(
+        ids=layout.tokens(ids),
+        mask=mask,
+        old=layout.tokens(args.old_logps),
+        ref=layout.tokens(args.ref_logps) if plan.kl else None,
+        sampling=layout.tokens(args.sampling_logps),
+        adv=adv,
+        rewards=args.rewards,
+        gate=gate,
+        is_weight=layout.rows(args.importance_weights),
+        temperature=heat,
+        count=w.count,
+        loss_scale=scale_tensor,
+        tokens=w_bonus.count,
+        batch_std=_batch_std(args, config),
+        cu=cu,
+        segments=segments,
+    )
+    if correction is not None and not plan.late_correction:
+        inputs = inputs._replace(is_weight=ops.correct_op(inputs.old, tuple(inputs), coefs, correction, backend))
+    names = metric_names(
+        beta=bool(plan.kl), entropy=has_entropy or plan.bonus or plan.quantile, rewards=args.rewards is not None,
+        reports=term.reports, dual=term.caps(config),
+    )  # fmt: skip
+    return Call(inputs, coefs, plan, weighted, names)
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _is_per_sequence(x: torch.Tensor, layout: Layout) -> bool:
+    """Where T = 1, (B, 1) is taken as (B, T), so that the structure does not change with the length."""
+    if layout.packed:
+        return tuple(x.shape) == (layout.B,)
+    return tuple(x.shape) != (layout.B, layout.T)
+
+
+def _batch_std(args: Arguments, config: LossConfig) -> torch.Tensor | None:
+    if args.rewards is None or config.scale_rewards != "batch" or args.data_group is None:
+        return None
+    return batch_spread(args.rewards.float(), config.advantage_unbiased, args.data_group)
+
+
+def _sequence_gate(adv, mask, cu, layout: Layout, backend: str) -> torch.Tensor:
+    """(B, 1), 0 for a sequence whose unmasked tokens all have advantage 0."""
+    if mask is not None:
+        adv = torch.where(mask if mask.dtype == torch.bool else mask != 0, adv, 0.0)
+    if not layout.packed:
+        return torch.count_nonzero(adv, dim=1)[:, None]
+    return ops.segments_op(adv, cu, layout.T, backend)[1][:, None]
+
+
+def _check(args: Arguments, config: LossConfig, layout: Layout, like: torch.Tensor) -> None:
+    """Shapes, types, and what goes together."""
+    if layout.packed and args.cu_seqlens is None:
+        raise ValueError("packed input needs cu_seqlens, (S+1,): the bounds of its sequences, from 0 to N.")
+    either = {**layout.per_sequence, **layout.per_token}
+    checks.check_mask("completion_mask", args.completion_mask, like, layout)
+    checks.check_float("old_logps", args.old_logps, like, layout.per_token)
+    checks.check_float("ref_logps", args.ref_logps, like, layout.per_token)
+    checks.check_float("sampling_logps", args.sampling_logps, like, layout.per_token)
+    checks.check_float("importance_weights", args.importance_weights, like, either)
+    checks.check_float("advantages", args.advantages, like, either)
+    checks.check_float("rewards", args.rewards, like, {"(S,)" if layout.packed else "(B,)": (layout.B,)})
+    if (args.advantages is None) == (args.rewards is None):
+        raise ValueError("pass either advantages or rewards (with num_generations), and not both.")
+    if args.rewards is not None:
+        checks.check_rewards(args.rewards, args.num_generations, config.scale_rewards)
+    elif args.num_generations is not None:
+        raise ValueError("num_generations goes with rewards; advantages are used as they are.")
+    if config.beta != 0.0 and args.ref_logps is None:
+        raise ValueError(f"beta={config.beta} needs ref_logps, the reference policy's log-probabilities.")
+    if config.sampling_correction is not None:
+        if args.sampling_logps is None:
+            raise ValueError(f"sampling_correction={config.sampling_correction!r} needs sampling_logps.")
+        if args.importance_weights is not None:
+            raise ValueError(
+                "importance_weights are made from sampling_logps when sampling_correction is set: pass one of the two."
+            )
+    if args.reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {args.reduction!r}.")
+    if layout.packed and AGGREGATIONS[config.loss_agg_mode].needs_horizon and config.max_completion_length is None:
+        raise ValueError(f"loss_agg_mode={config.loss_agg_mode!r} on packed input needs max_completion_length.")
+    if args.skip_zero_advantage:
+        reads = {"entropy_coef": config.entropy_coef != 0.0, "top_entropy_quantile": config.top_entropy_quantile < 1.0,
+                 "policy_term='dro'": config.policy_term == "dro"}  # fmt: skip
+        for name, reads_all in reads.items():
+            if reads_all:
+                raise ValueError(
+                    f"skip_zero_advantage leaves rows unread, but {name} needs them all: use skip_zero_advantage=False."
+                )
