@@ -32,6 +32,7 @@ def threshold(ordered: Tensor, everywhere: Tensor, q: float) -> tuple[Tensor, Te
     below = rank.floor()
     ends = everywhere[torch.stack((below, rank.ceil())).long()]
     value = torch.lerp(ends[0], ends[1], (rank - below).float())
+    value = torch.where(ends[0] == ends[1], ends[0], value)  # both may be infinite
     return value, ((ordered < torch.inf) & (ordered >= value)).sum(dtype=torch.float32)
 
 

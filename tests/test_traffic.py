@@ -10,6 +10,7 @@ import torch
 from cases import make_case
 from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels.variants import TERMS
 
 pytestmark = interpreted
 FULL = ("completion_ids", "old_logps", "ref_logps")
@@ -115,6 +116,70 @@ def assert_two_launches(touching, x, grad, T):
         assert (rows_read(launch, x)[:, :T] == 1).all() and (rows_read(launch, x)[:, T:] == 0).all()
         assert launch.reads(x).sum(-1).max() <= x.shape[2] + 1  # one pass and the token's own logit
     assert not first.writes(grad).any() and (rows_written(second, grad) == 1).all()
+
+
+def law_case(term, **kwargs):
+    """A batch and keywords under which every row of a term has a gradient."""
+    case = unmasked(**kwargs)
+    knobs = {"dppo_tv": {"epsilon": 1.0}, "dppo_kl": {"epsilon": 9.0}}.get(term, {})
+    names = ("completion_ids", "old_logps", "ref_logps", "importance_weights", "advantages")
+    return case, {**case.inputs(*names), **knobs}
+
+
+@pytest.mark.parametrize(("term", "level"), [(name, level) for name, entry in TERMS.items() for level in entry.levels])
+@pytest.mark.parametrize("inplace", (False, True))
+def test_the_law_holds_for_every_term_and_level(inplace, term, level):
+    """Token level: one launch, 1 read + 1 write; whatever needs its sequence: two launches, 2 reads + 1 write."""
+    case, kwargs = law_case(term, dtype=torch.bfloat16)
+    kwargs |= {"policy_term": term, "importance_sampling_level": level, "beta": 0.1, "use_bias_correction_kl": True}
+    _, x, grad, touching = step(case.logits, inplace=inplace, **kwargs)
+    if level == "token" and TERMS[term].statistic is None:
+        (only,) = touching
+        assert (rows_read(only, x)[:, :4] == 1).all() and (rows_read(only, x)[:, 4:] == 0).all()
+        assert (rows_written(only, grad) == 1).all()
+    else:
+        assert_two_launches(touching, x, grad, T=4)
+
+
+TWO_LAUNCHES = {
+    "off-policy mask": {"off_policy_mask_threshold": 9.0},
+    "entropy quantile": {"top_entropy_quantile": 0.99, "entropy_coef": 0.1},
+    "late correction": {"sampling_correction": "token_truncate", "old_logps": None},
+}
+
+
+@pytest.mark.parametrize("name", TWO_LAUNCHES)
+def test_what_needs_the_log_probabilities_first_takes_two_launches(name):
+    case, kwargs = law_case("clipped")
+    kwargs |= {"sampling_logps": case.old_logps, "beta": 0.1, **TWO_LAUNCHES[name]}  # the KL needs every row
+    if "late" in name:
+        del kwargs["importance_weights"]
+    _, x, grad, touching = step(case.logits, **kwargs)
+    assert_two_launches(touching, x, grad, T=4)
+
+
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo"))
+def test_the_law_holds_for_packed_input_and_temperatures(loss_type):
+    case, kwargs = law_case("clipped")
+    flat = {name: value.flatten(0, 1) for name, value in kwargs.items() if name != "advantages"}
+    flat |= {"cu_seqlens": torch.tensor([0, 3, 4, 12]), "advantages": case.advantages, "loss_type": loss_type,
+             "temperature": torch.linspace(0.5, 1.5, 12), "beta": 0.1}  # fmt: skip
+    _, x, grad, touching = step(case.logits[:, :4].flatten(0, 1), **flat)
+    assert len(touching) == (1 if loss_type == "grpo" else 2)
+    for launch in touching:
+        assert (rows_read(launch, x) == 1).all()
+    assert (rows_written(touching[-1], grad) == 1).all()
+
+
+@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "topr"))
+def test_sequences_without_an_advantage_are_never_read(loss_type):
+    case, kwargs = law_case("clipped")
+    kwargs["advantages"] = torch.tensor([1.0, 0.0, -1.0])[:, None] * torch.tensor([1.0, 0.0, 1.0, 1.0])
+    _, x, grad, touching = step(case.logits, **kwargs, loss_type=loss_type, skip_zero_advantage=True)
+    for launch in touching:
+        assert not rows_read(launch, x)[1].any()
+    assert (rows_read(touching[0], x)[[0, 2], :4] == 1).all()  # a token without one counts for its sequence
+    assert (rows_written(touching[-1], grad) == 1).all()
 
 
 def test_upstream_gradient_moves_the_gradient_only_if_it_is_not_one():

@@ -144,7 +144,7 @@ def test_from_trl_reads_cispo_as_trl_does(args, bound):
 
 
 def test_from_trl_refuses_what_it_cannot_hold():
-    with pytest.raises(ValueError, match="use_adaptive_entropy.*each step's coefficient"):
+    with pytest.raises(ValueError, match=r"use_adaptive_entropy.*each step's coefficient"):
         LossConfig.from_trl(trl_args(use_adaptive_entropy=True))
     with pytest.raises(ValueError, match="loss_type='sft'"):
         LossConfig.from_trl(trl_args(loss_type="sft"))

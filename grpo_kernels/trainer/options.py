@@ -84,6 +84,10 @@ class Options:
         for name in ("beta", "epsilon", "epsilon_high"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < math.inf, name, value, "a finite number, 0 or more")
+        try:
+            self.loss_config(max_completion_length=1)
+        except ValueError as error:  # options that are fine by themselves and have no meaning together
+            raise OptionError(str(error)) from None
 
     @property
     def max_steps(self) -> int:

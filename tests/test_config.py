@@ -1,0 +1,82 @@
+"""LossConfig: presets, their parts one by one, and how keywords are laid over a config."""
+
+import dataclasses
+
+import pytest
+
+from grpo_kernels import LossConfig
+from grpo_kernels.config import resolve_config
+from grpo_kernels.variants import LEVELS, LOSS_TYPES, TERMS
+
+PRESETS = {
+    "grpo": ("clipped", "token", "sequence-mean"),
+    "bnpo": ("clipped", "token", "batch-tokens"),
+    "dapo": ("clipped", "token", "global-tokens"),
+    "dr_grpo": ("clipped", "token", "constant"),
+    "luspo": ("clipped", "token", "sequence-sum"),
+    "gspo": ("clipped", "sequence", "sequence-mean"),
+    "gspo_token": ("clipped", "sequence_token", "sequence-mean"),
+    "cispo": ("cispo", "token", "global-tokens"),
+    "sapo": ("sapo", "token", "sequence-mean"),
+    "vespo": ("vespo", "token", "global-tokens"),
+    "gmpo": ("gmpo", "token", "sequence-mean"),
+    "reinforce": ("reinforce", "token", "global-tokens"),
+    "dppo_tv": ("dppo_tv", "token", "global-tokens"),
+    "dppo_kl": ("dppo_kl", "token", "global-tokens"),
+    "topr": ("topr", "sequence_sum", "sequence-sum"),
+    "dro": ("dro", "token", "global-tokens"),
+    "kimi": ("dro", "sequence_sum", "sequence-mean"),
+}
+
+
+def parts(config):
+    return config.policy_term, config.importance_sampling_level, config.loss_agg_mode
+
+
+def test_presets():
+    assert {name: parts(LossConfig(loss_type=name)) for name in LOSS_TYPES} == PRESETS
+
+
+def test_defaults_are_plain_grpo():
+    config = LossConfig()
+    assert (config.loss_type, config.importance_sampling_level, config.kl_estimator) == ("grpo", "token", "k3")
+    assert (config.epsilon, config.beta, config.cispo_max, config.use_bias_correction_kl) == (0.2, 0.0, 5.0, False)
+
+
+def test_parts_can_be_set_one_by_one():
+    config = LossConfig(loss_type="gspo", importance_sampling_level="token", loss_agg_mode="token-sum")
+    assert parts(config) == ("clipped", "token", "token-sum")
+    assert parts(LossConfig(policy_term="sapo")) == ("sapo", "token", "sequence-mean")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.beta = 1.0
+
+
+def test_a_new_loss_type_brings_its_own_parts():
+    """Keywords over a config: what was the old preset's follows the new one, what was chosen stays."""
+    gspo = LossConfig(loss_type="gspo", beta=0.1)
+    assert parts(resolve_config(gspo, {"loss_type": "dapo"})) == PRESETS["dapo"]
+    chosen = LossConfig(loss_type="gspo", loss_agg_mode="token-sum")
+    assert parts(resolve_config(chosen, {"loss_type": "dapo"})) == ("clipped", "token", "token-sum")
+    assert resolve_config(gspo, {"loss_type": "dapo"}).beta == 0.1
+    assert resolve_config(gspo, {}) is gspo
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("term", TERMS)
+def test_every_combination_is_defined_or_refused(term, level):
+    allowed = {"gmpo": ("token",), "dppo_tv": ("token", "sequence_token"), "dppo_kl": ("token", "sequence_token")}
+    if level in allowed.get(term, tuple(LEVELS)):
+        assert LossConfig(policy_term=term, importance_sampling_level=level).importance_sampling_level == level
+    else:
+        with pytest.raises(ValueError, match=rf"{term}.*no meaning.*{level}"):
+            LossConfig(policy_term=term, importance_sampling_level=level)
+
+
+def test_log_ratio_bounds():
+    assert LossConfig(log_ratio_clamp=20.0).log_ratio_bounds == (-20.0, 20.0)
+    assert LossConfig(log_ratio_clamp=(float("-inf"), 10.0)).log_ratio_bounds == (float("-inf"), 10.0)
+
+
+def test_an_unknown_name_lists_the_valid_ones():
+    with pytest.raises(TypeError, match=r"unknown keyword 'epsilom'.*epsilon_high"):
+        resolve_config(None, {"epsilom": 0.1})
