@@ -72,81 +72,34 @@ def prepare(
         has_entropy: entropies are made, or given, whether or not the loss needs them.
     """
     _check(args, config, layout, ids)
-    term, level = TERMS[config.policy_term], LEVELS[config.importance_sampling_level]
-    own, weighted = term.statistic, args.reduction == "mean"
-    loss_scale = checks.check_factor("loss_scale", args.loss_scale, ids)
-    num_items = args.num_items_in_batch
-    if num_items is not None:
-        num_items = checks.check_factor("num_items_in_batch", num_items, ids)
-
-    per_sequence_advantages = args.advantages is None or _is_per_sequence(args.advantages, layout)
-    correction = config.sampling_correction
-    once = correction is not None and CORRECTIONS[correction].per_sequence
-    if args.importance_weights is not None:
-        once = _is_per_sequence(args.importance_weights, layout)
-    plan = Plan(
-        term=config.policy_term,
-        level=config.importance_sampling_level,
-        kl=config.kl_estimator if config.beta != 0.0 else "",
-        bias=config.use_bias_correction_kl and config.beta != 0.0,
-        scale_rewards=config.scale_rewards,
-        unbiased=config.advantage_unbiased,
-        skip=args.skip_zero_advantage and config.beta == 0.0,
-        bonus=weighted and config.entropy_coef != 0.0,
-        quantile=config.top_entropy_quantile < 1.0,
-        off_policy=config.off_policy_mask_threshold is not None,
-        correction=correction or "",
-        late_correction=correction is not None and args.old_logps is None,
-        weight_once=once and own is not None,
-        clip_once=per_sequence_advantages and (level.spreads or (own is not None and not own.spreads)),
-    )
-
+    plan = _plan(args, config, layout)
     mask, cu = layout.tokens(args.completion_mask), args.cu_seqlens
     segments = lengths = None
     if layout.packed:
         segments, lengths = ops.segments_op(mask, cu, layout.T, backend)
+    num_items = args.num_items_in_batch
+    if num_items is not None:
+        num_items = checks.check_factor("num_items_in_batch", num_items, ids)
     batch = Batch(mask, lengths, layout.B, layout.T, num_items, config.max_completion_length or layout.T,
                   config.global_batch_size)  # fmt: skip
     w = AGGREGATIONS[config.loss_agg_mode].function(batch)
     w_bonus = Weight(None, 1.0)
     if plan.bonus and not plan.quantile:  # else its count follows from the entropies
         w_bonus = batch_tokens(batch)
+    loss_scale = checks.check_factor("loss_scale", args.loss_scale, ids)
     scale_number, scale_tensor = (1.0, loss_scale) if isinstance(loss_scale, torch.Tensor) else (loss_scale, None)
-    heat = layout.rows(args.temperature) if isinstance(args.temperature, torch.Tensor) else None
-    low, high = config.log_ratio_bounds
-    clamp = config.kl_clamp
-    coefs = Coefs(
-        temperature=args.temperature if heat is None else 1.0,
-        beta=config.beta,
-        w_factor=w.factor * scale_number,
-        h_factor=w_bonus.factor * config.entropy_coef * scale_number if plan.bonus else 0.0,
-        adv_eps=config.advantage_eps,
-        r_low=low,
-        r_high=high,
-        kl_u=torch.inf if clamp is None else 20.0,
-        kl_value=torch.inf if clamp is None else clamp,
-        drift=torch.inf if config.off_policy_mask_threshold is None else config.off_policy_mask_threshold,
-        correction_low=_or(config.sampling_correction_min, -torch.inf),
-        correction_high=_or(config.sampling_correction_max, torch.inf),
-        quantile=1.0 - config.top_entropy_quantile,
-        num_generations=1.0 if args.num_generations is None else float(args.num_generations),
-        term=tuple(term.coefficients(config)),
-    ).pack()
-    adv = layout.rows(args.advantages)
-    gate = None
-    if plan.skip and not per_sequence_advantages and not plan.row_gate:
-        gate = _sequence_gate(adv, mask, cu, layout, backend)
+    coefs = _coefficients(args, config, plan, w.factor * scale_number, w_bonus.factor * scale_number)
     inputs = Inputs(
         ids=layout.tokens(ids),
         mask=mask,
         old=layout.tokens(args.old_logps),
         ref=layout.tokens(args.ref_logps) if plan.kl else None,
         sampling=layout.tokens(args.sampling_logps),
-        adv=adv,
+        adv=layout.rows(args.advantages),
         rewards=args.rewards,
-        gate=gate,
+        gate=_gate(args, plan, layout, backend),
         is_weight=layout.rows(args.importance_weights),
-        temperature=heat,
+        temperature=layout.rows(args.temperature) if isinstance(args.temperature, torch.Tensor) else None,
         count=w.count,
         loss_scale=scale_tensor,
         tokens=w_bonus.count,
@@ -154,21 +107,75 @@ def prepare(
         cu=cu,
         segments=segments,
     )
-    if correction is not None and not plan.late_correction:
-        inputs = inputs._replace(is_weight=ops.correct_op(inputs.old, tuple(inputs), coefs, correction, backend))
+    if plan.correction and not plan.late_correction:
+        weights = ops.correct_op(inputs.old, tuple(inputs), coefs, plan.correction, backend)
+        inputs = inputs._replace(is_weight=weights)
+    term = TERMS[config.policy_term]
     names = metric_names(
         beta=bool(plan.kl), entropy=has_entropy or plan.bonus or plan.quantile, rewards=args.rewards is not None,
         reports=term.reports, dual=term.caps(config),
     )  # fmt: skip
-    return Call(inputs, coefs, plan, weighted, names)
+    return Call(inputs, coefs, plan, args.reduction == "mean", names)
+
+
+def _plan(args: Arguments, config: LossConfig, layout: Layout) -> Plan:
+    level, own = LEVELS[config.importance_sampling_level], TERMS[config.policy_term].statistic
+    correction = config.sampling_correction
+    if args.importance_weights is not None:
+        one_weight = _is_per_sequence(args.importance_weights, layout)
+    else:
+        one_weight = correction is not None and CORRECTIONS[correction].per_sequence
+    one_ratio = level.spreads or (own is not None and not own.spreads)  # of what the region is about
+    return Plan(
+        term=config.policy_term,
+        level=config.importance_sampling_level,
+        kl=config.kl_estimator if config.beta != 0.0 else "",
+        bias=config.use_bias_correction_kl and config.beta != 0.0,
+        scale_rewards=config.scale_rewards,
+        unbiased=config.advantage_unbiased,
+        skip=args.skip_zero_advantage and config.beta == 0.0,
+        bonus=args.reduction == "mean" and config.entropy_coef != 0.0,
+        quantile=config.top_entropy_quantile < 1.0,
+        off_policy=config.off_policy_mask_threshold is not None,
+        correction=correction or "",
+        late_correction=correction is not None and args.old_logps is None,
+        weight_once=one_weight and own is not None,
+        clip_once=one_ratio and _is_per_sequence(args.advantages, layout),
+    )
+
+
+def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, w_bonus: float) -> torch.Tensor:
+    low, high = config.log_ratio_bounds
+    return Coefs(
+        temperature=1.0 if isinstance(args.temperature, torch.Tensor) else args.temperature,
+        beta=config.beta,
+        w_factor=w,
+        h_factor=w_bonus * config.entropy_coef if plan.bonus else 0.0,
+        adv_eps=config.advantage_eps,
+        r_low=low,
+        r_high=high,
+        kl_u=torch.inf if config.kl_clamp is None else 20.0,
+        kl_value=_or(config.kl_clamp, torch.inf),
+        drift=_or(config.off_policy_mask_threshold, torch.inf),
+        correction_low=_or(config.sampling_correction_min, -torch.inf),
+        correction_high=_or(config.sampling_correction_max, torch.inf),
+        quantile=1.0 - config.top_entropy_quantile,
+        num_generations=float(_or(args.num_generations, 1)),
+        term=tuple(TERMS[config.policy_term].coefficients(config)),
+    ).pack()
 
 
 def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _is_per_sequence(x: torch.Tensor, layout: Layout) -> bool:
-    """Where T = 1, (B, 1) is taken as (B, T), so that the structure does not change with the length."""
+def _is_per_sequence(x: torch.Tensor | None, layout: Layout) -> bool:
+    """Whether there is one value per sequence; None stands for advantages from rewards.
+
+    Where T = 1, (B, 1) is taken as (B, T), so that the structure does not change with the length.
+    """
+    if x is None:
+        return True
     if layout.packed:
         return tuple(x.shape) == (layout.B,)
     return tuple(x.shape) != (layout.B, layout.T)
@@ -180,13 +187,16 @@ def _batch_std(args: Arguments, config: LossConfig) -> torch.Tensor | None:
     return batch_spread(args.rewards.float(), config.advantage_unbiased, args.data_group)
 
 
-def _sequence_gate(adv, mask, cu, layout: Layout, backend: str) -> torch.Tensor:
-    """(B, 1), 0 for a sequence whose unmasked tokens all have advantage 0."""
+def _gate(args: Arguments, plan: Plan, layout: Layout, backend: str) -> torch.Tensor | None:
+    """(B, 1), 0 for a sequence whose unmasked tokens all have advantage 0; None where the advantages tell."""
+    if not plan.skip or plan.row_gate or _is_per_sequence(args.advantages, layout):
+        return None
+    adv, mask = layout.rows(args.advantages), layout.tokens(args.completion_mask)
     if mask is not None:
         adv = torch.where(mask if mask.dtype == torch.bool else mask != 0, adv, 0.0)
     if not layout.packed:
         return torch.count_nonzero(adv, dim=1)[:, None]
-    return ops.segments_op(adv, cu, layout.T, backend)[1][:, None]
+    return ops.segments_op(adv, args.cu_seqlens, layout.T, backend)[1][:, None]
 
 
 def _check(args: Arguments, config: LossConfig, layout: Layout, like: torch.Tensor) -> None:

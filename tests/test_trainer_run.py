@@ -226,7 +226,7 @@ def test_command_line_reaches_the_options():
 
 
 def test_options_from_python_are_checked_too():
-    with pytest.raises(OptionError, match="--kl-estimator must be one of k1, .*, got k9"):
+    with pytest.raises(OptionError, match=r"--kl-estimator must be one of k1, .*, got k9"):
         Options(kl_estimator="k9")
     with pytest.raises(OptionError, match="epsilon_high means two things for cispo"):
         Options(loss_type="cispo", epsilon_high=0.3)
