@@ -34,11 +34,14 @@ def log_ratio(lp, old):
 
 
 @jit
-def limited_ratio(r, limits):
-    """(r within the limits, 1 where its gradient survives else 0)."""
-    beyond = (r > limits.high) | (r < limits.low)
-    inside = tl.where(r > limits.high, limits.high, tl.where(r < limits.low, limits.low, r))
-    return inside, tl.where(beyond, 0.0, 1.0)
+def limited_ratio(r, limits, LIMITED: tl.constexpr):
+    """(r within the limits, 1 where its gradient survives else 0); as it is where there are none."""
+    if LIMITED:
+        beyond = (r > limits.high) | (r < limits.low)
+        inside = tl.where(r > limits.high, limits.high, tl.where(r < limits.low, limits.low, r))
+        return inside, tl.where(beyond, 0.0, 1.0)
+    else:
+        return r, 1.0
 
 
 @jit
@@ -53,12 +56,13 @@ def product(x, trust):
 
 @jit
 def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, TERM: tl.constexpr, KL: tl.constexpr,
-                    BIAS: tl.constexpr, OWN: tl.constexpr):  # fmt: skip
+                    BIAS: tl.constexpr, OWN: tl.constexpr, TRUST: tl.constexpr, LIMITED: tl.constexpr,
+                    CLAMPED: tl.constexpr):  # fmt: skip
     """One token: (ℓ_policy, kl, ∂ℓ/∂r, ∂ℓ/∂r̂, ∂ℓ/∂lp), the derivatives those of ℓ = ℓ_policy + β·kl.
 
     ``r_hat, passes`` is the log ratio of the level, from `limited_ratio`. Where the term has a
     statistic of its own (OWN) it sees that, ``r``, instead. ``KL`` is None where β = 0; BIAS
-    multiplies the KL by ρ = exp r̂.
+    multiplies the KL by ρ = exp r̂, CLAMPED holds it. TRUST: there is one; LIMITED: of `limited_ratio`.
     """
     d_term = 0.0
     d_ratio = 0.0
@@ -66,24 +70,28 @@ def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, T
         policy, d_term, d_lp = TERM(r, lp, old, A, c)
     else:
         policy, d_ratio, d_lp = TERM(r_hat, lp, old, A, c)
-    policy = product(policy, trust)
-    d_term = product(d_term, trust)
-    d_ratio = product(d_ratio, trust)
-    d_lp = product(d_lp, trust)
+    if TRUST:
+        policy = product(policy, trust)
+        d_term = product(d_term, trust)
+        d_ratio = product(d_ratio, trust)
+        d_lp = product(d_lp, trust)
     # A term chooses by comparisons, which NaN answers with "no": pass it on explicitly.
-    poison = r_hat + r + lp + A
-    bad = (r_hat != r_hat) | (r != r) | (lp != lp) | (A != A)
+    poison = r_hat + lp + A
+    if OWN:
+        poison = poison + r
+    bad = poison != poison
     policy = tl.where(bad, poison, policy)
     kl = tl.where(bad, poison, 0.0)
     if KL is not None:
-        kl, d_kl = KL(log_ratio(ref, lp), limits)
+        kl, d_kl = KL(log_ratio(ref, lp), limits, CLAMPED)
         if BIAS:
             ratio = tl.exp(r_hat)
             d_ratio = d_ratio + beta * ratio * kl
             kl = kl * ratio
             d_kl = d_kl * ratio
         d_lp = d_lp + beta * d_kl
-    d_ratio = tl.where(passes == 0.0, 0.0, d_ratio)
+    if LIMITED:
+        d_ratio = tl.where(passes == 0.0, 0.0, d_ratio)
     return policy, kl, d_term, d_ratio, tl.where(bad, poison, d_lp)
 
 

@@ -12,6 +12,8 @@ class Plan(NamedTuple):
     level: str = "token"
     kl: str = ""  # "" without a KL
     bias: bool = False  # the KL is multiplied by ρ
+    clamped: bool = False  # the KL is held within bounds
+    limited: bool = False  # and so is the log ratio
     scale_rewards: str = "none"
     unbiased: bool = True
     skip: bool = False  # rows of advantage 0 are not read
@@ -50,6 +52,11 @@ class Plan(NamedTuple):
     def own(self):
         """The term's statistic of the sequence, or None."""
         return TERMS[self.term].statistic
+
+    def trusts(self, inputs) -> bool:
+        """Whether the policy term has a factor: an importance weight, or a mask."""
+        weighted = inputs.is_weight is not None and self.own is None
+        return weighted or self.off_policy or inputs.threshold is not None
 
     @property
     def spread(self) -> str:

@@ -131,6 +131,8 @@ def _plan(args: Arguments, config: LossConfig, layout: Layout) -> Plan:
         level=config.importance_sampling_level,
         kl=config.kl_estimator if config.beta != 0.0 else "",
         bias=config.use_bias_correction_kl and config.beta != 0.0,
+        clamped=config.kl_clamp is not None,
+        limited=config.log_ratio_clamp is not None,
         scale_rewards=config.scale_rewards,
         unbiased=config.advantage_unbiased,
         skip=args.skip_zero_advantage and config.beta == 0.0,

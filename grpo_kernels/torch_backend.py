@@ -179,11 +179,11 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
 
     def slopes(at: torch.Tensor, lp: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         lp_old = lp if old is None else old[at]
-        r, passes = on_torch(limited_ratio)(on_torch(log_ratio)(lp, lp_old), coefs.limits)
-        trust = torch.ones_like(lp) if is_weight is None else is_weight[at]
+        r, passes = on_torch(limited_ratio)(on_torch(log_ratio)(lp, lp_old), coefs.limits, plan.limited)
+        trust = None if is_weight is None else is_weight[at]
         _, _, _, d_ratio, d_lp = on_torch(token_objective)(
             r, passes, r, lp, lp_old, None if ref is None else ref[at], adv[at], trust, coefs.beta, coefs.limits, c,
-            function, kl, plan.bias, False,
+            function, kl, plan.bias, False, trust is not None, plan.limited, plan.clamped,
         )  # fmt: skip
         return w[at] * (d_ratio + d_lp), -bonus[at] if plan.bonus else None
 

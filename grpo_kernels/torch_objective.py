@@ -59,7 +59,7 @@ def objective(
     if level.how:
         step = inverse if level.how == "mean" else torch.ones_like(inverse)
         r_seq = (per_sequence(torch.where(read, r_token, 0.0), inputs) * step).float()
-    r, passes = on_torch(limited_ratio)(r_token if r_seq is None else expand(r_seq, inputs), coefs.limits)
+    r, passes = on_torch(limited_ratio)(r_token if r_seq is None else expand(r_seq, inputs), coefs.limits, plan.limited)
 
     r_term, own_slope, statistic = r, None, None
     if own is not None:
@@ -89,6 +89,7 @@ def objective(
     policy, kl, d_term, d_ratio, d_lp = on_torch(token_objective)(
         r, passes, r_term, lp, old, ref, A, trust, coefs.beta, coefs.limits, c, on_torch(term.function),
         on_torch(plan.kl_function) if plan.kl else None, plan.bias, own is not None,
+        plan.trusts(inputs), plan.limited, plan.clamped,
     )  # fmt: skip
     losses = torch.where(read, policy + coefs.beta * kl if plan.kl else policy, 0.0)
     w, bonus = (expand(x, inputs) for x in weights(inputs, coefs, plan))
@@ -132,7 +133,7 @@ def _clip_sums(term, tokens, sequences, read, size, inputs: Inputs, coefs: Coefs
     region = on_torch(term.region)
     if plan.clip_once:  # one value per sequence, those without tokens included
         r_seq, statistic, A = sequences
-        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits)[0]
+        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits, plan.limited)[0]
         values = region(r, r if statistic is None else statistic, r, r, A, tokens[-1])
         low, high, dual = (torch.as_tensor(x, device=A.device).double().expand(A.shape) for x in values)
         count = (A != 0.0).double() if plan.skip else torch.ones_like(low)

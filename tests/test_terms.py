@@ -212,7 +212,7 @@ def test_clipped_region(rho, A, delta, dual, want):
     ],
 )
 def test_kl_by_hand(estimator, u, value, slope):
-    got = on_torch(KL_ESTIMATORS[estimator])(f64(u), NONE)
+    got = on_torch(KL_ESTIMATORS[estimator])(f64(u), NONE, False)
     assert tuple(x.item() for x in got) == pytest.approx((value, slope), abs=1e-12)
 
 
@@ -220,15 +220,15 @@ def test_kl_clamp_by_hand():
     """verl's k3: u within ±20, the value within ±10; e^u − u − 1 = 10 at u = 2.6104."""
     limits = Limits(-INF, INF, 20.0, 10.0)
     k3 = on_torch(KL_ESTIMATORS["k3"])
-    values, slopes = k3(f64(2.61, 2.62, 300.0, -30.0, 0.5), limits)
+    values, slopes = k3(f64(2.61, 2.62, 300.0, -30.0, 0.5), limits, True)
     assert values.tolist() == pytest.approx([math.exp(2.61) - 3.61, 10.0, 10.0, 10.0, math.exp(0.5) - 1.5])
     assert slopes.tolist() == pytest.approx([1 - math.exp(2.61), 0.0, 0.0, 0.0, 1 - math.exp(0.5)])
-    value, slope = on_torch(KL_ESTIMATORS["k3+"])(f64(3.0), limits)
+    value, slope = on_torch(KL_ESTIMATORS["k3+"])(f64(3.0), limits, True)
     assert (value.item(), slope.item()) == (10.0, -3.0)  # straight-through: the value alone is held
 
 
 def test_log_ratio_limits():
-    r, passes = on_torch(limited_ratio)(f64(-3.0, -2.0, 0.5, 2.0, INF, math.nan), Limits(-2.0, 2.0, INF, INF))
+    r, passes = on_torch(limited_ratio)(f64(-3.0, -2.0, 0.5, 2.0, INF, math.nan), Limits(-2.0, 2.0, INF, INF), True)
     assert r[:5].tolist() == [-2.0, -2.0, 0.5, 2.0, 2.0] and r[5].isnan()
     assert passes.tolist() == [0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
 
@@ -266,7 +266,8 @@ def test_derivatives_against_autograd(term, lp, old, r, ref, A, w, beta, bias, k
     args = (f64(ref)[None], f64(A)[None], f64(w)[None], beta, limits, c, on_torch(entry.function))
     with torch.no_grad():
         policy, kl_value, _, d_r, d_lp = on_torch(token_objective)(
-            r, torch.ones_like(r), r, own, lp_old, *args, on_torch(KL_ESTIMATORS[kl]) if kl else None, bias, False
+            r, torch.ones_like(r), r, own, lp_old, *args, on_torch(KL_ESTIMATORS[kl]) if kl else None, bias,
+            False, True, False, clamp is not None,
         )
     k = Knobs(policy_term=term, **knobs)
     mask = torch.ones(1, 1, dtype=torch.bool)
@@ -289,7 +290,7 @@ def test_nan_is_passed_on(place, term):
     c = entry.coefficients(LossConfig(policy_term=term))
     policy, _, d_term, d_ratio, d_lp = on_torch(token_objective)(
         x["r"], f64(1.0), x["r"], x["lp"], x["lp"], f64(0.0), x["A"], f64(1.0), 0.0, NONE, c,
-        on_torch(entry.function), None, False, own,
+        on_torch(entry.function), None, False, own, True, False, False,
     )  # fmt: skip
     assert policy.isnan() and (d_term + d_ratio + d_lp).isnan()
 
@@ -301,7 +302,7 @@ def test_masks_and_weights_of_zero_outdo_infinities(trust):
     c = Clip(0.8, 1.2, INF, INF)
     policy, _, d_term, d_ratio, d_lp = on_torch(token_objective)(
         r, f64(1.0), r, f64(-1.0), f64(-1.0), f64(0.0), A, f64(trust), 0.0, NONE, c, on_torch(clipped), None,
-        False, False,
+        False, False, True, False, False,
     )  # fmt: skip
     assert [float(x) for x in (policy, d_term, d_ratio, d_lp)] == [0.0] * 4
 

@@ -88,8 +88,8 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
             *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
             inputs.sequences, inputs.ids.shape[1], rows, V, int(coefs.num_generations), 1.0 / coefs.temperature,
             coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits, term.kind(*coefs.term),
-            TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, SCALE=plan.scale_rewards,
-            UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
+            TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
             ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
     return logps, entropies
@@ -143,7 +143,8 @@ def objective(
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
-            SUMMARY=plan.of_sequence, WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
+            LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(inputs), SUMMARY=plan.of_sequence,
+            WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
             **block_shape(),
         )  # fmt: skip

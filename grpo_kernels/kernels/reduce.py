@@ -42,8 +42,9 @@ def sequence_kernel(
     drift_limit: tl.float32, limits, c,
     TERM: tl.constexpr, REGION: tl.constexpr, STATISTIC: tl.constexpr, CORRECTION: tl.constexpr, OWN: tl.constexpr,
     HOW: tl.constexpr, SPREAD: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, OFF_POLICY: tl.constexpr,
-    SUMMARY: tl.constexpr, WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr, SCALE: tl.constexpr,
-    UNBIASED: tl.constexpr, SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr,
+    LIMITED: tl.constexpr, CLAMPED: tl.constexpr, TRUST: tl.constexpr, SUMMARY: tl.constexpr,
+    WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr,
+    SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: ℓ, its derivatives, and the sums of the metrics.
 
@@ -132,7 +133,7 @@ def sequence_kernel(
         r = r_token
         if HOW != "":
             r = r_seq + tl.zeros([BLOCK], tl.float32)
-        r, passes = limited_ratio(r, limits)
+        r, passes = limited_ratio(r, limits, LIMITED)
         r_term = r
         if OWN != "":
             r_term = own + tl.zeros([BLOCK], tl.float32)
@@ -149,7 +150,7 @@ def sequence_kernel(
             trust = tl.where(chosen, trust, 0.0)
         policy, kl, d_term, d_ratio, d_lp = token_objective(
             r, passes, r_term, lp, lp_old, load_row(ref, seq * ref_b + tok * ref_t, live, 0.0), A, trust, beta,
-            limits, c, TERM, KL, BIAS, OWN != "",
+            limits, c, TERM, KL, BIAS, OWN != "", TRUST, LIMITED, CLAMPED,
         )  # fmt: skip
         loss = policy
         if KL is not None:
@@ -195,7 +196,7 @@ def sequence_kernel(
     if CLIP_ONCE:
         if adv is not None:
             A_seq = tl.load(adv + seq * adv_b).to(tl.float32)
-        r, _ = limited_ratio(r_seq, limits)
+        r, _ = limited_ratio(r_seq, limits, LIMITED)
         low, high, cap = REGION(r, own if OWN != "" else r, 0.0, 0.0, A_seq, c)
         s_clips = nothing() + (tl.where(A_seq == 0.0, 0.0, 1.0) if SKIP else 1.0)
         s_low = s_clips * low

@@ -98,13 +98,14 @@ def slope_tile(out, row, start, V, scale, top, mean, slope, pull, K: tl.constexp
 
 
 @jit
-def write_slope(out, row, token, x_token, V, scale, inv_temperature, top, total, mean, g, h, K: tl.constexpr,
+def write_slope(out, row, token, x_token, V, scale, top, total, mean, g, h, K: tl.constexpr,
                 L: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Second pass: out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], safe over the row itself.
 
     Every entry is first written as if it were not the token's; the token's own, formed in fp32, comes
     last, which spares the loop a test per entry.
     """
+    inv_temperature = scale * LN2
     g = g * inv_temperature
     slope = -g / total
     pull = h * inv_temperature * LN2 / total

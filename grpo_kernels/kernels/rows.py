@@ -111,8 +111,7 @@ def logprob_kernel(
         if A == 0.0:
             store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
             return
-    inv_temperature = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
-    scale = inv_temperature * LOG2E
+    scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_first")
@@ -153,15 +152,14 @@ def slope_kernel(
         factor = tl.load(up + seq * up_b + tok * up_t).to(tl.float32)
         slope = slope * factor
         pull = pull * factor
-    inv_temperature = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
-    scale = inv_temperature * LOG2E
+    scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     top = tl.load(stats + at * 3)
     total = tl.load(stats + at * 3 + 1)
     mean = tl.load(stats + at * 3 + 2)
     _, x_token = score_token(row, token, V, top, total, scale)
-    write_slope(dst, row, token, x_token, V, scale, inv_temperature, top, total, mean, slope, pull,
+    write_slope(dst, row, token, x_token, V, scale, top, total, mean, slope, pull,
                 K, L, h is not None, "evict_first")  # fmt: skip
 
 
@@ -175,9 +173,9 @@ def loss_kernel(
     old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, temp_b, temp_t, count_b, at_b,
     B, T, rows, V, G, inv_temperature: tl.float32, beta: tl.float32,
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
-    TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr,
-    SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr, ALIGNED: tl.constexpr,
-    K: tl.constexpr, L: tl.constexpr,
+    TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
+    SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
 ):  # fmt: skip
     """Token-level objectives in one launch: log-probability, loss derivative and gradient of a row."""
     seq, tok = place(segments, rows)
@@ -199,34 +197,32 @@ def loss_kernel(
             write_zeros(dst, V, K, L)
             return
 
-    # What a token needs comes before the row: a value is less to hold while it streams by than a pointer.
+    # The weights come before the row, which leaves fewer scalars to hold while it streams by.
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
-    lp_old = load_or(old, seq * old_b + tok * old_t, 0.0)
-    lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
-    trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
     factor = load_or(loss_scale, 0, 1.0)
     w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
     h = 0.0
     if BONUS:
         h = -weight(load_or(tokens, 0, 1.0), h_factor, factor)
 
-    inv_temperature = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
-    scale = inv_temperature * LOG2E
+    scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_last")
     lp, x_token = score_token(row, token, V, top, total, scale)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
 
-    if old is None:
-        lp_old = lp
-    r, passes = limited_ratio(log_ratio(lp, lp_old), limits)
+    lp_old = load_or(old, seq * old_b + tok * old_t, lp)
+    lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
+    trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
+    r, passes = limited_ratio(log_ratio(lp, lp_old), limits, LIMITED)
     _, _, _, d_ratio, d_lp = token_objective(r, passes, r, lp, lp_old, lp_ref, A, trust, beta, limits, c,
-                                             TERM, KL, BIAS, False)  # fmt: skip
+                                             TERM, KL, BIAS, False, is_weight is not None, LIMITED,
+                                             CLAMPED)  # fmt: skip
     g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
         write_zeros(dst, V, K, L)
     else:
-        write_slope(dst, row, token, x_token, V, scale, inv_temperature, top, total, mean, g, h,
+        write_slope(dst, row, token, x_token, V, scale, top, total, mean, g, h,
                     K, L, BONUS, "evict_first")  # fmt: skip
 
 
