@@ -145,7 +145,7 @@ class _FromLogprobs(torch.autograd.Function):
         _refuse_double_backward()
         *saved, cu = ctx.saved_tensors
         g, h, up = Objective.slopes(ctx, saved, up, cu)
-        g, h = ((x if x is None or up is None else x * up) for x in (g, h))
+        g, h = ((x if x is None or up is None else torch.where(x == 0.0, 0.0, x * up)) for x in (g, h))
         lp_dtype, H_dtype = ctx.dtypes
         return g.to(lp_dtype), None if h is None else h.to(H_dtype), *(None,) * 6
 

@@ -192,7 +192,9 @@ def check_temperature(temperature: torch.Tensor | float, logits: torch.Tensor, l
         check_float("temperature", temperature, logits, shapes)
         if validates(logits.device) and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
             raise ValueError("temperature must be above 0 everywhere, masked tokens included (1 will do there).")
-    elif not (isinstance(temperature, (int, float)) and 0 < temperature < math.inf):
+    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(f"temperature must be a number, or a tensor of them, got {type(temperature).__name__}.")
+    elif not 0 < temperature < math.inf:
         raise ValueError(f"temperature must be a finite number above 0, or a tensor of them, got {temperature!r}.")
 
 
@@ -241,8 +243,8 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
     strange = (mask != 0) & (mask != 1)
     if bool(strange.any()):
         raise ValueError(
-            f"completion_mask must hold only 0 and 1, got {mask[strange][0].item()}. Weights per token go into "
-            "importance_weights or the advantages."
+            f"the mask must hold only 0 and 1, got {mask[strange][0].item()}. A weight per token belongs into the "
+            "objective (importance_weights, advantages)."
         )
 
 

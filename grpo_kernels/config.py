@@ -8,6 +8,37 @@ from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
 from grpo_kernels.weights import AGGREGATIONS
 
 _PARTS = {"policy_term": "term", "importance_sampling_level": "level", "loss_agg_mode": "aggregation"}
+_CLAMP = "it must be None, a number above 0, or a pair (low, high) with low < high."
+# field -> (low, high, may be None); an end in quotes does not belong to the range.
+_RANGES = {
+    "beta": (0.0, "inf", False),
+    "epsilon": (0.0, "inf", False),
+    "epsilon_high": (0.0, "inf", True),
+    "delta": ("0", math.inf, True),
+    "dual_clip": ("1", math.inf, True),
+    "cispo_min": (0.0, "inf", True),
+    "cispo_max": ("0", math.inf, False),
+    "sapo_temperature_pos": ("0", "inf", False),
+    "sapo_temperature_neg": ("0", "inf", False),
+    "vespo_k_pos": ("-inf", "inf", False),
+    "vespo_lambda_pos": ("-inf", "inf", False),
+    "vespo_k_neg": ("-inf", "inf", False),
+    "vespo_lambda_neg": ("-inf", "inf", False),
+    "dro_beta": ("0", "inf", False),
+    "kl_clamp": ("0", "inf", True),
+    "max_completion_length": ("0", "inf", True),
+    "global_batch_size": ("0", "inf", True),
+    "entropy_coef": ("-inf", "inf", False),
+    "top_entropy_quantile": (0.0, 1.0, False),
+    "off_policy_mask_threshold": ("-inf", math.inf, True),
+    "sampling_correction_min": (0.0, math.inf, True),
+    "sampling_correction_max": (0.0, math.inf, True),
+    "advantage_eps": (0.0, "inf", False),
+}
+
+
+class _Own(str):
+    """A part that is the loss type's own and not the caller's choice: it follows a new loss type."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +91,12 @@ class LossConfig:
         advantage_unbiased: divide the variance of rewards by n − 1, not n.
 
     The three parts hold their values after construction: ``LossConfig().importance_sampling_level`` is
-    ``"token"``.
+    ``"token"``. With ``dataclasses.replace(config, loss_type=...)`` those that were not chosen follow.
 
     Raises:
         ValueError: a value outside its range, a name that is not in the catalogue, a combination
             without a meaning.
-        TypeError: an unknown field.
+        TypeError: an unknown field, a value of the wrong type.
     """
 
     loss_type: str = "grpo"
@@ -105,8 +136,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
         for field, part in _PARTS.items():
-            if getattr(self, field) is None:
-                object.__setattr__(self, field, getattr(LOSS_TYPES[self.loss_type], part))
+            given = getattr(self, field)
+            if given is None or isinstance(given, _Own):  # as dataclasses.replace hands it over
+                object.__setattr__(self, field, _Own(getattr(LOSS_TYPES[self.loss_type], part)))
         _one_of("policy_term", self.policy_term, TERMS)
         _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
         _one_of("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
@@ -114,26 +146,19 @@ class LossConfig:
         _one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.sampling_correction is not None:
             _one_of("sampling_correction", self.sampling_correction, CORRECTIONS)
-        for name in ("beta", "epsilon", "advantage_eps", "epsilon_high", "cispo_min"):
-            _at_least(name, getattr(self, name), 0.0)
-        for name in ("entropy_coef", "vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg",
-                     "off_policy_mask_threshold"):  # fmt: skip
-            _finite(name, getattr(self, name))
-        for name in ("delta", "kl_clamp", "max_completion_length", "global_batch_size", "sapo_temperature_pos",
-                     "sapo_temperature_neg", "dro_beta"):  # fmt: skip
-            _above_zero(name, getattr(self, name))
-        if not self.cispo_max > 0.0:
-            raise ValueError(f"cispo_max must be above 0 (infinity: no bound), got {self.cispo_max}.")
-        if self.dual_clip is not None and not self.dual_clip > 1.0:
-            raise ValueError(f"dual_clip must be above 1, or None, got {self.dual_clip}.")
-        if not 0.0 <= self.top_entropy_quantile <= 1.0:
-            raise ValueError(f"top_entropy_quantile must be between 0 and 1, got {self.top_entropy_quantile}.")
+        for name in ("use_bias_correction_kl", "advantage_unbiased"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name, (low, high, optional) in _RANGES.items():
+            _in_range(name, getattr(self, name), low, high, optional)
+        _rising("cispo_min", self.cispo_min, "cispo_max", self.cispo_max)
+        _rising("sampling_correction_min", self.sampling_correction_min,
+                "sampling_correction_max", self.sampling_correction_max)  # fmt: skip
+        if isinstance(self.log_ratio_clamp, list):  # so that the config can be hashed
+            object.__setattr__(self, "log_ratio_clamp", tuple(self.log_ratio_clamp))
         low, high = self.log_ratio_bounds
         if not low < high:
-            raise ValueError(
-                "log_ratio_clamp must be a number above 0 or a pair (low, high) with low < high, got "
-                f"{self.log_ratio_clamp}."
-            )
+            raise ValueError(f"log_ratio_clamp={self.log_ratio_clamp} leaves nothing: {_CLAMP}")
         self._check_combination()
 
     def _check_combination(self) -> None:
@@ -165,7 +190,11 @@ class LossConfig:
         clamp = self.log_ratio_clamp
         if clamp is None:
             return -math.inf, math.inf
-        return tuple(clamp) if isinstance(clamp, (tuple, list)) else (-clamp, clamp)
+        if isinstance(clamp, (tuple, list)) and len(clamp) == 2:
+            return clamp[0], clamp[1]
+        if isinstance(clamp, (bool, str, tuple, list)):
+            raise TypeError(f"log_ratio_clamp={clamp!r}: {_CLAMP}")
+        return -clamp, clamp
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -192,12 +221,14 @@ def _trl_fields(args: object) -> dict:
             "off_policy_mask_threshold", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
             "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "scale_rewards")  # fmt: skip
     fields = {name: getattr(args, name) for name in same if hasattr(args, name)}
+    if "loss_type" not in fields:
+        raise ValueError(f"from_trl takes a GRPOConfig of TRL 1.16, got {type(args).__name__} without a loss_type.")
     scale = fields.get("scale_rewards", "group")
     fields["scale_rewards"] = {True: "group", False: "none"}.get(scale, scale)
     _one_of("loss_type", fields["loss_type"], LOSS_TYPES)
     term = TERMS[LOSS_TYPES[fields["loss_type"]].term]
     if fields["loss_type"] == "cispo":  # TRL: the raw upper bound of the ratio, epsilon where it is unset
-        high = fields.pop("epsilon_high")
+        high = fields.pop("epsilon_high", None)
         fields["cispo_max"] = fields["epsilon"] if high is None else high
     if "delta" not in term.knobs:  # TRL reads it in its clipped losses alone
         fields.pop("delta", None)
@@ -222,29 +253,28 @@ def resolve_config(config: LossConfig | None, overrides: dict) -> LossConfig:
         raise TypeError(f"config must be a LossConfig, got {type(config).__name__}.")
     if not overrides:
         return config
-    given = {name: getattr(config, name) for name in valid}
-    if "loss_type" in overrides:  # parts that were the old loss type's own follow the new one
-        for field, part in _PARTS.items():
-            if given[field] == getattr(LOSS_TYPES[config.loss_type], part):
-                given[field] = None
-    return LossConfig(**{**given, **overrides})
+    return LossConfig(**{**{name: getattr(config, name) for name in valid}, **overrides})
 
 
 def _one_of(name: str, value: object, valid) -> None:
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         raise ValueError(f"{name}={value!r} is not available. Choose one of: {', '.join(map(repr, valid))}.")
 
 
-def _at_least(name: str, value: float | None, bound: float) -> None:
-    if value is not None and not bound <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least {bound:g}, got {value}.")
+def _in_range(name: str, value: float | None, low: float, high: float, optional: bool) -> None:
+    """A number between the ends, which do not belong to it where they are strings."""
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {value!r}.")
+    above = value > float(low) if isinstance(low, str) else value >= low
+    below = value < float(high) if isinstance(high, str) else value <= high
+    if not (above and below):
+        ends = "above " + low if isinstance(low, str) else f"at least {low:g}"
+        ends += "" if high == math.inf else " and finite" if high == "inf" else f" and at most {high:g}"
+        raise ValueError(f"{name} must be {ends}, got {value}.")
 
 
-def _above_zero(name: str, value: float | None) -> None:
-    if value is not None and not 0.0 < value < math.inf:
-        raise ValueError(f"{name} must be finite and above 0, got {value}.")
-
-
-def _finite(name: str, value: float | None) -> None:
-    if value is not None and not -math.inf < value < math.inf:
-        raise ValueError(f"{name} must be finite, got {value}.")
+def _rising(low_name: str, low: float | None, high_name: str, high: float | None) -> None:
+    if low is not None and high is not None and not low <= high:
+        raise ValueError(f"{low_name}={low} is above {high_name}={high}.")

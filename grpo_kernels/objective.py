@@ -46,12 +46,9 @@ def limited_ratio(r, limits, LIMITED: tl.constexpr):
 
 @jit
 def product(x, trust):
-    """x·trust, 0 where either is 0: a mask removes infinities too, and A = 0 outdoes an infinite weight.
-
-    A weight that is NaN shows.
-    """
+    """x·trust, 0 where either is 0: a mask removes infinities too, and A = 0 outdoes an infinite weight."""
     x = x + tl.where(trust == 0.0, 0.0, 0.0)  # a term may return a plain number
-    return tl.where((trust == 0.0) | ((x == 0.0) & (trust == trust)), 0.0, x * trust)
+    return tl.where((trust == 0.0) | (x == 0.0), 0.0, x * trust)
 
 
 @jit
@@ -77,8 +74,8 @@ def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, T
         d_lp = product(d_lp, trust)
     # A term chooses by comparisons, which NaN answers with "no": pass it on explicitly.
     poison = r_hat + lp + A
-    if OWN:
-        poison = poison + r
+    if TRUST:
+        poison = poison + tl.where((trust != trust) & (A != 0.0), trust, 0.0)
     bad = poison != poison
     policy = tl.where(bad, poison, policy)
     kl = tl.where(bad, poison, 0.0)

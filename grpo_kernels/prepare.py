@@ -73,7 +73,7 @@ def prepare(
     """
     _check(args, config, layout, ids)
     plan = _plan(args, config, layout)
-    mask, cu = layout.tokens(args.completion_mask), args.cu_seqlens
+    mask, cu = layout.tokens(args.completion_mask), _in_a_row(args.cu_seqlens)
     segments = lengths = None
     if layout.packed:
         segments, lengths = ops.segments_op(mask, cu, layout.T, backend)
@@ -96,7 +96,7 @@ def prepare(
         ref=layout.tokens(args.ref_logps) if plan.kl else None,
         sampling=layout.tokens(args.sampling_logps),
         adv=layout.rows(args.advantages),
-        rewards=args.rewards,
+        rewards=_in_a_row(args.rewards),
         gate=_gate(args, plan, layout, backend),
         is_weight=layout.rows(args.importance_weights),
         temperature=layout.rows(args.temperature) if isinstance(args.temperature, torch.Tensor) else None,
@@ -171,10 +171,15 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
+def _in_a_row(x: torch.Tensor | None) -> torch.Tensor | None:
+    """The few tensors that kernels read without a stride."""
+    return None if x is None else x.contiguous()
+
+
 def _is_per_sequence(x: torch.Tensor | None, layout: Layout) -> bool:
     """Whether there is one value per sequence; None stands for advantages from rewards.
 
-    Where T = 1, (B, 1) is taken as (B, T), so that the structure does not change with the length.
+    Where T = 1, (B, 1) is (B, T), or what is given per token would change its structure with the length.
     """
     if x is None:
         return True
@@ -198,7 +203,7 @@ def _gate(args: Arguments, plan: Plan, layout: Layout, backend: str) -> torch.Te
         adv = torch.where(mask if mask.dtype == torch.bool else mask != 0, adv, 0.0)
     if not layout.packed:
         return torch.count_nonzero(adv, dim=1)[:, None]
-    return ops.segments_op(adv, args.cu_seqlens, layout.T, backend)[1][:, None]
+    return ops.segments_op(adv, _in_a_row(args.cu_seqlens), layout.T, backend)[1][:, None]
 
 
 def _check(args: Arguments, config: LossConfig, layout: Layout, like: torch.Tensor) -> None:

@@ -222,5 +222,10 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
 
 def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     """out = grad · up, in place or not; nothing moves in place where up is 1."""
-    if out.data_ptr() != grad.data_ptr() or up.item() != 1.0:
-        torch.mul(grad, up.to(torch.float32), out=out)
+    if out.data_ptr() == grad.data_ptr() and up.item() == 1.0:
+        return
+    # a row without a gradient has none, whatever the factor
+    dead = None if bool(up.isfinite()) else grad == 0.0
+    torch.mul(grad, up.to(torch.float32), out=out)
+    if dead is not None:
+        out.masked_fill_(dead, 0.0)

@@ -112,6 +112,7 @@ def objective(
         return torch.where(where, x, 0.0).sum(dtype=torch.float64)
 
     ratio = r.exp()
+    ranked = read & (ratio == ratio)
     policy_loss = total(w * losses)
     reward_sums = _reward_sums(inputs, coefs, plan)
     low, high, dual, clips, low_min, high_max = _clip_sums(
@@ -121,8 +122,8 @@ def objective(
         [
             policy_loss - total(bonus * H, chosen), policy_loss, size.sum(), total(kl), total(H), low, high, dual,
             clips, total(ratio), total(ratio - 1.0 - r), *reward_sums,
-            torch.where(read, ratio, torch.inf).amin().double(), low_min,
-            torch.where(read, ratio, -torch.inf).amax().double(), high_max,
+            torch.where(ranked, ratio, torch.inf).amin().double(), low_min,
+            torch.where(ranked, ratio, -torch.inf).amax().double(), high_max,
         ]
     )  # fmt: skip
     return sums[0].float(), losses, local, spread, share, h, sums, metrics_of(sums)
@@ -161,7 +162,7 @@ def join(local, spread, share, up, cu) -> torch.Tensor:
 
 def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.Tensor:
     """Importance weights, (B, T) or (B, 1), from the sampler's log-probabilities."""
-    live = torch.ones_like(inputs.ids, dtype=torch.bool) if inputs.mask is None else inputs.mask != 0
+    live = _live(inputs)
     d = torch.where(live, on_torch(mismatch)(old.float(), inputs.sampling.float()), 0.0)
     low, high = coefs.correction_low, coefs.correction_high
     if correction.gated:
@@ -192,9 +193,16 @@ def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
     )[:, None]  # fmt: skip
 
 
+def _live(inputs: Inputs) -> torch.Tensor:
+    """(B, T) bool, contiguous whatever the mask is: results take their strides from it."""
+    if inputs.mask is None:
+        return torch.ones(inputs.ids.shape, dtype=torch.bool, device=inputs.ids.device)
+    return (inputs.mask != 0).contiguous()
+
+
 def rows_to_read(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, T) bool each: rows to read, and unmasked rows that are left unread."""
-    counted = torch.ones_like(inputs.ids, dtype=torch.bool) if inputs.mask is None else inputs.mask != 0
+    counted = _live(inputs)
     if inputs.cu is not None:
         counted = counted & (inputs.segments < inputs.sequences)
     if not plan.skip:

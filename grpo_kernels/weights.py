@@ -48,9 +48,11 @@ def sequence_sum(batch: Batch) -> Weight:
 
 
 def batch_tokens(batch: Batch) -> Weight:
+    if batch.packed_lengths is not None:
+        return Weight(batch.packed_lengths.sum(), 1.0)
     if batch.mask is not None:
         return Weight(batch.mask.sum(dtype=torch.float32), 1.0)
-    return Weight(None, 1.0 / (batch.T if batch.packed_lengths is not None else batch.B * batch.T))
+    return Weight(None, 1.0 / (batch.B * batch.T))
 
 
 def global_tokens(batch: Batch) -> Weight:

@@ -72,7 +72,42 @@ def test_every_combination_is_defined_or_refused(term, level):
             LossConfig(policy_term=term, importance_sampling_level=level)
 
 
+def test_replace_brings_the_new_loss_types_parts():
+    gspo = LossConfig(loss_type="gspo")
+    assert parts(dataclasses.replace(gspo, loss_type="dapo")) == PRESETS["dapo"]
+    assert parts(LossConfig(**{**dataclasses.asdict(gspo), "loss_type": "topr"})) == PRESETS["topr"]
+    chosen = LossConfig(loss_type="luspo", importance_sampling_level="token")  # what luspo has anyway, but chosen
+    assert dataclasses.replace(chosen, loss_type="gspo").importance_sampling_level == "token"
+    assert resolve_config(chosen, {"loss_type": "gspo"}).importance_sampling_level == "token"
+    assert gspo == LossConfig(loss_type="gspo", importance_sampling_level="sequence")
+    assert hash(gspo) == hash(dataclasses.replace(gspo))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "error", "says"),
+    [
+        ({"beta": None}, TypeError, "beta must be a number, got None"),
+        ({"epsilon": "0.2"}, TypeError, "epsilon must be a number"),
+        ({"epsilon_high": True}, TypeError, "epsilon_high must be a number or None"),
+        ({"cispo_max": None}, TypeError, "cispo_max must be a number"),
+        ({"sapo_temperature_pos": 0.0}, ValueError, "sapo_temperature_pos must be above 0 and finite"),
+        ({"use_bias_correction_kl": "no"}, TypeError, "use_bias_correction_kl must be True or False"),
+        ({"loss_type": "cispo", "cispo_min": 6.0}, ValueError, "cispo_min=6.0 is above cispo_max=5.0"),
+        ({"sampling_correction_min": 5.0}, ValueError, "sampling_correction_min=5.0 is above"),
+        ({"sampling_correction_max": float("nan")}, ValueError, "sampling_correction_max must be"),
+        ({"log_ratio_clamp": True}, TypeError, "log_ratio_clamp=True"),
+        ({"log_ratio_clamp": (1, 2, 3)}, TypeError, "log_ratio_clamp="),
+        ({"top_entropy_quantile": 1.5}, ValueError, "at most 1"),
+        ({"loss_type": ["grpo"]}, ValueError, "loss_type="),
+    ],
+)
+def test_values_out_of_range_are_named(knobs, error, says):
+    with pytest.raises(error, match=says):
+        LossConfig(**knobs)
+
+
 def test_log_ratio_bounds():
+    assert hash(LossConfig(log_ratio_clamp=[-1.0, 1.0])) == hash(LossConfig(log_ratio_clamp=(-1.0, 1.0)))
     assert LossConfig(log_ratio_clamp=20.0).log_ratio_bounds == (-20.0, 20.0)
     assert LossConfig(log_ratio_clamp=(float("-inf"), 10.0)).log_ratio_bounds == (float("-inf"), 10.0)
 

@@ -159,7 +159,7 @@ def join(local, spread, share, up, cu) -> torch.Tensor:
     B = local.shape[0] if cu is None else cu.shape[0] - 1
     with _on(local):
         spread_kernel[(B,)](
-            g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, local.shape[1],
+            g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, B, local.shape[1],
             **block_shape(),
         )  # fmt: skip
     return g
@@ -172,7 +172,7 @@ def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.
     with _on(old):
         correction_kernel[(B,)](
             old, inputs.sampling, inputs.mask, out, inputs.cu, *_strides(old), *_strides(inputs.sampling),
-            *_strides(inputs.mask), _at(inputs), T, coefs.correction_low, coefs.correction_high,
+            *_strides(inputs.mask), _at(inputs), B, T, coefs.correction_low, coefs.correction_high,
             PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
             **block_shape(),
         )  # fmt: skip
@@ -193,7 +193,7 @@ def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch
     numbers = torch.full((N,), B, dtype=torch.int32, device=cu.device)  # tokens of no sequence
     lengths = torch.empty(B, device=cu.device)
     with _on(cu):
-        segments_kernel[(B,)](mask, cu, numbers, lengths, *_strides(mask), **block_shape())
+        segments_kernel[(B,)](mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
     return numbers, lengths
 
 

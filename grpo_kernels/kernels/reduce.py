@@ -55,7 +55,7 @@ def sequence_kernel(
     an off-policy mask, so that the sequence is read twice.
     """
     seq = tl.program_id(0).to(tl.int64)
-    first, last = bounds(cu, seq, T)
+    first, last, end = bounds(cu, seq, B, T)
     factor = load_or(loss_scale, 0, 1.0)
     w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
     w_slope = w if WEIGHTED else 1.0
@@ -119,11 +119,11 @@ def sequence_kernel(
     s_drift = nothing()
     ratio_min = tl.full([BLOCK], _INF, tl.float32)
     ratio_max = tl.full([BLOCK], -_INF, tl.float32)
-    for start in range(first, last, BLOCK):
+    for start in range(first, end, BLOCK):
         tok = start + tl.arange(0, BLOCK).to(tl.int64)
         at = seq * at_b + tok
-        inside = tok < last
-        live = unmasked(mask, seq * mask_b + tok * mask_t, inside)
+        inside = tok < end
+        live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
         A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
         if SKIP:
             live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
@@ -156,8 +156,7 @@ def sequence_kernel(
         if KL is not None:
             loss = policy + beta * kl
         loss = tl.where(live, loss, 0.0)
-        if losses is not None:
-            tl.store(losses + at, loss, mask=inside)
+        tl.store(losses + at, loss, mask=inside)
         if SPREAD == "level":
             g = d_term + d_lp
             tl.store(spread + at, tl.where(live, w_slope * d_ratio, 0.0), mask=inside)
@@ -169,10 +168,8 @@ def sequence_kernel(
             tl.store(share + at, tl.where(live, slope * inverse, 0.0), mask=inside)
         else:
             g = d_term + d_ratio + d_lp
-        if local is not None:
-            tl.store(local + at, tl.where(live, w_slope * g, 0.0), mask=inside)
-        if h is not None:
-            tl.store(h + at, tl.where(chosen, -bonus, 0.0), mask=inside)
+        tl.store(local + at, tl.where(live, w_slope * g, 0.0), mask=inside)
+        tl.store(h + at, tl.where(chosen, -bonus, 0.0), mask=inside)
 
         s_policy = add(s_policy, w * loss)
         s_loss = add(s_loss, w * loss)
@@ -189,8 +186,9 @@ def sequence_kernel(
         ratio = tl.exp(r)
         s_ratio = add(s_ratio, tl.where(live, ratio, 0.0))
         s_drift = add(s_drift, tl.where(live, ratio - 1.0 - r, 0.0))
-        ratio_min = tl.minimum(ratio_min, tl.where(live, ratio, _INF))
-        ratio_max = tl.maximum(ratio_max, tl.where(live, ratio, -_INF))
+        ranked = live & (ratio == ratio)
+        ratio_min = tl.minimum(ratio_min, tl.where(ranked, ratio, _INF))
+        ratio_max = tl.maximum(ratio_max, tl.where(ranked, ratio, -_INF))
 
     s_clips = s_tokens
     if CLIP_ONCE:

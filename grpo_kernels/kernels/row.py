@@ -118,7 +118,7 @@ def write_slope(out, row, token, x_token, V, scale, top, total, mean, g, h, K: t
     tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
     depth = (x_token - top) * scale
     part = tl.exp2(depth)
-    d = g + slope * part
+    d = g * (1.0 - part / total)
     if ENTROPY:
         d += tl.where(part == 0.0, 0.0, pull * part * (mean - depth))
     tl.store(out + token, d.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))

@@ -117,10 +117,9 @@ def logprob_kernel(
     top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_first")
     lp, _ = score_token(row, token, V, top, total, scale)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
-    if stats is not None:
-        tl.store(stats + at * 3, top)
-        tl.store(stats + at * 3 + 1, total)
-        tl.store(stats + at * 3 + 2, mean)
+    tl.store(stats + at * 3, top)
+    tl.store(stats + at * 3 + 1, total)
+    tl.store(stats + at * 3 + 2, mean)
 
 
 @kernel
@@ -243,5 +242,6 @@ def scale_kernel(
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
     for start in range(0, V, K * L):
         at = start + tl.arange(0, K)[:, None] * L + tl.arange(0, L)[None, :]
-        x = tl.load(src + at, mask=at < V, other=0.0).to(tl.float32) * factor
+        x = tl.load(src + at, mask=at < V, other=0.0).to(tl.float32)
+        x = tl.where(x == 0.0, 0.0, x * factor)  # a row without a gradient has none, whatever the factor
         tl.store(dst + at, x.to(dst.dtype.element_ty), mask=at < V)

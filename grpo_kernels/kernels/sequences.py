@@ -31,12 +31,23 @@ def nothing():
 
 
 @jit
-def bounds(cu, seq, T):
-    """First token of a sequence and the one after its last."""
+def within_tokens(x, T):
+    return tl.minimum(tl.maximum(x, 0), T)
+
+
+@jit
+def bounds(cu, seq, B, T):
+    """First token of a sequence, the one after its last, and where what it writes ends.
+
+    Packed tokens after the last sequence belong to none; the last one writes zeros there. Bounds
+    outside of the T tokens are never used as addresses.
+    """
+    end = T.to(tl.int64)
     if cu is not None:
-        return tl.load(cu + seq).to(tl.int64), tl.load(cu + seq + 1).to(tl.int64)
+        last = within_tokens(tl.load(cu + seq + 1).to(tl.int64), end)
+        return within_tokens(tl.load(cu + seq).to(tl.int64), end), last, tl.where(seq == B - 1, end, last)
     else:
-        return tl.zeros([], tl.int64), T.to(tl.int64)
+        return tl.zeros([], tl.int64), end, end
 
 
 @jit
@@ -50,11 +61,11 @@ def unmasked(mask, at, inside):
 @kernel
 def spread_kernel(
     g, local, spread, share, up, cu,  # out: [B, T]; [B, T] ×3; [B, T] or None: upstream gradient; [B+1]
-    up_b, up_t, at_b, T,
+    up_b, up_t, at_b, B, T,
 ):  # fmt: skip
     """One program per sequence: g = up·local + share·Σ up·spread, over the sequence's tokens."""
     seq = tl.program_id(0).to(tl.int64)
-    first, last = bounds(cu, seq, T)
+    first, _, last = bounds(cu, seq, B, T)
     total = nothing()
     for start in range(first, last, BLOCK):
         tok = start + tl.arange(0, BLOCK).to(tl.int64)
@@ -76,12 +87,12 @@ def spread_kernel(
 @kernel
 def correction_kernel(
     old, sampling, mask, out, cu,  # [B, T] ×3, out: [B, T] or [B, 1], [B+1]
-    old_b, old_t, samp_b, samp_t, mask_b, mask_t, at_b, T, low: tl.float32, high: tl.float32,
+    old_b, old_t, samp_b, samp_t, mask_b, mask_t, at_b, B, T, low: tl.float32, high: tl.float32,
     PER_SEQUENCE: tl.constexpr, TRUNCATE: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: importance weights from the sampler's log-probabilities."""
     seq = tl.program_id(0).to(tl.int64)
-    first, last = bounds(cu, seq, T)
+    first, last, end = bounds(cu, seq, B, T)
     keep = 1.0
     if PER_SEQUENCE | GATED:
         size = nothing()
@@ -99,7 +110,7 @@ def correction_kernel(
         else:
             tl.store(out + seq, within(tl.exp(total.to(tl.float32)), low, high, TRUNCATE))
     if not PER_SEQUENCE:
-        for start in range(first, last, BLOCK):
+        for start in range(first, end, BLOCK):
             tok = start + tl.arange(0, BLOCK).to(tl.int64)
             live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
             sampled = tl.load(sampling + seq * samp_b + tok * samp_t, mask=live, other=0.0).to(tl.float32)
@@ -109,14 +120,14 @@ def correction_kernel(
                 ratio = tl.where(keep == 0.0, 0.0, ratio)
             else:
                 ratio = within(ratio, low, high, TRUNCATE)
-            tl.store(out + seq * at_b + tok, ratio, mask=tok < last)
+            tl.store(out + seq * at_b + tok, ratio, mask=tok < end)
 
 
 @kernel
-def segments_kernel(mask, cu, segments, lengths, mask_b, mask_t):
+def segments_kernel(mask, cu, segments, lengths, mask_b, mask_t, B, T):
     """One program per packed sequence: its number at each of its tokens, and how many are unmasked."""
     seq = tl.program_id(0).to(tl.int64)
-    first, last = bounds(cu, seq, 0)
+    first, last, _ = bounds(cu, seq, B, T)
     size = nothing()
     for start in range(first, last, BLOCK):
         tok = start + tl.arange(0, BLOCK).to(tl.int64)
