@@ -44,11 +44,11 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-gpu test-triton test-verl bench lint clean check-python
+.PHONY: help demo test test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables"
 	@echo "  ARGS=            passed on to the command, e.g. make demo ARGS=\"--seed 1\""
@@ -74,6 +74,12 @@ test-gpu: $(call installed,test) ## the whole suite on a GPU, kernels compiled
 
 bench: $(call installed,bench) ## benchmarks against eager PyTorch and Liger-Kernel
 	$(PY) -m benchmarks $(ARGS)
+
+traffic: $(call installed,test) ## the bytes every objective moves, counted without a GPU
+	OMP_WAIT_POLICY=passive $(PY) -m benchmarks.traffic_report $(ARGS)
+
+compile-report: $(call installed,test) ## registers, spills and instructions of every kernel, without a GPU
+	env -u TRITON_INTERPRET $(PY) -m benchmarks.compile_report $(ARGS)
 
 test-triton: $(if $(VENV),$(TRITON_VERSIONS:%=.venv-triton-%/.installed),needs-venv) ## the Triton tests with every supported Triton
 	@failed=; for v in $(TRITON_VERSIONS); do \

@@ -1,7 +1,8 @@
 """Benchmarks of `grpo_kernels` against what a user would run instead: `python -m benchmarks --help`.
 
-Read in this order: `cases` (what is measured, on which data), `baselines` (who is measured),
-`oracle` (nobody's speed is reported before its result has been checked), `measure` (time and
-memory), `suite` (the loop over all of it), `report` (table, JSON, CSV), `environment` (where).
-`compile_report` stands apart: what the compiler makes of the kernels, without a GPU.
+Read in this order: `cases` (what is measured, on which data), `baselines` and `baselines_peers` (who is
+measured), `oracle` (nobody's speed is reported before its result has been checked), `measure` (time and
+memory), `suite` (the loop over all of it), `report` (table, JSON, CSV), `plots` (PNG), `environment`
+(where). `test_small` is a small set for pytest-benchmark: `python -m pytest benchmarks --benchmark-only`.
+`compile_report` and `traffic_report` stand apart: what is known of the kernels without a GPU.
 """

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: grpo_kernels beside eager PyTorch and Liger-Kernel, on a GPU or on the CPU."""
+"""`python -m benchmarks`: grpo_kernels beside what a user would run instead, on a GPU or on the CPU."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import environment, report
-from benchmarks.baselines import IMPLEMENTATIONS, Implementation
-from benchmarks.cases import DTYPE_NAMES, MODES, SUITES, Case, parse_shape
-from benchmarks.suite import ERROR, WRONG, Row, run_suite
+from benchmarks import environment, plots, report
+from benchmarks.baselines import Implementation
+from benchmarks.baselines_peers import COMPILE_WHEN, implementations
+from benchmarks.cases import DTYPE_NAMES, MODES, OBJECTIVES, Case, parse_shape, suite
+from benchmarks.suite import ERROR, WRONG, Budget, Row, run_suite
 
 DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-DEFAULT_SECONDS = {"cpu": 3.0, "cuda": 0.5}
+SUITE_NAMES = ("smoke", "quick", "cpu", "gpu")
+SECONDS_PER_ROW = {"cpu": 3.0, "cuda": 1.0}  # at most
+MINUTES = {"gpu": 7.0, "quick-gpu": 1.5, "quick-cpu": 1.5}  # of a whole suite
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -25,17 +28,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Time and memory of the GRPO loss (forward + backward) and of log-probs alone, as multiples "
         "of a copy of the logits. Nothing that differs from float64 gets a time.",
     )
-    parser.add_argument("--suite", choices=SUITES, help="set of cases (default: gpu if there is one, else cpu)")
+    parser.add_argument("--suite", choices=SUITE_NAMES, help="set of cases (default: gpu; without a GPU that is cpu)")
     parser.add_argument("--shapes", nargs="+", type=shape, metavar="BxTxV", help="these shapes instead of a suite")
+    parser.add_argument("--masked", type=float, default=0.0, help="with --shapes: share of padding, at most 0.5")
+    parser.add_argument(
+        "--zero-advantage", type=float, default=0.0, help="with --shapes: share of sequences with A = 0; beta is 0 then"
+    )
+    parser.add_argument("--objective", choices=OBJECTIVES, default="token", help="with --shapes: whose ratio")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these (default: all; shapes: fp32 bf16)")
     parser.add_argument("--modes", nargs="+", choices=MODES, help="only these (default: all; cpu: loss logprobs)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where to run (default: cuda if there is one)")
+    parser.add_argument("--compile", choices=COMPILE_WHEN, default="auto", help="where torch.compile takes part")
     parser.add_argument(
-        "--seconds", type=float, help="time budget per row, checks not counted (default: 0.5 on a GPU, 3 on a CPU)"
+        "--seconds", type=float, help="time per row, checks not counted, at most (default: 1 on a GPU, 3 on a CPU)"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help="for all: rows get less time, the last cases are left out (default: gpu 7, quick 1.5, else no limit)",
     )
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data (default: 0)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and results.csv there")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json, results.csv and plots there")
     arguments = parser.parse_args(argv)
     if arguments.suite and arguments.shapes:
         parser.error("--suite and --shapes exclude each other")
@@ -43,6 +57,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
     if arguments.threads is not None and arguments.threads < 1:
         parser.error("--threads must be at least 1")
+    if arguments.minutes is not None and arguments.minutes <= 0:
+        parser.error("--minutes must be positive")
+    if not 0 <= arguments.masked <= 0.5 or not 0 <= arguments.zero_advantage <= 1:
+        parser.error("--masked must be in [0, 0.5], --zero-advantage in [0, 1]")
+    if not arguments.shapes and (arguments.masked or arguments.zero_advantage or arguments.objective != "token"):
+        parser.error("--masked, --zero-advantage and --objective belong to --shapes")
     return arguments
 
 
@@ -53,15 +73,17 @@ def shape(text: str) -> tuple[int, int, int]:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def choose_cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
+def choose_cases(arguments: argparse.Namespace, device: torch.device) -> tuple[str | None, list[Case]]:
+    """(name of the suite, or None with --shapes; the cases)."""
     if arguments.shapes:
+        what = {key: getattr(arguments, key) for key in ("masked", "zero_advantage", "objective")}
         names = arguments.dtypes or DTYPES
-        return [Case(*shape_, DTYPES[name]) for shape_ in arguments.shapes for name in names]
-    suite = SUITES[arguments.suite or ("gpu" if device.type == "cuda" else "cpu")]
-    return [case for case in suite if not arguments.dtypes or DTYPE_NAMES[case.dtype] in arguments.dtypes]
+        return None, [Case(*s, DTYPES[name], compiled=True, **what) for s in arguments.shapes for name in names]
+    name, cases = suite(arguments.suite or "gpu", device)
+    return name, [case for case in cases if not arguments.dtypes or DTYPE_NAMES[case.dtype] in arguments.dtypes]
 
 
-def main(argv: Sequence[str] | None = None, implementations: Sequence[Implementation] = IMPLEMENTATIONS) -> int:
+def main(argv: Sequence[str] | None = None, who: Sequence[Implementation] | None = None) -> int:
     """Runs the benchmarks and prints the report.
 
     Returns: exit status; 1 if a result of grpo_kernels was wrong or raised.
@@ -70,25 +92,50 @@ def main(argv: Sequence[str] | None = None, implementations: Sequence[Implementa
     device = torch.device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    seconds = DEFAULT_SECONDS[device.type] if arguments.seconds is None else arguments.seconds
-    modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["loss", "logprobs"])
-    where = environment.describe(device)
-
+    name, cases = choose_cases(arguments, device)
+    where = environment.describe(device) | {"suite": name, "seed": arguments.seed}
     print(report.header(where), flush=True)
-    rows: list[Row] = []
-    for block in run_suite(
-        choose_cases(arguments, device), modes, implementations, device, seconds=seconds, seed=arguments.seed
-    ):
-        rows += block
-        print("\n" + report.table(block), flush=True)
+    if arguments.suite and name != arguments.suite:
+        print(f"Suite {arguments.suite!r}, on this device: {name!r}.", flush=True)
+
+    rows = run(arguments, cases, who or implementations(arguments.compile), device, MINUTES.get(name))
+    if arguments.out:
+        print("\nWritten:", *report.write(arguments.out, where, rows), *draw(arguments.out), sep="\n  ")
     print("\n" + textwrap.fill(report.LEGEND, report.WIDTH))
     print("\n" + report.summary(rows), flush=True)
-    if arguments.out:
-        print("\nWritten:", *report.write(arguments.out, where, rows), sep="\n  ")
     broken = [row for row in rows if row.implementation == "grpo_kernels" and row.status in (WRONG, ERROR)]
     if broken:
         print(f"grpo_kernels failed in {len(broken)} of its rows, see above", file=sys.stderr)
     return 1 if broken else 0
+
+
+def run(
+    arguments: argparse.Namespace,
+    cases: Sequence[Case],
+    who: Sequence[Implementation],
+    device: torch.device,
+    minutes: float | None,
+) -> list[Row]:
+    """Measures, and prints each block of rows when it is there, with how far the run has got."""
+    per_row = SECONDS_PER_ROW[device.type] if arguments.seconds is None else arguments.seconds
+    minutes = minutes if arguments.minutes is None else arguments.minutes
+    budget = Budget(None if minutes is None else 60 * minutes, per_row)
+    modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["loss", "logprobs"])
+    names = [case.name for case in cases]
+    rows: list[Row] = []
+    for block in run_suite(cases, modes, who, device, seconds=budget, seed=arguments.seed):
+        rows += block
+        print(f"\n[case {names.index(block[0].case) + 1} of {len(names)}, {budget.used:.0f} s]", flush=True)
+        print(report.table(block), flush=True)
+    return rows
+
+
+def draw(out: Path) -> list[Path | str]:
+    """The plots, or why there are none: measurements are not lost for want of a plotting library."""
+    try:
+        return plots.draw(out)
+    except plots.PlotError as error:
+        return [f"no plots: {error}"]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Who is measured. All get the same logits and give the same loss, gradient or log-probs.
 
-To add one, write its functions and append an `Implementation` to `IMPLEMENTATIONS`.
+Here: grpo_kernels, and what anyone could write with PyTorch alone. `baselines_peers` has the others.
+To add one, write its functions and an `Implementation` in `baselines_peers.implementations`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.cases import BETA, EPSILON, Inputs
+from benchmarks.cases import EPSILON, Case, Inputs
 from grpo_kernels import fused_grpo_loss, token_logprobs
 
 
@@ -35,12 +35,12 @@ class Implementation:
     Attributes:
         calls: mode → function. The logits it is given are `inputs.logits`, or in mode "inplace" a
             copy of them that it may overwrite. A mode that is not there has no row.
-        missing: device → why it cannot run there, or None.
+        missing: (case, device) → why it cannot run that there, or None.
     """
 
     name: str
     calls: Mapping[str, Call]
-    missing: Callable[[torch.device], str | None] = lambda device: None
+    missing: Callable[[Case, torch.device], str | None] = lambda case, device: None
 
 
 # --- grpo_kernels -------------------------------------------------------------------------------------
@@ -67,8 +67,10 @@ def _our_loss(inputs: Inputs, x: Tensor, inplace: bool) -> Tensor:
         ref_logps=inputs.ref_logps,
         completion_mask=inputs.mask,
         inplace=inplace,
+        skip_zero_advantage=inputs.case.zero_advantage > 0,
         loss_type="grpo",
-        beta=BETA,
+        importance_sampling_level=inputs.case.objective,
+        beta=inputs.case.beta,
         epsilon=EPSILON,
     ).loss
 
@@ -95,84 +97,36 @@ class ModelOutput(torch.autograd.Function):
 
 def eager(inputs: Inputs, logits: Tensor) -> Outcome:
     x = logits.detach().requires_grad_()
-    lp = _eager_logps(inputs, x)
-    mask = inputs.mask
-    A = inputs.advantages[:, None]
-    ratio = torch.exp(lp - inputs.old_logps)
-    per_token = -torch.min(ratio * A, ratio.clamp(1 - EPSILON, 1 + EPSILON) * A)
-    u = inputs.ref_logps - lp
-    per_token = per_token + BETA * (u.exp() - u - 1)
-    loss = ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    loss = loss_of_logps(inputs, logps_of_logits(x, inputs.completion_ids))
     return Outcome(loss.detach(), torch.autograd.grad(loss, x)[0])
 
 
 def eager_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
     with torch.no_grad():
-        return Outcome(logps=_eager_logps(inputs, logits))
+        return Outcome(logps=logps_of_logits(logits, inputs.completion_ids))
 
 
-def _eager_logps(inputs: Inputs, x: Tensor) -> Tensor:
+def logps_of_logits(x: Tensor, ids: Tensor) -> Tensor:
     """Over all T+1 positions: slicing the last one off first would cost the backward one more copy."""
-    ids = torch.nn.functional.pad(inputs.completion_ids, (0, 1))
+    ids = torch.nn.functional.pad(ids, (0, 1))
     return torch.log_softmax(x.float(), dim=-1).gather(-1, ids[..., None])[:, :-1, 0]
 
 
-# --- Liger-Kernel ---------------------------------------------------------------------------------------
+def loss_of_logps(inputs: Inputs, lp: Tensor) -> Tensor:
+    """The objective, (B, T) → 0-d, differentiable: what a trainer's own code does after the log-probs."""
+    mask = inputs.mask
+    tokens = mask.sum(1).clamp(min=1)
+    A = inputs.advantages[:, None]
+    log_ratio = lp - inputs.old_logps
+    if inputs.case.objective == "sequence":
+        log_ratio = ((log_ratio * mask).sum(1) / tokens)[:, None]
+    ratio = torch.exp(log_ratio)
+    per_token = -torch.min(ratio * A, ratio.clamp(1 - EPSILON, 1 + EPSILON) * A)
+    if inputs.case.beta:
+        u = inputs.ref_logps - lp
+        per_token = per_token + inputs.case.beta * (u.exp() - u - 1)
+    return ((per_token * mask).sum(1) / tokens).mean()
 
 
-def liger(inputs: Inputs, logits: Tensor) -> Outcome:
-    return _liger(inputs, logits, inplace=False)
-
-
-def liger_inplace(inputs: Inputs, logits: Tensor) -> Outcome:
-    return _liger(inputs, logits, inplace=True)
-
-
-def _liger(inputs: Inputs, logits: Tensor, inplace: bool) -> Outcome:
-    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
-
-    x = logits.detach().requires_grad_()
-    loss, _ = triton_grpo_loss(
-        x,
-        inputs.old_logps,
-        inputs.ref_logps,
-        inputs.completion_ids,
-        inputs.advantages,
-        inputs.mask,
-        temperature=1.0,
-        beta=BETA,
-        eps_low=EPSILON,
-        eps_high=EPSILON,
-        inplace=inplace,
-        loss_type="grpo",
-        reduce=True,
-    )
-    return Outcome(loss.detach(), torch.autograd.grad(loss, x)[0])
-
-
-def liger_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
-    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
-
-    ids, mask = inputs.completion_ids, inputs.mask
-    return Outcome(logps=fused_selective_log_softmax(logits, ids, temperature=1.0, mask=mask))
-
-
-def liger_missing(device: torch.device) -> str | None:
-    if device.type != "cuda":
-        return "needs a GPU"
-    try:
-        importlib.import_module("liger_kernel.transformers.grpo_loss")
-    except ImportError as error:
-        return f"not importable ({error}); pip install liger-kernel"
-    return None
-
-
-IMPLEMENTATIONS: tuple[Implementation, ...] = (
-    Implementation("grpo_kernels", {"loss": ours, "inplace": ours_inplace, "logprobs": our_logprobs}),
-    Implementation("eager PyTorch", {"loss": eager, "logprobs": eager_logprobs}),
-    Implementation(
-        "Liger-Kernel",
-        {"loss": liger, "inplace": liger_inplace, "logprobs": liger_logprobs},
-        missing=liger_missing,
-    ),
-)
+OURS = Implementation("grpo_kernels", {"loss": ours, "inplace": ours_inplace, "logprobs": our_logprobs})
+EAGER = Implementation("eager PyTorch", {"loss": eager, "logprobs": eager_logprobs})

@@ -1,4 +1,4 @@
-"""What is measured: shapes, modes and the data that every implementation gets."""
+"""What is measured: shapes, objectives, modes and the data that every implementation gets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ MODES: dict[str, str] = {
     "inplace": "forward + backward in place",
     "logprobs": "log-probs only",
 }
-BETA, EPSILON = 0.04, 0.2  # everyone computes loss_type="grpo" with these
+OBJECTIVES: dict[str, str] = {
+    "token": "grpo: a ratio per token",
+    "sequence": "gspo: a ratio per sequence",
+}
+EPSILON = 0.2
 ROWS_PER_CHUNK_ELEMENTS = 1 << 24  # float64 work on the logits is done on this many at a time
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -29,12 +33,38 @@ class Case:
     vocab: int
     dtype: torch.dtype
     masked: float = 0.0  # share of the tokens that is padding, at most 0.5
+    zero_advantage: float = 0.0  # share of the sequences whose advantage is 0
+    objective: str = "token"  # whose ratio is clipped: one of OBJECTIVES
+    compiled: bool = False  # torch.compile takes part: it compiles anew for every shape, which takes long
     model: str = ""  # whose vocabulary it is
 
     @property
     def name(self) -> str:
-        masked = f" {self.masked:.0%} masked" if self.masked else ""
-        return f"{self.batch}x{self.length}x{self.vocab} {DTYPE_NAMES[self.dtype]}{masked}"
+        return f"{self.batch}x{self.length}x{self.vocab} {self._what}"
+
+    @property
+    def label(self) -> str:
+        """Short, with the model in place of V, and N = B·T."""
+        return f"{self.model or f'V={self.vocab}'} {self.batch * self.length} {self._what}"
+
+    @property
+    def _what(self) -> str:
+        parts = [DTYPE_NAMES[self.dtype]]
+        parts += [f"{self.masked:.0%} masked"] * (self.masked > 0)
+        parts += [f"{self.zero_advantage:.0%} A=0"] * (self.zero_advantage > 0)
+        parts += [self.objective] * (self.objective != "token")
+        return " ".join(parts)
+
+    @property
+    def beta(self) -> float:
+        """Of the KL, for everyone. A row whose advantage is 0 has no gradient only without it."""
+        return 0.0 if self.zero_advantage else 0.04
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Log-probs know neither advantages nor objectives."""
+        plain = self.zero_advantage == 0 and self.objective == "token"
+        return tuple(mode for mode in MODES if plain or mode != "logprobs")
 
     @property
     def logits_bytes(self) -> int:
@@ -48,10 +78,24 @@ class Case:
         steps = max(self.batch - 1, 1)
         return [round(shortest + (self.length - shortest) * b / steps) for b in range(self.batch)]
 
+    @property
+    def has_advantage(self) -> list[bool]:
+        """Per sequence; those without are evenly spread."""
+        share = self.zero_advantage
+        return [int((b + 1) * share) == int(b * share) for b in range(self.batch)]
+
     def minimum_bytes(self, mode: str) -> int:
-        """Bytes that any implementation must move: unmasked logits once, and the whole gradient once."""
-        read = sum(self.lengths) * self.vocab * self.dtype.itemsize
-        return read if mode == "logprobs" else read + self.logits_bytes
+        """Bytes that must be moved: the logits of rows that count, and the whole gradient once.
+
+        Rows that are masked or, where β = 0, have no advantage need not be read. The logits are read
+        once, for a loss whose ratio is the sequence's twice: no row's gradient is known before the last
+        row of its sequence has been read, and a sequence is too large to be kept on the chip.
+        """
+        lengths = self.lengths if mode == "logprobs" else [n for n, a in zip(self.lengths, self.has_advantage) if a]
+        read = sum(lengths) * self.vocab * self.dtype.itemsize
+        if mode == "logprobs":
+            return read
+        return read * (2 if self.objective == "sequence" else 1) + self.logits_bytes
 
 
 @dataclass(frozen=True)
@@ -63,21 +107,22 @@ class Inputs:
     completion_ids: Tensor  # (B, T) int64
     advantages: Tensor  # (B,) fp32
     old_logps: Tensor  # (B, T) fp32
-    ref_logps: Tensor  # (B, T) fp32
+    ref_logps: Tensor | None  # (B, T) fp32; None where β = 0
     mask: Tensor  # (B, T) int64
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Logits of a sharp model, targets with 5% to 88% probability, ratios near 1.
 
-    One token in 32 has the ratio e^0.5, so that the clip is checked; those with A > 0 have no gradient.
-    No other token is clipped: an implementation that skips rows without a gradient gains at most 2%.
+    One token in 32 has the ratio e^0.5, so that the clip is checked; those with A > 0 have no policy
+    gradient. No other token is clipped: an implementation that skips rows without a gradient gains at
+    most 2%. Where the ratio is the sequence's, the third of every four sequences has the ratio e^0.5.
     """
     B, T, V = case.batch, case.length, case.vocab
     generator = torch.Generator(device).manual_seed(seed)
 
     def uniform(*shape: int, low: float, high: float) -> Tensor:
-        return torch.empty(shape, device=device).uniform_(low, high, generator=generator)
+        return torch.zeros(shape, device=device).uniform_(low, high, generator=generator)
 
     logits = torch.randn(B, T + 1, V, device=device, dtype=case.dtype, generator=generator).mul_(2)
     ids = torch.randint(V, (B, T), device=device, generator=generator)
@@ -85,23 +130,34 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     target = math.log(V) + 2 + uniform(B, T, low=-3.0, high=2.0)
     logits[:, :T].scatter_(-1, ids[..., None], target[..., None].to(case.dtype))
 
-    lp = torch.empty(B, T, device=device)
+    lp = torch.zeros(B, T, device=device)
     for b, start, stop in row_chunks(case):
         chunk = logits[b : b + 1, start:stop].double()
         lp[b, start:stop] = token_logprobs(chunk, ids[b : b + 1, start:stop]).logps[0]
-    old = lp + uniform(B, T, low=-0.1, high=0.1)
-    every_32nd = torch.arange(B * T, device=device).reshape(B, T) % 32 == 0
-    sign = 1.0 - 2.0 * (torch.arange(B, device=device) % 2)
+    near = lp + uniform(B, T, low=-0.1, high=0.1)
+    if case.objective == "sequence":
+        far = (torch.arange(B, device=device) % 4 == 2)[:, None]
+    else:
+        far = torch.arange(B * T, device=device).reshape(B, T) % 32 == 0
     lengths = torch.tensor(case.lengths, device=device)
     return Inputs(
         case=case,
         logits=logits,
         completion_ids=ids,
-        advantages=sign * uniform(B, low=0.5, high=1.5),
-        old_logps=torch.where(every_32nd, lp - 0.5, old),
-        ref_logps=lp + uniform(B, T, low=-0.3, high=0.3),
+        advantages=_signs(case, device) * uniform(B, low=0.5, high=1.5),
+        old_logps=torch.where(far, lp - 0.5, near),
+        ref_logps=lp + uniform(B, T, low=-0.3, high=0.3) if case.beta else None,
         mask=(torch.arange(T, device=device) < lengths[:, None]).long(),
     )
+
+
+def _signs(case: Case, device: torch.device) -> Tensor:
+    """(B,): +1 and −1 in turns, and 0 where there is no advantage."""
+    signs, sign = [], 1.0
+    for has_advantage in case.has_advantage:
+        signs.append(sign if has_advantage else 0.0)
+        sign = -sign if has_advantage else sign
+    return torch.tensor(signs, device=device)
 
 
 def row_chunks(case: Case) -> list[tuple[int, int, int]]:
@@ -125,22 +181,72 @@ def parse_shape(text: str) -> tuple[int, int, int]:
 
 
 QWEN, LLAMA, GEMMA, GPT2 = 151936, 128256, 262144, 50257  # vocabularies
+MODELS = {QWEN: "Qwen2.5", LLAMA: "Llama-3", GEMMA: "Gemma-3", GPT2: "gpt2", 32000: "Llama-2"}
 FP32, BF16 = torch.float32, torch.bfloat16
+HALF_MASKED, HALF_ZERO, SEQUENCE = {"masked": 0.5}, {"zero_advantage": 0.5}, {"objective": "sequence"}
+
+
+def _case(batch: int, length: int, vocab: int, dtype: torch.dtype, **what: object) -> Case:
+    return Case(batch, length, vocab, dtype, model=MODELS[vocab], **what)
+
 
 SUITES: dict[str, tuple[Case, ...]] = {
-    "smoke": (Case(2, 8, 512, FP32), Case(2, 8, 512, BF16, masked=0.25)),
-    "cpu": tuple(
-        Case(batch, 128, vocab, dtype, model=model)
-        for batch, vocab, model in [(4, 32000, "Llama-2"), (2, QWEN, "Qwen2.5")]
-        for dtype in (FP32, BF16)
+    "smoke": (
+        Case(2, 8, 512, FP32),
+        Case(2, 8, 512, BF16, masked=0.25),
+        Case(4, 8, 512, FP32, **HALF_ZERO),
+        Case(4, 8, 512, BF16, **SEQUENCE),
     ),
+    "quick-cpu": (
+        *(_case(4, 128, 32000, dtype) for dtype in (FP32, BF16)),
+        *(_case(2, 128, vocab, BF16) for vocab in (32000, GPT2)),
+        *(_case(4, 128, 32000, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
+    ),
+    "cpu": (
+        *(
+            _case(batch, 128, vocab, dtype)
+            for batch, vocab in [(4, 32000), (2, 32000), (2, QWEN)]
+            for dtype in (FP32, BF16)
+        ),
+        *(_case(4, 128, 32000, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
+    ),
+    "quick-gpu": (
+        _case(8, 1024, QWEN, BF16),
+        _case(8, 1024, GPT2, BF16),
+        _case(2, 1024, QWEN, BF16),
+        *(_case(8, 1024, QWEN, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
+    ),
+    # The most quoted first: what the time budget no longer reaches is left out.
     "gpu": (
-        Case(8, 1024, QWEN, BF16, model="Qwen2.5"),
-        Case(8, 1024, QWEN, BF16, masked=0.5, model="Qwen2.5"),
-        Case(4, 1024, QWEN, FP32, model="Qwen2.5"),
-        Case(1, 512, QWEN, BF16, model="Qwen2.5"),
-        Case(8, 1024, LLAMA, BF16, model="Llama-3"),
-        Case(4, 1024, GEMMA, BF16, model="Gemma-3"),
-        Case(8, 1024, GPT2, BF16, model="gpt2"),
+        _case(8, 1024, QWEN, BF16, compiled=True),
+        _case(8, 1024, LLAMA, BF16, compiled=True),
+        _case(8, 1024, QWEN, BF16, **SEQUENCE, compiled=True),
+        _case(8, 1024, GEMMA, BF16),
+        _case(8, 1024, GPT2, BF16),
+        _case(8, 1024, QWEN, FP32, compiled=True),
+        _case(8, 1024, QWEN, BF16, **HALF_MASKED),
+        _case(8, 1024, QWEN, BF16, **HALF_ZERO),
+        _case(1, 512, QWEN, BF16),
+        _case(2, 1024, QWEN, BF16),
+        _case(16, 2048, QWEN, BF16),
+        _case(8, 1024, LLAMA, FP32),
+        _case(8, 1024, GPT2, FP32),
+        _case(8, 1024, LLAMA, BF16, **HALF_MASKED),
+        _case(8, 1024, LLAMA, BF16, **HALF_ZERO),
+        _case(8, 1024, LLAMA, BF16, **SEQUENCE),
+        _case(4, 1024, GEMMA, FP32),
     ),
 }
+
+
+def suite(name: str, device: torch.device) -> tuple[str, tuple[Case, ...]]:
+    """The suite of that name, or the one in its place on this device, with its real name.
+
+    "gpu" without a GPU is "cpu"; "quick" is the quick one of the device.
+    """
+    on_gpu = device.type == "cuda"
+    if name == "quick":
+        name = "quick-gpu" if on_gpu else "quick-cpu"
+    elif name == "gpu" and not on_gpu:
+        name = "cpu"
+    return name, SUITES[name]

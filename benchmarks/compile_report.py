@@ -4,7 +4,14 @@
 
 Every kernel is compiled as the package launches it: the launches are recorded on small CPU tensors,
 and their signatures compiled offline for each target. Registers, stack and spills come from the
-compiler's own report, the rest from the disassembly. Run without TRITON_INTERPRET.
+compiler's own report, the rest from the disassembly. Run without TRITON_INTERPRET. Exit status 1
+where there is a defect, see `defects`.
+
+Exponentials and instructions per element are those of the loops over a row. A loop is a branch
+backwards and what lies between it and its target. The elements of one iteration are the bytes that
+its loads fetch, over the size of a logit; loops are often unrolled, so this is not a constant. The
+first pass loads and exponentiates; the second stores too. A kernel's figure is the sum of its
+passes. What runs once per row, and the ragged last tile, is left out.
 """
 
 import argparse
@@ -14,10 +21,8 @@ import inspect
 import itertools
 import json
 import os
-import re
-import subprocess
 import sys
-import tempfile
+import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -27,6 +32,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks import machine_code
 from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.kernels import launch
@@ -44,12 +50,18 @@ KERNELS = (
     "correction_kernel", "segments_kernel", "threshold_kernel",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Which passes over a row a kernel makes; how many exponentials per element they may take together; and
+# what is narrow outside of the loops: the token's log-probability, entropy and entry, and its own logit.
+PASSES = {
+    "loss_kernel": ("first", "second"), "logprob_kernel": ("first",), "slope_kernel": ("second",),
+    "scale_kernel": ("scale",),
+}  # fmt: skip
+MOST_EX2, NARROW_STORES, HALF_LOADS = 3.4, 8, 1
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
-_TOOLS = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin")
 
 
 class Launch(NamedTuple):
@@ -179,43 +191,61 @@ def compile_launch(each: Launch, target_name: str) -> dict:
     options = dict(each.options)
     compiled = triton.compile(ASTSource(each.kernel, *_signature(each)), target=target, options=options)
     row = {"kernel": each.label, "target": target_name, **each.options}
-    row.update(_amd(compiled.asm["amdgcn"]) if target.backend == "hip" else _nvidia(compiled.asm["cubin"]))
-    per_tile = each.arguments.get("K", 0) * each.arguments.get("L", 0)
-    row["lines"] = each.arguments.get("K", 0)
-    row["elements_per_thread"] = per_tile // (options["num_warps"] * target.warp_size) if per_tile else 0
+    binary, read = ("amdgcn", machine_code.amd) if target.backend == "hip" else ("cubin", machine_code.nvidia)
+    row |= {**read(compiled.asm[binary]), "shared": compiled.metadata.shared}
+    row["resident_programs"] = machine_code.resident_programs(target, row["registers"], options["num_warps"])
+    row["resident_warps"] = row["resident_programs"] * options["num_warps"]
+    loops, x = row.pop("loops"), each.arguments.get("logits", each.arguments.get("grad"))
+    passes = {} if x is None else _row_passes(loops, x.element_size())
+    tile = each.arguments.get("K", 0) * each.arguments.get("L", 0) // (options["num_warps"] * target.warp_size)
+    row |= {"tile_per_thread": tile, "passes": passes}
+    whole = passes and all(loop["elements"] % tile == 0 for loop in passes.values())
+    for what in ("ex2", "instructions"):  # None: a loop was not found whole, as where rows are read in branches
+        row[f"{what}_per_element"] = sum(loop[what] / loop["elements"] for loop in passes.values()) if whole else None
     return row
 
 
-def _nvidia(cubin: bytes) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        sass = _tool("cuobjdump", "-sass", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
-    count = lambda pattern: len(re.findall(pattern, sass))  # noqa: E731
-    return {
-        "registers": int(found[1]), "stack": int(found[2]), "shared": int(found[3]),
-        "spills": count(r"\b(?:LDL|STL)\b"), "wide_loads": count(r"\bLDG\S*\.128"), "loads": count(r"\bLDG\b"),
-        "wide_stores": count(r"\bSTG\S*\.128"), "stores": count(r"\bSTG\b"), "ex2": count(r"\bMUFU\.EX2\b"),
-        "instructions": count(r"^\s+/\*[0-9a-f]{4,}\*/\s+\S"),
-    }  # fmt: skip
+def _row_passes(loops: list[dict], itemsize: int) -> dict[str, dict]:
+    """The loops over a row: "first" (loads, exponentials), "second" (stores too), "scale" (no exponentials).
+
+    Of a loop that the compiler has unrolled, the main part; not the one for the iterations left over.
+    """
+    passes: dict[str, dict] = {}
+    for loop in loops:
+        if not loop["loaded"] or not (loop["ex2"] or loop["stores"]):
+            continue
+        name = "first" if not loop["stores"] else "second" if loop["ex2"] else "scale"
+        loop["elements"] = loop["loaded"] // itemsize
+        if name not in passes or loop["elements"] > passes[name]["elements"]:
+            passes[name] = loop
+    return passes
 
 
-def _amd(assembly: str) -> dict:
-    field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # noqa: E731
-    count = lambda pattern: len(re.findall(pattern, assembly))  # noqa: E731
-    return {
-        "registers": field("vgpr_count"), "stack": field("private_segment_fixed_size"),
-        "shared": field("group_segment_fixed_size"), "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        "wide_loads": count("global_load_dwordx4|buffer_load_dwordx4"), "loads": count("(?:global|buffer)_load"),
-        "wide_stores": count("global_store_dwordx4|buffer_store_dwordx4"), "stores": count("(?:global|buffer)_store"),
-        "ex2": count("v_exp_f32"), "instructions": count(r"(?m)^\t[vs]_|^\tglobal_|^\tds_|^\tbuffer_"),
-    }  # fmt: skip
-
-
-def _tool(name: str, *args: str) -> str:
-    return subprocess.run([os.path.join(_TOOLS, name), *args], capture_output=True, text=True, check=True).stdout
+def defects(row: dict) -> list[str]:
+    """What is wrong with a compiled launch; access widths count where V is a multiple of 16."""
+    found = []
+    if row["spills"] or row["stack"]:
+        found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
+    name = row["kernel"].split()[0]
+    if name not in PASSES:
+        return found
+    if set(row["passes"]) != set(PASSES[name]):
+        return [*found, f"loops over a row: {', '.join(row['passes']) or 'none'}, not {', '.join(PASSES[name])}"]
+    if row["V"] % 16 == 0:
+        for which, loop in row["passes"].items():
+            for what in ("loads", "stores"):
+                if narrow := loop[what] - loop[f"wide_{what}"]:
+                    found.append(f"{narrow} narrow {what} in the loop of the {which} pass")
+        # the ragged tile is in no loop
+        if (narrow := row["stores"] - row["wide_stores"]) > NARROW_STORES:
+            found.append(f"{narrow} narrow stores")
+        if row["half_loads"] > HALF_LOADS:
+            found.append(f"{row['half_loads']} loads of 2 bytes")
+        if row["ex2_per_element"] is None:
+            found.append("a loop over a row does not cover whole tiles")
+    if (row["ex2_per_element"] or 0.0) > MOST_EX2:
+        found.append(f"{row['ex2_per_element']:.2f} exponentials per element")
+    return found
 
 
 def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> list[dict]:
@@ -228,7 +258,33 @@ def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> li
         return list(pool.map(lambda job: {"V": job[0][1], **compile_launch(job[1], job[0][0])}, jobs.items()))
 
 
-def main(argv: list[str] | None = None) -> None:
+WIDTH = 100
+LEGEND = (
+    "reg: registers per thread; stk: stack, smem: shared memory, bytes; spl: spills; ld, st: wide/all loads and "
+    "stores (wide: 16 bytes a thread); ex2, ins: exponentials and instructions per element, of the loops over a row; "
+    "prog, warps: resident on a multiprocessor by registers."
+)
+
+
+def table(rows: list[dict]) -> Iterator[str]:
+    """Lines of at most WIDTH columns."""
+    yield (f"{'target':7}{'V':>6} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>5}{'ld':^7}{'st':^7}"
+           f"{'ex2':>6}{'ins':>6}{'prog':>5}{'warps':>6}")  # fmt: skip
+    for row in rows:
+        ex2, instructions = (row[f"{what}_per_element"] for what in ("ex2", "instructions"))
+        loop = f"{'-':>6}{'-':>6}" if ex2 is None else f"{ex2:6.2f}{instructions:6.1f}"
+        accesses = "".join(f"{row['wide_' + what]:3}/{row[what]:<3}" for what in ("loads", "stores"))
+        yield (f"{row['target']:7}{row['V']:6} {_label(row['kernel']):32}{row['registers']:4}{row['stack']:4}"
+               f"{row['spills']:4}{row['shared']:5}{accesses}{loop}{row['resident_programs']:5}"
+               f"{row['resident_warps']:6}")  # fmt: skip
+
+
+def _label(kernel: str) -> str:
+    name = kernel.replace("_kernel", "").replace("sequence", "seq")
+    return name if len(name) <= 31 else name[:30] + "…"
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compile_report", description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the rows as JSON too")
     parser.add_argument("--vocab", type=int, nargs="+", default=[151936], help="vocabulary sizes (default: 151936)")
@@ -238,17 +294,17 @@ def main(argv: list[str] | None = None) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compile_report compiles: unset TRITON_INTERPRET.")
     rows = report(args.vocab, args.dtype, args.target)
-    print(f"Triton {triton.__version__}; a spill, or a narrow row access where V % 16 == 0, is a defect.\n")
-    print(f"{'target':7} {'V':>6} {'kernel':38} {'reg':>3} {'stk':>3} {'spl':>3} {'wide ld':>7} {'wide st':>7}")
-    for row in rows:
-        print(
-            f"{row['target']:7} {row['V']:6} {row['kernel']:38} {row['registers']:3} {row['stack']:3} "
-            f"{row['spills']:3} {row['wide_loads']:7} {row['wide_stores']:7}"
-        )
+    bad = [(row, text) for row in rows for text in defects(row)]
+    print(textwrap.fill(f"Triton {triton.__version__}, {len(rows)} kernels. {LEGEND}", WIDTH) + "\n")
+    print("\n".join(table(rows)))
+    for row, text in bad:
+        print(textwrap.fill(f"DEFECT {row['target']} {row['V']} {row['kernel']}: {text}", WIDTH))
+    print(f"\n{len(bad)} defects")
     if args.json:
         with open(args.json, "w") as file:
             json.dump({"triton": triton.__version__, "rows": rows}, file, indent=1)
+    return int(bool(bad))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -13,7 +13,7 @@ import torch
 
 import grpo_kernels
 
-PACKAGES = ("triton", "liger-kernel", "numpy")
+PACKAGES = ("triton", "liger-kernel", "trl", "numpy")
 
 
 def describe(device: torch.device) -> dict[str, object]:

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+HOLD_CYCLES = 4_000_000  # about 2 ms: the launches of a few calls
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,17 @@ def time_all(
 
 
 def _cuda_ms(subject: Timed, device: torch.device, calls: int = 4) -> list[float]:
-    """Calls are queued back to back, so that a short one is not charged for its launch."""
+    """The GPU's time, as of a call in the middle of a training step.
+
+    The GPU is held up while the calls are queued, so that a short one is not charged for its launch, and
+    reads a buffer larger than its L2 cache before each, so that none finds there what another left.
+    """
     events = []
+    torch.cuda._sleep(HOLD_CYCLES)
     for _ in range(calls):
         if subject.prepare is not None:
             subject.prepare()
+        _sweep_l2(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         subject.call()
@@ -78,6 +86,17 @@ def _cuda_ms(subject: Timed, device: torch.device, calls: int = 4) -> list[float
         events.append((start, end))
     torch.cuda.synchronize(device)
     return [start.elapsed_time(end) for start, end in events]
+
+
+def _sweep_l2(device: torch.device) -> None:
+    """By reading: written lines would have to leave the cache during the call."""
+    _l2_buffer(device).sum()
+
+
+@lru_cache(maxsize=1)
+def _l2_buffer(device: torch.device) -> torch.Tensor:
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.zeros(2 * l2 // 4, device=device)
 
 
 def _cpu_ms(subject: Timed, device: torch.device) -> list[float]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Outcome
-from benchmarks.cases import BETA, EPSILON, Inputs, row_chunks
-from reference import grpo_loss
+from benchmarks.cases import EPSILON, Inputs, row_chunks
+from reference import policy_loss, token_logprobs
 
 # Everyone computes in fp32, whatever the logits' dtype. What that costs grows with the vocabulary: the
 # log-probs of sharp rows over 151936 words are 3e-5 off with PyTorch's own softmax on the CPU.
@@ -22,13 +22,11 @@ CACHE_BYTES = 1 << 30
 
 
 class Truth(NamedTuple):
-    """Rows [start, stop) of sequence b, in float64."""
+    """The gradient of rows [start, stop) of sequence b, in float64."""
 
     b: int
     start: int
     stop: int
-    loss: Tensor  # 0-d: their share of the loss
-    logps: Tensor  # (rows,)
     grad: Tensor  # (rows, V)
 
 
@@ -45,11 +43,28 @@ class Verdict:
 
 
 class Oracle:
-    """The float64 truth about some inputs; computed again for every check if it is too large to keep."""
+    """The float64 truth about some inputs.
+
+    The logits are gone over twice, a few rows at a time: for the log-probs, and, when the loss and its
+    derivative by each of them are known, for the gradient. So a loss may couple the tokens of a sequence
+    as it likes. A gradient too large to keep is computed again for every check.
+
+    Attributes:
+        loss: 0-d.
+        logps: (B, T), 0 where masked.
+        dlogps: (B, T), dloss/dlogps.
+        slack: (B, T), how far dlogps moves if every log-prob moves by what is tolerated of it. Where the
+            KL pulls one way and the policy term the other, or is clipped, that is much of what is left.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         case = inputs.case
+        self.logps = self._compute_logps()
+        self.loss, self.dlogps = self._compute_loss(self.logps)
+        moved = FP32_TOLERANCE * self.logps.abs().clamp(min=1)
+        others = [self._compute_loss(self.logps + sign * moved)[1] for sign in (1, -1)]
+        self.slack = torch.stack([(other - self.dlogps).abs() for other in others]).amax(0)
         keep = case.batch * case.length * case.vocab * 8 <= CACHE_BYTES
         self._truth: list[Truth] | None = list(self._compute()) if keep else None
 
@@ -66,55 +81,63 @@ class Oracle:
     def _check_logps(self, outcome: Outcome) -> list[Verdict]:
         got = _demand("logps", outcome.logps, self.inputs.completion_ids.shape).double()
         mask = self.inputs.mask.bool()
-        want = torch.zeros_like(got)
-        for t in self.truth():
-            want[t.b, t.start : t.stop] = t.logps
-        error = (got - want).abs() / (FP32_TOLERANCE * want.abs().clamp(min=1))
+        error = (got - self.logps).abs() / (FP32_TOLERANCE * self.logps.abs().clamp(min=1))
         return [Verdict(_largest(error[mask]), "log-probs")]
 
     def _check_loss(self, outcome: Outcome) -> list[Verdict]:
-        """dlogits = g·(onehot − p): what is tolerated of an entry depends on it and, through 1 − p at
-        the target, on g. Rows without a gradient must be exactly 0."""
+        """dlogits = g·(onehot − p), g = dloss/dlogps: what is tolerated of an entry depends on it, on what
+        is tolerated of g and, through 1 − p at the target, on g. Rows without a gradient must be exactly 0."""
         grad = _demand("grad", outcome.grad, self.inputs.logits.shape)
-        loss, worst = 0.0, [_largest(grad[:, -1].abs().double() / 1e-300)]
+        worst = [_largest(grad[:, -1].abs().double() / 1e-300)]
         for t in self.truth():
-            loss = loss + t.loss
             ids = self.inputs.completion_ids[t.b, t.start : t.stop, None]
-            g = t.grad.gather(1, ids).abs() / -t.logps[:, None].clamp(max=-1e-12).expm1()
-            allowed = t.grad.abs().mul_(ROUNDING[grad.dtype]).add_(TAIL * g)
+            g = self.dlogps[t.b, t.start : t.stop, None].abs()
+            slack = self.slack[t.b, t.start : t.stop, None] / g.clamp(min=1e-300)
+            allowed = t.grad.abs().mul_(ROUNDING[grad.dtype] + slack).add_(TAIL * g)
             allowed.scatter_add_(1, ids, FP32_TOLERANCE * g)
             error = (grad[t.b, t.start : t.stop].double() - t.grad).abs_()
             worst.append(_largest(error.div_(allowed.clamp_(min=1e-300))))
         got = _demand("loss", outcome.loss, torch.Size()).double()
         largest = torch.tensor(worst).amax().item()  # amax keeps a NaN
-        return [Verdict(((got - loss).abs() / FP32_TOLERANCE).item(), "loss"), Verdict(largest, "gradient")]
+        return [Verdict(((got - self.loss).abs() / FP32_TOLERANCE).item(), "loss"), Verdict(largest, "gradient")]
 
     def truth(self) -> Iterator[Truth]:
         return iter(self._truth) if self._truth is not None else self._compute()
 
+    def _rows(self, b: int, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Their logits (1, rows, V) in float64, as a leaf, and their log-probs (1, rows)."""
+        rows = slice(b, b + 1), slice(start, stop)
+        x = self.inputs.logits[rows].double().requires_grad_()
+        return x, token_logprobs(x, self.inputs.completion_ids[rows], mask=self.inputs.mask[rows]).logps
+
+    def _compute_logps(self) -> Tensor:
+        logps = torch.zeros_like(self.inputs.old_logps, dtype=torch.float64)
+        with torch.no_grad():
+            for b, start, stop in row_chunks(self.inputs.case):
+                logps[b, start:stop] = self._rows(b, start, stop)[1][0]
+        return logps
+
+    def _compute_loss(self, logps: Tensor) -> tuple[Tensor, Tensor]:
+        """(loss, dloss/dlogps)"""
+        inputs, logps = self.inputs, logps.clone().requires_grad_()
+        loss = policy_loss(
+            logps,
+            inputs.advantages,
+            old_logps=inputs.old_logps,
+            ref_logps=inputs.ref_logps,
+            completion_mask=inputs.mask,
+            loss_type="grpo",
+            importance_sampling_level=inputs.case.objective,
+            beta=inputs.case.beta,
+            epsilon=EPSILON,
+        ).loss
+        return loss.detach(), torch.autograd.grad(loss, logps)[0]
+
     def _compute(self) -> Iterator[Truth]:
-        """loss = (1/B) Σ_b (1/|y_b|) Σ_t ℓ: any rows of a sequence, n of them unmasked, have the part
-        n/(|y_b|·B) of it, times their own mean. So the rows can be taken a few at a time."""
-        inputs, B = self.inputs, self.inputs.case.batch
-        tokens = inputs.mask.sum(1).clamp(min=1)
-        for b, start, stop in row_chunks(inputs.case):
-            rows = slice(b, b + 1), slice(start, stop)
-            x = inputs.logits[rows].double().requires_grad_()
-            mask = inputs.mask[rows]
-            out = grpo_loss(
-                x,
-                inputs.completion_ids[rows],
-                inputs.advantages[b : b + 1],
-                old_logps=inputs.old_logps[rows],
-                ref_logps=inputs.ref_logps[rows],
-                completion_mask=mask,
-                loss_scale=mask.sum().double() / (tokens[b] * B),
-                loss_type="grpo",
-                beta=BETA,
-                epsilon=EPSILON,
-            )
-            (grad,) = torch.autograd.grad(out.loss, x)
-            yield Truth(b, start, stop, out.loss.detach(), out.logps[0], grad[0])
+        for b, start, stop in row_chunks(self.inputs.case):
+            x, logps = self._rows(b, start, stop)
+            (grad,) = torch.autograd.grad(logps, x, self.dlogps[b : b + 1, start:stop])
+            yield Truth(b, start, stop, grad[0])
 
 
 def _demand(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor:

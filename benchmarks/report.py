@@ -6,21 +6,25 @@ import csv
 import json
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks.cases import MODES
-from benchmarks.suite import OK, Row
+from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Row
 
 WIDTH = 80
 LEGEND = (
     "x copy: time as a multiple of a copy of the logits, measured in the same rounds; at the copy's "
-    "bandwidth forward + backward is 1.0, log-probs only 0.5 (less where tokens are masked). GB/s: bytes "
-    "that must move, over the time. memory: peak above the inputs, as a multiple of the logits, the "
-    "gradient included. Every time comes from an implementation whose result was checked in this run "
-    "against float64; ms is the median."
+    "bandwidth forward + backward is 1.0 (1.5 where the ratio is the sequence's and they must be read "
+    "twice), log-probs only 0.5, less where rows need not be read. GB/s: bytes that must move (logits of "
+    "masked and skipped rows are not read, the gradient is written everywhere), over the time. % copy: "
+    "that as a share of the copy's bandwidth. memory: peak above the inputs, as a multiple of the logits, "
+    "the gradient included. A=0: sequences without advantage, there with beta = 0 for everyone. Every time "
+    "comes from an implementation whose result was checked in this run against float64; ms is the median."
 )
+SHORT_STATUS = {MISSING: "-", OOM: "OOM", WRONG: "wrong", ERROR: "error"}
+SHORT_MODES = {"loss": "fwd+bwd", "inplace": "inplace", "logprobs": "logp"}
 
 
 def header(environment: dict[str, object]) -> str:
@@ -43,15 +47,15 @@ def header(environment: dict[str, object]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """One case in one mode."""
     first = rows[0]
-    title = f"{first.case}{f' ({first.model})' if first.model else ''}: {MODES[first.mode]}"
+    lines = [shorten(f"{first.case}{f' ({first.model})' if first.model else ''}: {MODES[first.mode]}", WIDTH)]
     copy_ms = next((row.copy_ms for row in rows if row.copy_ms is not None), None)
-    lines = [title]
     if copy_ms is not None:
         bandwidth = 2 * first.logits_bytes / copy_ms / 1e6
-        lines.append(f"  {'copy of the logits':<18}{copy_ms:>10.3f} ms {bandwidth:>8.1f} GB/s")
-    lines.append(f"  {'':<14}{'ms':>9}  {'p20 to p80':<20}{'x copy':>8}{'GB/s':>8}{'memory':>8}{'vs eager':>9}")
-    lines += [line(row) for row in rows]
-    return "\n".join(lines)
+        lines.append(f"  {'copy of logits':<14}{copy_ms:>9.3f}{'':<15}{1:>7.2f}{bandwidth:>8.1f}{'100%':>7}")
+    if any(row.status == OK for row in rows):
+        titles = f"{'x copy':>7}{'GB/s':>8}{'% copy':>7}{'memory':>8}{'vs eager':>9}"
+        lines.insert(1, f"  {'':<14}{'ms':>9}  {'p20-p80':<13}{titles}")
+    return "\n".join(lines + [line(row) for row in rows])
 
 
 def summary(rows: Sequence[Row], name: str = "grpo_kernels") -> str:
@@ -59,30 +63,42 @@ def summary(rows: Sequence[Row], name: str = "grpo_kernels") -> str:
     blocks: dict[tuple[str, str], dict[str, Row]] = {}
     for row in rows:
         blocks.setdefault((row.case, row.mode), {})[row.implementation] = row
-    others = list(dict.fromkeys(row.implementation for row in rows if row.implementation != name))
-    lines = [f"{f'{name}: times faster than':<42}{'x copy':>8}" + "".join(f"{other:>15}" for other in others)]
-    for (case, mode), block in blocks.items():
-        own = block.get(name)
-        if own is None:
-            continue
-        text = f"{own.copy_multiple:>8.2f}" if own.status == OK else f"  {own.status}"
-        for other in others if own.status == OK else ():
-            ms = block[other].median_ms if other in block else None
-            text += f"{'-' if ms is None else f'{ms / own.median_ms:.2f}x':>15}"
-        lines.append(f"  {shorten(case, 29):<30}{mode:<10}{text}")
+    tried = [row.implementation for row in rows if row.status != MISSING and row.implementation != name]
+    others = list(dict.fromkeys(tried))[:4]
+    titles = "".join(f"{other.split()[0].removeprefix('torch.').removesuffix('-Kernel'):>8}" for other in others)
+    lines = [f"{f'{name}: times faster than':<35}{'x copy':>6}{'% copy':>7}" + titles]
+    for (_, mode), block in blocks.items():
+        if name in block:
+            lines.append(_summary_line(mode, block, block[name], others))
     return "\n".join(lines)
+
+
+def _summary_line(mode: str, block: Mapping[str, Row], own: Row, others: Sequence[str]) -> str:
+    start = f"{shorten(own.label.replace('masked', 'mask'), 26):<27}{SHORT_MODES[mode]:<8}"
+    if own.status != OK:
+        return shorten(f"{start}  {own.status}", WIDTH)
+    text = f"{start}{own.copy_multiple:>6.2f}{own.share_of_copy_bandwidth:>7.0%}"
+    for other in others:
+        row = block.get(other)
+        if row is None:
+            text += f"{'-':>8}"
+        elif row.median_ms is None:
+            text += f"{SHORT_STATUS[row.status]:>8}"
+        else:
+            text += f"{row.median_ms / own.median_ms:>7.2f}x"
+    return text
 
 
 def line(row: Row) -> str:
     if row.status != OK:
         reason = f"{row.status}: {row.detail}" if row.detail else row.status
         return shorten(f"  {row.implementation:<14}  {reason}", WIDTH)
-    spread = f"{row.p20_ms:.3f} to {row.p80_ms:.3f}"
+    spread = "-".join(f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}" for ms in (row.p20_ms, row.p80_ms))
     memory = "n/a" if row.extra_per_logits is None else f"{row.extra_per_logits:.2f}x"
     speedup = "" if row.speedup_over_eager is None else f"{row.speedup_over_eager:.2f}x"
     return (
-        f"  {row.implementation:<14}{row.median_ms:>9.3f}  {spread:<20}{row.copy_multiple:>8.2f}"
-        f"{row.gigabytes_per_second:>8.1f}{memory:>8}{speedup:>9}"
+        f"  {row.implementation:<14}{row.median_ms:>9.3f}  {spread:<13}{row.copy_multiple:>7.2f}"
+        f"{row.gigabytes_per_second:>8.1f}{row.share_of_copy_bandwidth:>7.0%}{memory:>8}{speedup:>9}"
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,6 +37,9 @@ class Row:
     vocab: int
     dtype: str
     masked: float
+    zero_advantage: float
+    objective: str
+    label: str
     mode: str
     implementation: str
     logits_bytes: int
@@ -56,33 +60,78 @@ class Row:
     extra_per_logits: float | None = None  # the same as a multiple of logits_bytes
 
 
+class Budget:
+    """Seconds to time each row for, so that the whole run keeps to a number of seconds.
+
+    What is left is dealt out anew before every block of rows, half of it for timing: the rest is for
+    data, checks and compilation.
+
+    Args:
+        seconds: of the whole run; None: no limit, and `per_row` for every row.
+        per_row: seconds of one row, at most.
+    """
+
+    def __init__(self, seconds: float | None, per_row: float) -> None:
+        self.per_row = per_row
+        self.seconds = seconds
+        self._start = time.monotonic()
+
+    @property
+    def used(self) -> float:
+        return time.monotonic() - self._start
+
+    @property
+    def spent(self) -> bool:
+        return self.seconds is not None and self.used >= self.seconds
+
+    def for_a_row(self, rows_left: int) -> float:
+        if self.seconds is None:
+            return self.per_row
+        return min(self.per_row, 0.5 * max(self.seconds - self.used, 0.0) / max(rows_left, 1))
+
+
 def run_suite(
-    cases: Iterable[Case],
+    cases: Sequence[Case],
     modes: Sequence[str],
     implementations: Sequence[Implementation],
     device: torch.device,
     *,
-    seconds: float,
+    seconds: float | Budget,
     seed: int = 0,
 ) -> Iterator[list[Row]]:
     """Yields the rows of one case in one mode, as soon as they are there.
 
     Args:
-        seconds: time budget per row, checks not counted.
+        seconds: time budget per row, checks not counted; or the budget of the whole run.
     """
+    budget = seconds if isinstance(seconds, Budget) else Budget(None, seconds)
+    rows_left = sum(len(new_rows(c, m, implementations)) + 1 for c in cases for m in modes if m in c.modes)
     for case in cases:
-        prepared, problem = unless_out_of_memory(lambda case=case: prepare(case, device, seed))
+        if budget.spent:
+            prepared, status, problem = None, MISSING, f"the run's {budget.seconds:.0f} s are spent; --minutes"
+        else:
+            prepared, message = unless_out_of_memory(lambda case=case: prepare(case, device, seed))
+            status, problem = OOM, message and f"no room for logits, a copy and the float64 check: {message}"
         for mode in modes:
+            rows = new_rows(case, mode, implementations)
+            if not rows:
+                continue
+            seconds_per_row = budget.for_a_row(rows_left)
+            rows_left -= len(rows) + 1  # and the copy
             if problem is None:
-                rows = run_mode(*prepared, mode, implementations, device, seconds)
+                rows = run_mode(*prepared, mode, implementations, device, seconds_per_row)
             else:
-                rows = [new_row(case, mode, i.name) for i in implementations if mode in i.calls]
                 for row in rows:
-                    row.status, row.detail = OOM, f"no room for logits, a copy and the float64 check: {problem}"
-            if rows:
-                yield rows
+                    row.status, row.detail = status, problem
+            yield rows
         prepared = None  # before the next case allocates its own
         free_memory(device)
+
+
+def new_rows(case: Case, mode: str, implementations: Sequence[Implementation]) -> list[Row]:
+    if mode not in case.modes:
+        return []
+    return [new_row(case, mode, i.name) for i in implementations if mode in i.calls]
 
 
 def prepare(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Oracle, Tensor]:
@@ -112,7 +161,7 @@ def run_mode(
             continue
         row = new_row(inputs.case, mode, implementation.name)
         rows.append(row)
-        if reason := implementation.missing(device):
+        if reason := implementation.missing(inputs.case, device):
             row.status, row.detail = MISSING, reason
             continue
         subject = bind(implementation, mode, inputs, scratch, refill)
@@ -182,6 +231,9 @@ def new_row(case: Case, mode: str, implementation: str) -> Row:
         vocab=case.vocab,
         dtype=DTYPE_NAMES[case.dtype],
         masked=case.masked,
+        zero_advantage=case.zero_advantage,
+        objective=case.objective,
+        label=case.label,
         mode=mode,
         implementation=implementation,
         logits_bytes=case.logits_bytes,

@@ -7,22 +7,23 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.baselines import IMPLEMENTATIONS, Implementation, Outcome, eager, eager_logprobs, ours, ours_inplace
-from benchmarks.cases import MODES, SUITES, Case, make_inputs, parse_shape
-from benchmarks.measure import Timed, Timing, peak_extra_bytes, time_all
-from benchmarks.oracle import Oracle
-from benchmarks.report import write
-from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Row, run_suite
-from reference import grpo_loss
+from benchmarks.baselines import EAGER, OURS, Implementation, Outcome, eager, eager_logprobs, ours
+from benchmarks.baselines_peers import implementations
+from benchmarks.cases import MODES, SUITES, Case, parse_shape
+from benchmarks.measure import Timing
+from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Budget, Row, new_rows, run_suite
 
 CPU = torch.device("cpu")
 DEVICES = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
 CASE = Case(2, 5, 97, torch.float32, masked=0.2)
+SEQUENCE = {"objective": "sequence"}
+WHAT = [{}, {"masked": 0.5}, {"zero_advantage": 0.5}, SEQUENCE, SEQUENCE | {"masked": 0.5}]
 TIMES = ("median_ms", "p20_ms", "p80_ms", "copy_multiple", "gigabytes_per_second", "speedup_over_eager")
 
 
-def run(call, mode="loss", case=CASE, device=CPU, missing=lambda device: None) -> Row:
+def run(call, mode="loss", case=CASE, device=CPU, missing=lambda case, device: None) -> Row:
     """The row of one implementation, with eager PyTorch beside it."""
     peer = Implementation("peer", {mode: call}, missing)
     ((row, eager_row),) = run_suite([case], [mode], [peer, eager_implementation()], device, seconds=0.0)
@@ -44,7 +45,7 @@ def test_command_measures_and_writes(device, tmp_path, capsys):
     assert main([*shapes, "--device", device.type, "--seconds", "0", "--out", str(tmp_path)]) == 0
 
     printed = capsys.readouterr().out
-    assert max(len(line) for line in printed.splitlines() if str(tmp_path) not in line) <= 80
+    assert max(len(line) for line in printed.splitlines() if ".png" not in line and str(tmp_path) not in line) <= 80
     assert "2x5x97 fp32" in printed and "1x3x640 bf16" in printed
     if device.type == "cpu":
         assert "Liger-Kernel    not run: needs a GPU" in printed and "No GPU is used" in printed
@@ -56,12 +57,14 @@ def test_command_measures_and_writes(device, tmp_path, capsys):
     assert where["torch"] == torch.__version__ and where["device"]
     rows = results["rows"]
     assert {tuple(row) for row in rows} == {tuple(field.name for field in fields(Row))}
-    assert len(rows) == 2 * 2 * (3 + 2 + 3)  # shapes × dtypes × implementations that have the mode
+    assert len(rows) == 2 * 2 * (5 + 2 + 5)  # shapes × dtypes × implementations that have the mode
     for row in rows:
         if row["status"] == OK:
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["copy_multiple"] > 0
             assert row["error_over_tolerance"] <= 1
-    assert {row["status"] for row in rows if row["implementation"] != "Liger-Kernel"} == {OK}
+    always = ("grpo_kernels", "eager PyTorch")
+    assert {row["status"] for row in rows if row["implementation"] in always} == {OK}
+    assert all(row["detail"] for row in rows if row["status"] != OK)
 
     with (tmp_path / "results.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -90,6 +93,10 @@ def test_command_fails_if_ours_is_wrong(capsys):
         ["--shapes", "2x0x97"],
         ["--suite", "cpu", "--shapes", "2x5x97"],
         ["--threads", "0"],
+        ["--minutes", "0"],
+        ["--shapes", "2x5x97", "--masked", "0.6"],
+        ["--shapes", "2x5x97", "--zero-advantage", "-1"],
+        ["--suite", "cpu", "--objective", "sequence"],
         ["--modes", "all"],
         pytest.param(
             ["--device", "cuda"], marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -100,6 +107,24 @@ def test_command_refuses_bad_arguments(arguments, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_command_runs_one_case_of_any_kind(capsys):
+    arguments = ["--shapes", "4x5x97", "--dtypes", "fp32", "--device", "cpu", "--seconds", "0"]
+    arguments += ["--modes", "loss", "inplace"]
+    arguments += ["--masked", "0.25", "--zero-advantage", "0.5", "--objective", "sequence", "--compile", "none"]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "4x5x97 fp32 25% masked 50% A=0 sequence: forward + backward in place" in printed
+    assert "torch.compile   not run: --compile none" in printed
+
+
+def test_gpu_suite_on_a_cpu_is_the_cpu_suite(capsys, monkeypatch):
+    monkeypatch.setitem(SUITES, "cpu", (CASE,))
+    assert main(["--suite", "gpu", "--device", "cpu", "--seconds", "0", "--modes", "loss"]) == 0
+    printed = capsys.readouterr().out
+    assert "Suite 'gpu', on this device: 'cpu'." in printed and "No GPU is used" in printed
+    assert "[case 1 of 1, " in printed and CASE.name in printed
 
 
 def test_parse_shape():
@@ -175,12 +200,12 @@ def test_logprobs_at_masked_positions_may_be_anything():
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("masked", [0.0, 0.5])
+@pytest.mark.parametrize("what", WHAT, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_right_implementations_pass(dtype, masked, device):
-    case = Case(4, 16, 301, dtype, masked=masked)
-    for mode in MODES:
-        for implementation in IMPLEMENTATIONS[:2]:
+def test_right_implementations_pass(dtype, what, device):
+    case = Case(4, 16, 301, dtype, **what)
+    for mode in case.modes:
+        for implementation in (OURS, EAGER):
             if mode in implementation.calls:
                 row = run(implementation.calls[mode], mode, case, device)
                 assert row.status == OK, row.detail
@@ -194,8 +219,8 @@ def test_missing_implementation_says_why():
     def never(inputs, logits):
         raise AssertionError("was run")
 
-    row = run(never, missing=lambda device: "needs a licence")
-    assert (row.status, row.detail, row.median_ms) == (MISSING, "needs a licence", None)
+    row = run(never, missing=lambda case, device: f"needs a licence for V = {case.vocab} on {device}")
+    assert (row.status, row.detail, row.median_ms) == (MISSING, "needs a licence for V = 97 on cpu", None)
 
 
 @pytest.mark.parametrize(
@@ -227,84 +252,12 @@ def test_case_without_room_is_rows(monkeypatch):
         raise torch.OutOfMemoryError("Tried to allocate 9 GiB")
 
     monkeypatch.setattr("benchmarks.suite.make_inputs", no_room)
-    blocks = list(run_suite([CASE], ["loss", "logprobs"], IMPLEMENTATIONS, CPU, seconds=0.0))
-    assert [row.status for rows in blocks for row in rows] == [OOM] * 6
+    blocks = list(run_suite([CASE], ["loss", "logprobs"], implementations(), CPU, seconds=0.0))
+    assert [row.status for rows in blocks for row in rows] == [OOM] * 10
     assert "9 GiB" in blocks[0][0].detail
 
 
-# --- the data and the truth -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("chunk", [1, 97 * 2, 1 << 24])
-def test_truth_is_the_reference_on_the_whole_batch(chunk, monkeypatch):
-    monkeypatch.setattr("benchmarks.cases.ROWS_PER_CHUNK_ELEMENTS", chunk)
-    inputs = make_inputs(CASE, CPU)
-    x = inputs.logits.double().requires_grad_()
-    whole = grpo_loss(
-        x,
-        inputs.completion_ids,
-        inputs.advantages,
-        old_logps=inputs.old_logps,
-        ref_logps=inputs.ref_logps,
-        completion_mask=inputs.mask,
-        loss_type="grpo",
-        beta=0.04,
-        epsilon=0.2,
-    )
-    whole.loss.backward()
-    grad = torch.zeros_like(x)
-    loss = 0.0
-    for t in Oracle(inputs).truth():
-        loss = loss + t.loss
-        grad[t.b, t.start : t.stop] = t.grad
-    torch.testing.assert_close(loss, whole.loss.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(grad, x.grad, rtol=1e-12, atol=1e-15)
-
-
-def test_inputs_clip_one_token_in_32():
-    inputs = make_inputs(Case(4, 64, 211, torch.float32), CPU)
-    lp = eager_logprobs(inputs, inputs.logits).logps
-    log_ratio = lp - inputs.old_logps
-    clipped = log_ratio.abs() > 0.11
-    assert clipped.sum() == 4 * 64 / 32
-    torch.testing.assert_close(log_ratio[clipped], torch.full((8,), 0.5), rtol=1e-4, atol=1e-4)
-    assert {-1.0, 1.0} == set(inputs.advantages.sign().tolist())
-    p = lp.exp()
-    assert 0.01 < p.min() and p.max() < 0.97  # neither certain nor impossible
-
-
-def test_minimum_bytes_by_hand():
-    case = Case(2, 10, 100, torch.bfloat16, masked=0.25)
-    assert case.lengths == [5, 10]
-    assert case.logits_bytes == 2 * 11 * 100 * 2
-    assert case.minimum_bytes("logprobs") == 15 * 100 * 2
-    assert case.minimum_bytes("loss") == case.minimum_bytes("inplace") == 15 * 100 * 2 + 4400
-
-
-def test_inputs_are_left_alone():
-    before, after = make_inputs(CASE, CPU), make_inputs(CASE, CPU)
-    for mode in MODES:
-        for implementation in IMPLEMENTATIONS[:2]:
-            if mode in implementation.calls:
-                logits = after.logits.clone() if mode == "inplace" else after.logits
-                implementation.calls[mode](after, logits)
-    for field in ("logits", "completion_ids", "advantages", "old_logps", "ref_logps", "mask"):
-        assert torch.equal(getattr(before, field), getattr(after, field)), field
-
-
-def test_inplace_mode_writes_over_the_buffer_it_is_given():
-    inputs = make_inputs(CASE, CPU)
-    scratch = inputs.logits.clone()
-    outcome = ours_inplace(inputs, scratch)
-    assert outcome.grad.data_ptr() == scratch.data_ptr()
-    torch.testing.assert_close(scratch, ours(inputs, inputs.logits).grad, rtol=0, atol=0)
-
-
-def test_suites_are_sound():
-    for suite in SUITES.values():
-        assert len({case.name for case in suite}) == len(suite)
-        for case in suite:
-            assert min(case.lengths) >= 0 and max(case.lengths) == case.length
+# --- what is derived and written ------------------------------------------------------------------------
 
 
 def test_derived_numbers_by_hand(monkeypatch):
@@ -323,7 +276,7 @@ def test_derived_numbers_by_hand(monkeypatch):
 
 def test_results_are_strict_json(tmp_path):
     row = run(WRONG_LOSSES["nan"])
-    path, _ = write(tmp_path, {"date": "today"}, [row])
+    path, _ = report.write(tmp_path, {"date": "today"}, [row])
 
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
@@ -332,40 +285,49 @@ def test_results_are_strict_json(tmp_path):
     assert record["error_over_tolerance"] is None and record["status"] == WRONG
 
 
-# --- time and memory ---------------------------------------------------------------------------------------
+def test_report_is_at_most_80_columns_wide():
+    rows = []
+    for case in SUITES["gpu"]:
+        for mode in case.modes:
+            block = new_rows(case, mode, implementations())
+            for row in block[:-1]:
+                row.median_ms, row.p20_ms, row.p80_ms, row.copy_ms = 1234.5, 1229.9, 1299.9, 98.765
+                row.copy_multiple = 12.5
+                row.gigabytes_per_second, row.share_of_copy_bandwidth = 4321.0, 0.08
+                row.speedup_over_eager, row.extra_per_logits = 123.45, 12.34
+            block[-1].status, block[-1].detail = OOM, "Tried to allocate " * 9
+            rows += block
+            assert max(map(len, report.table(block).splitlines())) <= 80
+    lines = report.summary(rows).splitlines()
+    assert max(map(len, lines)) <= 80 and len(lines) == 1 + sum(len(case.modes) for case in SUITES["gpu"])
+    assert len({line[:35] for line in lines}) == len(lines)  # no two rows read the same
+    assert "OOM" in lines[1]
 
 
-def test_percentiles(monkeypatch):
-    times = iter([99.0, *map(float, range(1, 12))])  # the first is the warm-up
-    monkeypatch.setattr("benchmarks.measure._cpu_ms", lambda subject, device: [next(times)])
-    timing = time_all({"x": Timed(lambda: None)}, CPU, 0.0, min_rounds=11)["x"]
-    assert (timing.p20, timing.median, timing.p80, timing.repetitions) == (3.0, 6.0, 9.0, 11)
+# --- the time budget ------------------------------------------------------------------------------------
 
 
-def test_subjects_take_turns_and_are_prepared_every_time():
-    log = []
-    subjects = {
-        "a": Timed(lambda: log.append("a")),
-        "b": Timed(lambda: log.append("b"), prepare=lambda: log.append("prepare b")),
-    }
-    time_all(subjects, CPU, 0.0, min_rounds=2)
-    assert log == ["a", "prepare b", "b"] * 3
+def test_budget_is_dealt_out(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("benchmarks.suite.time.monotonic", lambda: now[0])
+    budget = Budget(60.0, per_row=1.0)
+    assert budget.for_a_row(10) == 1.0  # never more than a row needs
+    assert budget.for_a_row(300) == pytest.approx(0.1)  # half of it is for timing
+    now[0] = 150.0
+    assert budget.for_a_row(100) == pytest.approx(0.05) and not budget.spent
+    now[0] = 160.0
+    assert budget.spent and budget.for_a_row(100) == 0.0
+    now[0] = 1e9
+    assert not Budget(None, 3.0).spent and Budget(None, 3.0).for_a_row(7) == 3.0
 
 
-def test_subject_that_runs_out_of_memory_while_timed_drops_out():
-    def fails():
-        raise torch.OutOfMemoryError("full\ndetails")
-
-    timings = time_all({"a": Timed(fails), "b": Timed(lambda: None)}, CPU, 0.0)
-    assert timings["a"] == "full" and timings["b"].repetitions >= 5
-
-
-def test_peak_memory_counts_what_a_call_allocates_and_frees():
-    def allocate():
-        torch.ones(8 << 20)  # 32 MiB, freed at once
-        return torch.ones(8 << 20)
-
-    peak = peak_extra_bytes(allocate, CPU)
-    if peak is None:
-        pytest.skip("this system does not tell the peak of the resident memory")
-    assert 31 << 20 <= peak <= 48 << 20
+def test_spent_budget_leaves_rows_with_a_reason(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.suite.time.monotonic", lambda: now[0])
+    blocks = []
+    for block in run_suite([CASE, replace(CASE, batch=3)], ["loss"], [OURS], CPU, seconds=Budget(60.0, 0.0)):
+        blocks.append(block)
+        now[0] += 61.0
+    ((first,), (second,)) = blocks
+    assert first.status == OK and second.status == MISSING
+    assert second.detail == "the run's 60 s are spent; --minutes"

@@ -1,0 +1,182 @@
+"""What a user would run instead, besides writing it down in PyTorch: torch.compile, TRL's kernel, Liger-Kernel."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import EAGER, OURS, Implementation, Outcome, logps_of_logits, loss_of_logps
+from benchmarks.cases import EPSILON, Case, Inputs
+
+COMPILE_WHEN = ("auto", "all", "none")
+
+
+def missing_module(module: str, package: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a peer that does not fit the installed torch may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"pip install {package} (not importable: {reason})"
+    return None
+
+
+# --- torch.compile of the eager loss --------------------------------------------------------------------
+
+
+class Compiled:
+    """The eager loss, compiled for one case at a time with static shapes, which is its fastest.
+
+    Every new case is compiled anew, which takes longer than measuring it: so by default only cases that
+    ask for it are, on a GPU.
+
+    Args:
+        when: "auto", "all" cases on every device, or "none".
+    """
+
+    def __init__(self, when: str = "auto") -> None:
+        self.when = when
+        self.case: Case | None = None
+
+    def loss(self, inputs: Inputs, logits: Tensor) -> Outcome:
+        self._start(inputs.case)
+        x = logits.detach().requires_grad_()
+        loss = self._loss(inputs, x)
+        return Outcome(loss.detach(), torch.autograd.grad(loss, x)[0])
+
+    def logprobs(self, inputs: Inputs, logits: Tensor) -> Outcome:
+        self._start(inputs.case)
+        with torch.no_grad():
+            return Outcome(logps=self._logprobs(logits, inputs.completion_ids))
+
+    def _start(self, case: Case) -> None:
+        if self.case != case:
+            torch.compiler.reset()  # else the ninth shape would run uncompiled
+            self._loss = torch.compile(_eager_loss, dynamic=False)
+            self._logprobs = torch.compile(logps_of_logits, dynamic=False)
+            self.case = case
+
+    def missing(self, case: Case, device: torch.device) -> str | None:
+        if self.when == "none":
+            return "--compile none"
+        if self.when == "auto" and device.type != "cuda":
+            return "timed on a GPU only; --compile all"
+        if self.when == "auto" and not case.compiled:
+            return "compiles anew for every shape; --compile all"
+        return missing_compiler(device)
+
+
+def _eager_loss(inputs: Inputs, x: Tensor) -> Tensor:
+    return loss_of_logps(inputs, logps_of_logits(x, inputs.completion_ids))
+
+
+def missing_compiler(device: torch.device) -> str | None:
+    """Generated C++ is compiled with a C++ compiler, and Triton compiles its launchers with a C compiler."""
+    variable, names = ("CC", ("gcc", "clang", "cc")) if device.type == "cuda" else ("CXX", ("g++", "clang++", "c++"))
+    if not any(shutil.which(name) for name in (os.environ.get(variable), *names) if name):
+        return f"no compiler found: neither ${variable} nor {', '.join(names)}"
+    return None
+
+
+# --- TRL ------------------------------------------------------------------------------------------------
+
+
+def trl(inputs: Inputs, logits: Tensor) -> Outcome:
+    x = logits.detach().requires_grad_()
+    loss = loss_of_logps(inputs, _trl_logps(inputs, x))
+    return Outcome(loss.detach(), torch.autograd.grad(loss, x)[0])
+
+
+def trl_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
+    with torch.no_grad():
+        return Outcome(logps=_trl_logps(inputs, logits))
+
+
+def _trl_logps(inputs: Inputs, x: Tensor) -> Tensor:
+    """Over all T+1 positions, the last one masked: slicing it off, as TRL does, costs one more copy."""
+    from trl.kernels.logprob_entropy import selective_log_softmax_and_entropy
+
+    ids = torch.nn.functional.pad(inputs.completion_ids, (0, 1))
+    mask = torch.nn.functional.pad(inputs.mask, (0, 1))
+    return selective_log_softmax_and_entropy(x, ids, temperature=1.0, row_mask=mask)[0][:, :-1]
+
+
+def trl_missing(case: Case, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs a GPU"
+    return missing_module("trl.kernels.logprob_entropy", "'trl>=1.16'")
+
+
+# --- Liger-Kernel ---------------------------------------------------------------------------------------
+
+
+def liger(inputs: Inputs, logits: Tensor) -> Outcome:
+    return _liger(inputs, logits, inplace=False)
+
+
+def liger_inplace(inputs: Inputs, logits: Tensor) -> Outcome:
+    return _liger(inputs, logits, inplace=True)
+
+
+def _liger(inputs: Inputs, logits: Tensor, inplace: bool) -> Outcome:
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    x = logits.detach().requires_grad_()
+    loss, _ = triton_grpo_loss(
+        x,
+        inputs.old_logps,
+        inputs.ref_logps,
+        inputs.completion_ids,
+        inputs.advantages,
+        inputs.mask,
+        temperature=1.0,
+        beta=inputs.case.beta,
+        eps_low=EPSILON,
+        eps_high=EPSILON,
+        inplace=inplace,
+        loss_type="grpo",
+        importance_sampling_level=inputs.case.objective,
+        reduce=True,
+    )
+    return Outcome(loss.detach(), torch.autograd.grad(loss, x)[0])
+
+
+def liger_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    ids, mask = inputs.completion_ids, inputs.mask
+    return Outcome(logps=fused_selective_log_softmax(logits, ids, temperature=1.0, mask=mask))
+
+
+def liger_missing(case: Case, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "needs a GPU"
+    return missing_module("liger_kernel.transformers.grpo_loss", "'liger-kernel>=0.8'")
+
+
+# --- all of them ----------------------------------------------------------------------------------------
+
+
+def implementations(compile_when: str = "auto") -> tuple[Implementation, ...]:
+    """In the order of the report.
+
+    Args:
+        compile_when: see `Compiled`.
+    """
+    compiled = Compiled(compile_when)
+    return (
+        OURS,
+        EAGER,
+        Implementation(
+            "torch.compile", {"loss": compiled.loss, "logprobs": compiled.logprobs}, missing=compiled.missing
+        ),
+        Implementation("TRL kernel", {"loss": trl, "logprobs": trl_logprobs}, missing=trl_missing),
+        Implementation(
+            "Liger-Kernel",
+            {"loss": liger, "inplace": liger_inplace, "logprobs": liger_logprobs},
+            missing=liger_missing,
+        ),
+    )

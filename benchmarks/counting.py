@@ -1,0 +1,185 @@
+"""Counting: the bytes that kernels touch, their launches, and work of torch's own on a device.
+
+Needs Triton's interpreter (TRITON_INTERPRET=1). Tensors on the ``meta`` device stand for a GPU: they
+have no data, so whatever would make the host wait for a device cannot work on them.
+"""
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from grpo_kernels import ops
+
+
+class Launch:
+    """One kernel launch, and every address that it loaded from or stored to, masked lanes left out."""
+
+    def __init__(self, name: str, grid: tuple[int, ...], arguments: tuple) -> None:
+        self.name, self.grid = name, grid
+        self.tensors = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]  # alive: no reuse
+        self.loaded: list[np.ndarray] = []
+        self.stored: list[np.ndarray] = []
+
+    def reads(self, x: torch.Tensor) -> torch.Tensor:
+        """How often each element of ``x`` was loaded, in the shape of ``x``."""
+        return _counts(self.loaded, x)
+
+    def writes(self, x: torch.Tensor) -> torch.Tensor:
+        """How often each element of ``x`` was stored to."""
+        return _counts(self.stored, x)
+
+    def touches(self, x: torch.Tensor) -> bool:
+        """Whether anything of the storage of ``x`` was loaded or stored to."""
+        return any(_inside(addresses, x).any() for addresses in (*self.loaded, *self.stored))
+
+    def admit(self, addresses: np.ndarray) -> np.ndarray:
+        """The addresses; an AssertionError, rather than a crash, where one lies outside of the arguments."""
+        if not np.any([_inside(addresses, x) for x in self.tensors], axis=0).all():
+            raise AssertionError(f"{self.name} reaches outside of the tensors that it was given")
+        return addresses
+
+
+def _inside(addresses: np.ndarray, x: torch.Tensor) -> np.ndarray:
+    storage = x.untyped_storage()
+    return (addresses >= storage.data_ptr()) & (addresses < storage.data_ptr() + storage.nbytes())
+
+
+def _counts(accesses: list[np.ndarray], x: torch.Tensor) -> torch.Tensor:
+    storage = x.untyped_storage()
+    elements = storage.nbytes() // x.element_size()
+    counts = np.zeros(elements, np.int64)
+    for addresses in accesses:
+        mine = addresses[_inside(addresses, x)].astype(np.int64)
+        counts += np.bincount((mine - storage.data_ptr()) // x.element_size(), minlength=elements)
+    return torch.as_strided(torch.from_numpy(counts), x.shape, x.stride(), x.storage_offset())
+
+
+@contextlib.contextmanager
+def launches(*, run: bool = True, programs: range | None = None) -> Iterator[list[Launch]]:
+    """The launches within the context. Without ``run`` they are noted and left out.
+
+    With ``programs`` only those run of a grid that has them, which makes a grid of 65536 affordable.
+    """
+    from triton._C.libtriton import interpreter as memory
+    from triton.runtime.interpreter import GridExecutor, interpreter_builder
+
+    seen: list[Launch] = []
+    call, load, store = GridExecutor.__call__, memory.load, memory.store
+    at_program = interpreter_builder.set_grid_idx
+
+    def launch(executor, *args, **kwargs):
+        seen.append(Launch(executor.fn.__name__, executor.grid, (args, kwargs)))
+        if not run:
+            return None
+        if programs is None or executor.grid[0] < programs.stop:
+            return call(executor, *args, **kwargs)
+        whole = executor.grid
+        executor.grid = (1,)
+        for program in programs:  # each as a grid of its own, told its place in the whole
+
+            def place(*_, program=program):
+                interpreter_builder.set_grid_dim(*whole, 1, 1)
+                at_program(program, 0, 0)
+
+            interpreter_builder.set_grid_idx = place
+            call(executor, *args, **kwargs)
+        del interpreter_builder.set_grid_idx
+        executor.grid = whole
+        return None
+
+    def counted_load(pointers, mask, *rest):
+        seen[-1].loaded.append(seen[-1].admit(pointers[mask]))
+        return load(pointers, mask, *rest)
+
+    def counted_store(pointers, values, mask):
+        seen[-1].stored.append(seen[-1].admit(pointers[mask]))
+        return store(pointers, values, mask)
+
+    def refuse(*_):
+        raise AssertionError("an atomic: their order varies from run to run, and so do the bits of a float sum")
+
+    with contextlib.ExitStack() as patches:
+        patch = lambda owner, name, value: patches.enter_context(_patched(owner, name, value))  # noqa: E731
+        patch(GridExecutor, "__call__", launch)
+        patch(memory, "load", counted_load)
+        patch(memory, "store", counted_store)
+        patch(memory, "atomic_rmw", refuse)
+        patch(memory, "atomic_cas", refuse)
+        try:
+            yield seen
+        finally:
+            vars(interpreter_builder).pop("set_grid_idx", None)
+
+
+@contextlib.contextmanager
+def _patched(owner, name: str, value) -> Iterator[None]:
+    saved = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, saved)
+
+
+@contextlib.contextmanager
+def bare_ops() -> Iterator[None]:
+    """The custom ops as plain functions: on ``meta`` tensors torch would run their fakes instead."""
+    with contextlib.ExitStack() as patches:
+        for name, op in list(vars(ops).items()):
+            if isinstance(op, torch.library.CustomOpDef):
+                patches.enter_context(_patched(ops, name, op._init_fn))
+        yield
+
+
+class HostSync(AssertionError):
+    """Something on the way to the device makes the host wait, or copies from the host."""
+
+
+class _NoTensorsFromNumbers(TorchFunctionMode):
+    """torch.tensor(number, device=...) copies from the host, and no dispatcher sees it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor) and result.is_meta:
+            raise HostSync(f"{func.__name__}: a tensor built from host data on the device")
+        return result
+
+
+class Device(TorchDispatchMode):
+    """Notes what torch itself launches on ``meta`` tensors, and refuses whatever syncs with the host."""
+
+    _FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias")
+    _SYNC = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: list[tuple[str, int]] = []  # name, elements of the largest tensor in or out
+        self._numbers = _NoTensorsFromNumbers()
+
+    def __enter__(self):
+        self._numbers.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        super().__exit__(*exception)
+        return self._numbers.__exit__(*exception)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        by_mask = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
+        if any(x.is_meta for x in given) and (name in self._SYNC or by_mask):
+            raise HostSync(f"{func}: the host would wait for the device")
+        result = func(*args, **(kwargs or {}))
+        tensors = given + [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        if len({x.is_meta for x in tensors}) == 2:
+            raise HostSync(f"{func}: mixes host and device tensors")
+        on_device = any(x.is_meta for x in tensors)
+        if on_device and not func.is_view and name not in self._FREE:
+            self.ops.append((str(func), max(x.numel() for x in tensors)))
+        return result

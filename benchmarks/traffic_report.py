@@ -1,0 +1,245 @@
+"""What every objective moves, counted without a GPU, next to what it should move.
+
+    python -m benchmarks.traffic_report [--json FILE]
+
+Triton's interpreter executes every load and store of a kernel one by one, and each is counted. Reads
+and writes are given per logit: 1 is the whole tensor once. "Distinct" counts an element once per
+launch however often the launch touches it, which is what memory sees if the second pass over a row
+finds the row on chip; "issued" counts each time. Whether that second read does hit on chip, only a
+GPU's counters can say. Launches, and torch's own operations, are counted on tensors without data.
+Exit status 1 where a law is broken.
+"""
+
+import os
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of grpo_kernels
+
+import argparse
+import contextlib
+import json
+import sys
+import textwrap
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import triton
+from torch.utils._pytree import tree_map_only
+
+from benchmarks.counting import Device, Launch, bare_ops, launches
+from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels.variants import LEVELS, LOSS_TYPES, TERMS
+
+B, T, V = 4, 4, 17001  # a whole tile of 16384 bf16 logits and a ragged one
+SMALL_LAUNCHES = 8
+
+
+class Law(NamedTuple):
+    """What may be moved: per logit, summed over launches."""
+
+    read: float  # distinct elements
+    write: float
+    issued: float  # reads, by both passes
+    rows: int = 1  # launches that move logits or their gradient
+
+
+READ_ONCE = Law(1, 0, 1)
+ONE_LAUNCH = Law(1, 1, 2)  # both passes in one launch: the row is still on chip
+TWO_LAUNCHES = Law(2, 1, 2, rows=2)
+
+
+class Case(NamedTuple):
+    """A call: keywords of `fused_grpo_loss`, and the law it is under."""
+
+    name: str
+    law: Law
+    kwargs: Mapping = MappingProxyType({})
+    dtype: torch.dtype = torch.bfloat16
+    gradient: bool = True
+    half: str = ""  # which half of the rows is "masked", without "advantage", "clipped"
+    packed: bool = False
+    extra: int = 0  # positions after the last token
+    upstream: float = 1.0
+    logps_only: bool = False
+
+
+def law_of(loss_type: str) -> Law:
+    """By the catalogue: what depends on the rest of its sequence takes a second launch."""
+    variant = LOSS_TYPES[loss_type]
+    alone = LEVELS[variant.level].how == "" and TERMS[variant.term].statistic is None
+    return ONE_LAUNCH if alone else TWO_LAUNCHES
+
+
+def cases() -> Iterator[Case]:
+    """Everything that is counted."""
+    everything = {"beta": 0.1, "entropy_coef": 0.01, "return_entropy": True}
+    half_zero = {"half": "advantage", "kwargs": {"skip_zero_advantage": True}}
+    yield Case("log-probs only", READ_ONCE, gradient=False, logps_only=True)
+    yield Case("log-probs and entropy", READ_ONCE, {"return_entropy": True}, gradient=False, logps_only=True)
+    yield Case("log-probs, with gradient", TWO_LAUNCHES, logps_only=True)
+    yield Case("grpo, loss only", READ_ONCE, gradient=False)
+    yield Case("grpo, in place", ONE_LAUNCH, {"inplace": True})
+    yield Case("gspo, in place", TWO_LAUNCHES, {"inplace": True, "loss_type": "gspo"})
+    yield Case("grpo, fp32", ONE_LAUNCH, dtype=torch.float32)
+    yield Case("grpo, fp16", TWO_LAUNCHES, dtype=torch.float16)
+    yield Case("grpo, reduction none", TWO_LAUNCHES, {"reduction": "none"})
+    yield Case("grpo, KL, bonus, entropies", ONE_LAUNCH, everything)
+    yield Case("grpo, upstream gradient 0.5", Law(2, 2, 3, rows=2), upstream=0.5)
+    yield Case("grpo, (B, T+1, V)", Law(T / (T + 1), 1, 2 * T / (T + 1)), extra=1)
+    yield Case("grpo, packed", ONE_LAUNCH, packed=True)
+    yield Case("gspo, packed", TWO_LAUNCHES, {"loss_type": "gspo"}, packed=True)
+    yield Case("grpo, half masked", Law(0.5, 1, 1), half="masked")
+    yield Case("gspo, half masked", Law(1, 1, 1, rows=2), {"loss_type": "gspo"}, half="masked")
+    yield Case("grpo, half clipped", Law(1, 1, 1.5), half="clipped")
+    yield Case("grpo, half advantage 0", Law(1, 1, 1.5), half="advantage")
+    yield Case("  with skip_zero_advantage", Law(0.5, 1, 1), **half_zero)
+    yield Case("  and without gradient", Law(0.5, 0, 0.5), **half_zero, gradient=False)
+    for loss_type in LOSS_TYPES:
+        yield Case(loss_type, law_of(loss_type), {"loss_type": loss_type})
+
+
+def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """(logits, ids, keywords), in which no row but a chosen half is without a gradient."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(B, T + case.extra, V, generator=g).to(case.dtype)
+    ids = torch.randint(0, V, (B, T), generator=g)
+    lp = torch.log_softmax(logits[:, :T].float(), -1).gather(-1, ids[..., None])[..., 0]
+    token = {"old_logps": lp + 0.05, "ref_logps": lp - 0.05, "completion_mask": torch.ones(B, T)}
+    sequence = {"advantages": torch.tensor([1.0, -1.0, 0.5, 2.0])}
+    half = torch.arange(B * T).view(B, T) % 2 == 0
+    if case.half == "masked":
+        token["completion_mask"][half] = 0.0
+    elif case.half == "advantage":
+        sequence["advantages"][::2] = 0.0
+    elif case.half == "clipped":
+        sequence["advantages"][:] = 1.0
+        token["old_logps"][half] -= 1.0  # ρ = e^0.95, above 1 + ε
+    if case.packed:
+        logits, ids, *values = (x.flatten(0, 1) for x in (logits, ids, *token.values()))
+        token = dict(zip(token, values)) | {"cu_seqlens": torch.arange(0, B * T + 1, T, dtype=torch.int32)}
+    return logits, ids, {**token, **sequence, **case.kwargs}
+
+
+def run(case: Case, x: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor, kwargs: dict) -> None:
+    """The call, forward and backward."""
+    if case.logps_only:
+        entropy = kwargs.get("return_entropy", False)
+        out = token_logprobs(x, ids, mask=kwargs["completion_mask"], return_entropy=entropy, backend="triton").logps
+    else:
+        out = fused_grpo_loss(x, ids, backend="triton", **kwargs).loss
+    if case.gradient:
+        torch.autograd.grad(out, x, upstream)
+
+
+def bytes_moved(seen: list[Launch], logits: torch.Tensor) -> list[dict]:
+    """Per launch that moves anything of the size of the logits: reads and writes per logit."""
+    found = []
+    for launch in seen:
+        large = {x.untyped_storage().data_ptr(): x for x in launch.tensors if x.numel() >= logits.numel()}
+        reads, writes = ([count(x) for x in large.values()] for count in (launch.reads, launch.writes))
+        per_logit = lambda counts: float(sum(counts)) / logits.numel()  # noqa: E731
+        row = {
+            "kernel": launch.name,
+            "read": per_logit((x > 0).sum() for x in reads), "write": per_logit((x > 0).sum() for x in writes),
+            "issued_read": per_logit(x.sum() for x in reads), "issued_write": per_logit(x.sum() for x in writes),
+        }  # fmt: skip
+        if row["issued_read"] or row["issued_write"]:
+            found.append(row)
+    return found
+
+
+def counted(case: Case, logits, *arguments, interpret: bool = True) -> tuple[list[Launch], list[tuple[str, int]]]:
+    """Launches of a call, and torch's own operations if it is on ``meta`` tensors."""
+    x = logits.requires_grad_() * 1 if case.gradient else logits  # as a model's output: no leaf
+    device = contextlib.nullcontext() if interpret else Device()
+    with launches(run=interpret) as seen, device, np.errstate(invalid="ignore"):  # −inf beyond the row's end
+        run(case, x, *arguments)
+    return seen, [] if interpret else device.ops
+
+
+def count(case: Case) -> dict:
+    """One row of the report."""
+    logits, ids, kwargs = inputs(case)
+    per_token = case.logps_only or kwargs.get("reduction") == "none"
+    upstream = torch.full(ids.shape if per_token else (), case.upstream)
+    arguments = [logits, ids, upstream, kwargs]
+    seen, _ = counted(case, *arguments)
+    moved = bytes_moved(seen, logits)
+    arguments = tree_map_only(torch.Tensor, lambda x: x.detach().to("meta"), arguments)
+    with bare_ops():
+        noted, own = counted(case, *arguments, interpret=False)
+    small = sum(max(x.numel() for x in launch.tensors) < logits.numel() for launch in noted) + len(own)
+    row = {
+        "case": case.name, "dtype": str(case.dtype).removeprefix("torch."), "launches": moved,
+        **{name: sum(each[name] for each in moved) for name in ("read", "write", "issued_read", "issued_write")},
+        "rows": len(moved), "small": small, "large_ops": [name for name, size in own if size > B * T],
+        "law": case.law._asdict(),
+    }  # fmt: skip
+    size = case.dtype.itemsize
+    row["bytes"], row["issued_bytes"] = (size * (row[f"{p}read"] + row[f"{p}write"]) for p in ("", "issued_"))
+    row["broken"] = broken(row, case.law)
+    return row
+
+
+def broken(row: dict, law: Law) -> list[str]:
+    """Which laws a row breaks. Each pass may touch the token's own logit once more."""
+    once_more = (2 * law.rows + 1) / V
+    found = [f"{name} {row[name]:.3f}, law {getattr(law, name):g}" for name in ("read", "write")
+             if abs(row[name] - getattr(law, name)) > 1e-9]  # fmt: skip
+    if row["issued_read"] > law.issued + once_more:
+        found.append(f"issued reads {row['issued_read']:.3f}, law {law.issued:g}")
+    if row["issued_write"] > law.write + once_more:
+        found.append(f"issued writes {row['issued_write']:.3f}, law {law.write:g}")
+    if row["rows"] != law.rows:
+        found.append(f"{row['rows']} launches over the logits, law {law.rows}")
+    if row["small"] > SMALL_LAUNCHES:
+        found.append(f"{row['small']} small launches, law {SMALL_LAUNCHES}")
+    return found + [f"{name} on a tensor of the logits' size" for name in row["large_ops"]]
+
+
+LEGEND = (
+    f"Per logit, N = {B * T} rows, V = {V}. read, write: distinct elements per launch, summed over launches; "
+    "issued: every read, twice in one launch counted twice; B: bytes of the distinct reads and writes, iss B: of "
+    "all. law: reads + writes it should be. "
+    "rows: launches over the logits; small: other launches, torch's own included, at most "
+    f"{SMALL_LAUNCHES}; N·V: torch operations of the logits' size. Whether the second read of a row in one launch "
+    "hits on chip, only a GPU's counters can say."
+)
+
+
+def table(rows: list[dict]) -> Iterator[str]:
+    """At most 80 columns."""
+    yield f"{'':27}{'read':>5}{'write':>6}{'issued':>7}{'B':>5}{'iss B':>6}{'law':>9}{'rows':>5}{'small':>6}{'N·V':>4}"
+    for row in rows:
+        law, large = f"{row['law']['read']:g}R+{row['law']['write']:g}W", len(row["large_ops"])
+        yield (f"{row['case']:27}{row['read']:5.2f}{row['write']:6.2f}{row['issued_read']:7.2f}{row['bytes']:5.1f}"
+               f"{row['issued_bytes']:6.1f}{law:>9}{row['rows']:5}{row['small']:6}{large:4}")  # fmt: skip
+        for text in row["broken"]:
+            yield from textwrap.wrap(f"BROKEN: {text}", 78, initial_indent="  ", subsequent_indent="    ")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic_report", description=__doc__.split("\n")[0])
+    parser.add_argument("--json", metavar="FILE", help="write the rows, launch by launch, as JSON too")
+    parser.add_argument("--case", nargs="+", metavar="NAME", help="only these rows")
+    args = parser.parse_args(argv)
+    chosen = [case for case in cases() if not args.case or case.name.strip() in args.case]
+    if not chosen:
+        parser.error(f"no such case; there are: {', '.join(case.name.strip() for case in cases())}")
+    rows = [count(case) for case in chosen]
+    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    print(textwrap.fill(f"torch {torch.__version__}, Triton {triton.__version__}. {LEGEND}", 80) + "\n")
+    print("\n".join(table(rows)))
+    bad = sum(bool(row["broken"]) for row in rows)
+    print(f"\n{bad} of {len(rows)} break a law" if bad else f"\nAll {len(rows)} keep the law.")
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump({**versions, "rows_of_logits": B * T, "V": V, "rows": rows}, file, indent=1)
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
