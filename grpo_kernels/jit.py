@@ -5,6 +5,7 @@ its CPU path works.
 """
 
 import functools
+import math
 import types
 
 import torch
@@ -64,12 +65,30 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
 )
 
 
+# And the same on Python's numbers.
+_NUMBER_LANGUAGE = types.SimpleNamespace(
+    sqrt=math.sqrt,
+    where=lambda condition, a, b: a if condition else b,
+    constexpr=None,
+)
+
+
 @functools.cache
 def on_torch(function) -> types.FunctionType:
     """The Python body of a ``@jit`` function, with torch in place of ``triton.language``."""
+    return _in_language(function, _TORCH_LANGUAGE, on_torch)
+
+
+@functools.cache
+def on_numbers(function) -> types.FunctionType:
+    """The Python body of a ``@jit`` function, for Python's numbers."""
+    return _in_language(function, _NUMBER_LANGUAGE, on_numbers)
+
+
+def _in_language(function, language: types.SimpleNamespace, translate) -> types.FunctionType:
     fn = function.fn
-    names = {**fn.__globals__, "tl": _TORCH_LANGUAGE}
+    names = {**fn.__globals__, "tl": language}
     for name in fn.__code__.co_names:
         if name != "tl" and hasattr(names.get(name), "fn"):
-            names[name] = on_torch(names[name])
+            names[name] = translate(names[name])
     return types.FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)

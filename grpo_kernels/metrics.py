@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from grpo_kernels.jit import jit, on_torch, tl
+from grpo_kernels.jit import jit, on_numbers, on_torch, tl
 
 # name in ``out.sums`` -> how two of them combine; the order is the kernels' column order.
 SUM_NAMES = {
@@ -95,6 +95,8 @@ def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift,
 
 def metrics_of(sums: torch.Tensor) -> torch.Tensor:
     """The metrics [M] fp32 of the sums [S] fp64, both in the order of their names."""
+    if sums.device.type == "cpu":  # a hundred operations on single numbers are Python's
+        return torch.tensor(on_numbers(summarise)(*sums[1:].tolist()), dtype=torch.float32)
     return torch.stack(on_torch(summarise)(*sums[1:].unbind())).float()
 
 

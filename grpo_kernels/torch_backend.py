@@ -5,6 +5,7 @@ a gradient: no [N, V] tensor exists besides the gradient. The per-token maths ar
 functions (`grpo_kernels.jit.on_torch`).
 """
 
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -65,11 +66,11 @@ def run_rows(
     if out is not None:
         _clear(out, read)
     height = max(1, min(B * rows, CHUNK_ELEMENTS // V))
-    p_buffer = torch.empty(height, V, device=logits.device)
+    p_buffer = _scratch("p", height, V, logits.device)
     per_token = isinstance(temperature, torch.Tensor)
     heated = per_token or temperature != 1.0
     plain = logits.dtype == torch.float32 and not heated and not entropy  # softmax reads logits as they are
-    x_buffer = None if plain else torch.empty(height, V, device=logits.device)
+    x_buffer = None if plain else _scratch("x", height, V, logits.device)
     for source, target, at, tokens in _chunks(logits, out, read, height):
         x = source[at] if isinstance(at, slice) else source.index_select(0, at)
         p = p_buffer[: x.shape[0]]
@@ -107,6 +108,25 @@ def run_rows(
         if not direct:
             target[at] = d.to(target.dtype)
     return logps.view(B, T), entropies.view(B, T) if entropy else logps.new_empty(0)
+
+
+_kept = threading.local()
+
+
+def _scratch(name: str, height: int, V: int, device: torch.device) -> torch.Tensor:
+    """An uninitialised buffer (height, V), fp32.
+
+    On the CPU each thread keeps its own, of 8 MiB or one row: memory that is given back comes again page
+    by page, which takes longer than the softmax over it.
+    """
+    if device.type != "cpu":
+        return torch.empty(height, V, device=device)
+    flat = getattr(_kept, name, None)
+    if flat is None or flat.numel() < height * V:
+        with torch.inference_mode(False):  # or it could not be written to outside of it
+            flat = torch.empty(max(CHUNK_ELEMENTS, height * V))
+        setattr(_kept, name, flat)
+    return flat[: height * V].view(height, V)
 
 
 def _log_probability(x: torch.Tensor, p_token: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
