@@ -41,8 +41,10 @@ RANK = textwrap.dedent("""
                 torch.testing.assert_close(mine, whole, rtol=1e-6, atol=0.0)
     flat = group_advantages(torch.full((4,), 0.7), 2, scale_rewards="batch", data_group=dist.group.WORLD)
     assert not flat.any()
+    dist.barrier()
     dist.destroy_process_group()
-    print("passed")
+    print("passed", flush=True)
+    os._exit(0)  # gloo's threads may abort an orderly exit, long after the last assertion
 """)
 
 
@@ -54,4 +56,4 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     store = str(tmp_path / "store")
     ranks = [subprocess.Popen([sys.executable, "-c", RANK, str(rank), store], **pipes) for rank in range(2)]
     outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(outputs)
+    assert all(rank.returncode == 0 and "passed" in text for rank, text in zip(ranks, outputs)), "\n".join(outputs)
