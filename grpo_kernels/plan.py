@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     @property
     def one_launch(self) -> bool:
         """Whether a row's gradient follows from the row alone, given the weights."""
-        return not (self.of_sequence or self.quantile or self.late_correction)
+        return self.row_gate and not self.quantile
 
     @property
     def row_gate(self) -> bool:
