@@ -31,6 +31,11 @@ def mismatch(old, sampled):
 
 
 @jit
+def outside(ratio, low, high):
+    return (ratio > high) | (ratio < low)
+
+
+@jit
 def within(ratio, low, high, TRUNCATE: tl.constexpr):
     if TRUNCATE:
         return tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))

@@ -93,6 +93,13 @@ def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, T
 
 
 @jit
+def drift_of(lp, sampled):
+    """How far log π has fallen since the token was sampled; 0 where nobody knows (NaN)."""
+    d = sampled - lp
+    return tl.where(d == d, d, 0.0)
+
+
+@jit
 def keeps_sequence(drift, A, threshold):
     """Off-policy sequence mask: A ≥ 0, or a mean drift that is not above the threshold."""
     return tl.where(A >= 0.0, 1.0, tl.where(drift <= threshold, 1.0, 0.0))

@@ -7,11 +7,11 @@ sequence is (B, 1) either way; `expand` and `per_sequence` are all that tells th
 import torch
 
 from grpo_kernels.advantages import moments, relative_advantages
-from grpo_kernels.correction import Correction, mismatch, within
+from grpo_kernels.correction import Correction, mismatch, outside, within
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import on_torch
 from grpo_kernels.metrics import metrics_of
-from grpo_kernels.objective import keeps_sequence, limited_ratio, log_ratio, token_objective, weight
+from grpo_kernels.objective import drift_of, keeps_sequence, limited_ratio, log_ratio, token_objective, weight
 from grpo_kernels.plan import Plan
 from grpo_kernels.variants import LEVELS, TERMS
 
@@ -76,8 +76,8 @@ def objective(
     if inputs.is_weight is not None and own is None:
         trust = torch.where(read, expand(inputs.is_weight.float(), inputs), 1.0)
     if plan.off_policy:
-        drift = (old if inputs.sampling is None else known(inputs.sampling)) - lp
-        drift = per_sequence(torch.where(drift == drift, drift, 0.0), inputs) * inverse
+        drift = on_torch(drift_of)(lp, old if inputs.sampling is None else known(inputs.sampling))
+        drift = per_sequence(drift, inputs) * inverse
         keep = on_torch(keeps_sequence)(expand(drift.float(), inputs), A, coefs.drift)
         trust = torch.where(keep != 0.0, trust, 0.0)
     H = torch.zeros_like(lp) if entropies is None else known(entropies)
@@ -167,8 +167,8 @@ def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.
     low, high = coefs.correction_low, coefs.correction_high
     if correction.gated:
         mean = (per_sequence(d, inputs) / per_sequence(live, inputs).clamp(min=1.0)).float().exp()
-        kept = ~((mean > high) | (mean < low))
-        return torch.where(expand(kept.float(), inputs) != 0.0, d.exp(), 0.0)
+        gone = on_torch(outside)(mean, low, high)
+        return torch.where(expand(gone.float(), inputs) != 0.0, 0.0, d.exp())
     ratio = per_sequence(d, inputs).float().exp() if correction.per_sequence else d.exp()
     return on_torch(within)(ratio, low, high, correction.truncate)
 

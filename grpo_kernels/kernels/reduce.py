@@ -9,7 +9,7 @@ from grpo_kernels.kernels.rewards import group_advantage
 from grpo_kernels.kernels.rows import kernel, load_or
 from grpo_kernels.kernels.sequences import BLOCK, add, bounds, load_row, nothing, unmasked
 from grpo_kernels.metrics import SUM_NAMES, summarise
-from grpo_kernels.objective import keeps_sequence, limited_ratio, log_ratio, token_objective, weight
+from grpo_kernels.objective import drift_of, keeps_sequence, limited_ratio, log_ratio, token_objective, weight
 
 SUMS = tl.constexpr(len(SUM_NAMES))
 _INF = tl.constexpr(float("inf"))
@@ -21,15 +21,6 @@ def advantages_at(adv, at, A_seq, inside):
         return tl.load(adv + at, mask=inside, other=0.0).to(tl.float32)
     else:
         return tl.where(inside, A_seq, 0.0)
-
-
-@jit
-def drift_of(lp, lp_old, sampling, at, live):
-    """How far log π has fallen since the token was sampled; 0 where nobody knows."""
-    d = lp_old - lp
-    if sampling is not None:
-        d = tl.load(sampling + at, mask=live, other=0.0).to(tl.float32) - lp
-    return tl.where(live & (d == d), d, 0.0)
 
 
 @kernel
@@ -90,10 +81,11 @@ def sequence_kernel(
                         x = x + CORRECTION(load_row(is_weight, seq * is_b + tok * is_t, live, 1.0))
                 total_own = add(total_own, tl.where(live, x, 0.0))
             if OFF_POLICY:
-                total_drift = add(total_drift, drift_of(lp, lp_old, sampling, seq * samp_b + tok * samp_t, live))
+                drift = drift_of(lp, load_row(sampling, seq * samp_b + tok * samp_t, live, lp_old))
+                total_drift = add(total_drift, tl.where(live, drift, 0.0))
     size = tl.where(size < 1.0, 1.0, size)
     inverse = (1.0 / size).to(tl.float32)
-    drift = (total_drift / size).to(tl.float32)
+    mean_drift = (total_drift / size).to(tl.float32)
     r_seq = total_r.to(tl.float32)
     step = 1.0
     if HOW == "mean":
@@ -142,7 +134,7 @@ def sequence_kernel(
         if OWN == "":
             trust = trust * load_row(is_weight, seq * is_b + tok * is_t, live, 1.0)
         if OFF_POLICY:
-            trust = tl.where(keeps_sequence(drift, A, drift_limit) != 0.0, trust, 0.0)
+            trust = tl.where(keeps_sequence(mean_drift, A, drift_limit) != 0.0, trust, 0.0)
         H = load_row(entropy, at, live, 0.0)
         chosen = live
         if threshold is not None:

@@ -5,7 +5,7 @@ taken in a fixed order, in fp32 within a tile and in fp64 across tiles: two runs
 and counts stay exact.
 """
 
-from grpo_kernels.correction import mismatch, within
+from grpo_kernels.correction import mismatch, outside, within
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rows import kernel
 
@@ -106,7 +106,7 @@ def correction_kernel(
             size = add(size, tl.where(live, 1.0, 0.0))
         if GATED:
             mean = tl.exp((total / tl.where(size < 1.0, 1.0, size)).to(tl.float32))
-            keep = tl.where((mean > high) | (mean < low), 0.0, 1.0)
+            keep = tl.where(outside(mean, low, high), 0.0, 1.0)
         else:
             tl.store(out + seq, within(tl.exp(total.to(tl.float32)), low, high, TRUNCATE))
     if not PER_SEQUENCE:
