@@ -34,6 +34,11 @@ def _backward_may_run_again() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def _is_one(up: Tensor) -> bool:
+    """Whether there is nothing to multiply by; asked only where nobody has to be waited for."""
+    return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
+
+
 class Objective:
     """The [B, T] maths after the log-probabilities: loss, metrics, and the derivatives by lp and H."""
 
@@ -45,18 +50,14 @@ class Objective:
         if quantile:
             threshold, tokens = ops.threshold_op(*sorted_entropies(entropies, inputs.mask, data_group), coefs, backend)
             inputs = inputs._replace(threshold=threshold, tokens=tokens)
-        self.cu, self.backend = inputs.cu, backend
-        loss, losses, self.local, self.spread, self.share, self.h, self.sums, self.metrics = ops.objective_op(
+        loss, self.sums, self.metrics, losses, self.local, self.spread, self.share, self.h = ops.objective_op(
             logps, entropies, tuple(inputs), coefs, plan, weighted, backend
         )
         self.loss = loss if weighted else losses
-        self.weighted, self.spreads, self.bonus = weighted, spreads, bonus
+        self.spreads, self.bonus, self.backend = spreads, bonus, backend
 
     def save(self, ctx) -> tuple[Tensor, ...]:
-        """What `slopes` needs; a weighted loss has its ∂L/∂lp put together at once."""
-        if self.spreads and self.weighted:
-            self.local = ops.join_op(self.local, self.spread, self.share, None, self.cu, self.backend)
-            self.spreads = False
+        """What `slopes` needs."""
         ctx.spreads, ctx.bonus, ctx.backend = self.spreads, self.bonus, self.backend
         return self.local, self.spread, self.share, self.h
 
@@ -73,18 +74,17 @@ class _OneLaunch(torch.autograd.Function):
     """Loss whose gradient the forward has already written."""
 
     @staticmethod
-    def forward(ctx, logits, tensors, coefs, plan, steps, entropy, backend, inplace):
+    def forward(ctx, logits, tensors, coefs, plan, entropy, backend, inplace):
         if inplace:
-            logps, entropies = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
+            logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
             grad = logits.detach()
         else:
-            logps, entropies, grad = ops.loss_op(logits, tensors, coefs, plan, entropy, backend)
-        it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, backend)
+            logps, entropies, loss, sums, metrics, grad = ops.loss_op(logits, tensors, coefs, plan, entropy, backend)
         ctx.backend = backend
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
+        ctx.mark_non_differentiable(logps, entropies, sums, metrics)
         ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient
-        return it.loss, logps, entropies, it.sums, it.metrics
+        return loss, logps, entropies, sums, metrics
 
     @staticmethod
     def backward(ctx, up, *_):
@@ -92,9 +92,9 @@ class _OneLaunch(torch.autograd.Function):
         (grad,) = ctx.saved_tensors
         if _backward_may_run_again():
             grad = ops.scale_op(grad, up, ctx.backend)
-        else:
+        elif not _is_one(up):
             ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
-        return grad, *(None,) * 7
+        return grad, *(None,) * 6
 
 
 class _TwoLaunches(torch.autograd.Function):
@@ -194,7 +194,7 @@ def run_loss(
         it = Objective(logps, entropies if entropy else None, tensors, coefs, key, steps, backend, data_group)
         return it.loss, logps, entropies, it.sums, it.metrics
     if weighted and plan.one_launch and logits.dtype != torch.float16:
-        return _OneLaunch.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace)
+        return _OneLaunch.apply(logits, tensors, coefs, key, entropy, backend, inplace)
     return _TwoLaunches.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace, data_group)
 
 
@@ -207,6 +207,6 @@ def run_policy_loss(
 
 
 def _steps(plan: Plan, weighted: bool) -> tuple:
-    """What `Objective` does: (weighted, mode of a correction, entropy quantile, spreads a gradient, bonus)."""
+    """What `Objective` does: (weighted, mode of a correction, entropy quantile, leaves a gradient to spread, bonus)."""
     correction = plan.correction if plan.late_correction else ""
-    return weighted, correction, plan.quantile, bool(plan.spread), weighted and plan.bonus
+    return weighted, correction, plan.quantile, bool(plan.spread) and not weighted, weighted and plan.bonus

@@ -238,10 +238,10 @@ def validates(device: torch.device) -> bool:
 
 def check_mask_values(mask: torch.Tensor | None) -> None:
     """A mask of zeros and ones."""
-    if mask is None:
+    if mask is None or mask.dtype == torch.bool:
         return
-    strange = (mask != 0) & (mask != 1)
-    if bool(strange.any()):
+    if not torch.equal(mask, (mask != 0).to(mask.dtype)):
+        strange = (mask != 0) & (mask != 1)
         raise ValueError(
             f"the mask must hold only 0 and 1, got {mask[strange][0].item()}. A weight per token belongs into the "
             "objective (importance_weights, advantages)."
@@ -251,6 +251,9 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Ids inside the vocabulary wherever the mask counts them, and a mask of zeros and ones."""
     check_mask_values(mask)
+    low, high = completion_ids.aminmax()
+    if low.item() >= 0 and high.item() < V:
+        return
     outside = (completion_ids < 0) | (completion_ids >= V)
     if mask is not None:
         outside &= mask != 0

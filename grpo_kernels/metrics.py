@@ -4,6 +4,7 @@ Every metric is a quotient of sums, a minimum or a maximum. `combine` puts toget
 micro-batches or ranks: the metrics of the whole batch, exactly.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -105,10 +106,11 @@ _CLIP = "clip_ratio"
 _SINGLE = ("clip_ratio/high", "clip_ratio/count")  # the columns of a report of one number
 
 
+@functools.cache
 def metric_names(*, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool) -> dict[str, str]:
     """Entries of METRIC_NAMES that a call has the inputs for -> the names it gives them.
 
-    ``reports``: what the term's region is for, see `grpo_kernels.variants.Term`.
+    ``reports``: what the term's region is for, see `grpo_kernels.variants.Term`. Not to be changed.
     """
     names = {name: name for name in METRIC_NAMES if not name.startswith(_CLIP)}
     if reports == _CLIP:

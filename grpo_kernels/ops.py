@@ -4,6 +4,7 @@
 of a `Plan`. Ops whose names end in an underscore write over their first argument.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 
@@ -19,6 +20,7 @@ from grpo_kernels.plan import Plan
 _BACKENDS = {"torch": "grpo_kernels.torch_backend", "triton": "grpo_kernels.kernels.launch"}
 
 
+@functools.cache
 def _backend(name: str):
     return importlib.import_module(_BACKENDS[name])
 
@@ -61,37 +63,42 @@ def _fake_rows(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tens
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, Tensor]:
+def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, ...]:
     inputs = Inputs(*tensors)
     _check_values(logits, inputs)
     return _backend(backend).loss(logits, out, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
 
 
+def _fake_totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sums = like.new_empty(len(SUM_NAMES), dtype=torch.float64)
+    return like.new_empty((), dtype=torch.float32), sums, like.new_empty(len(METRIC_NAMES), dtype=torch.float32)
+
+
 @torch.library.custom_op("grpo_kernels::loss", mutates_args=())
 def loss_op(
     logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps, entropies, gradient of the logits)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropies, loss [], sums [S], metrics [M], gradient of the logits)"""
     out = logits.new_empty(logits.shape)
     return *_loss(logits, out, tensors, coefs, plan, entropy, backend), out
 
 
 @loss_op.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return *_fake_rows(logits, tensors[0], entropy), logits.new_empty(logits.shape)
+    return *_fake_rows(logits, tensors[0], entropy), *_fake_totals(logits), logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("grpo_kernels::loss_", mutates_args=("logits",))
 def loss_op_(
     logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(logps, entropies); the gradient takes the place of the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`loss_op`, the gradient taking the place of the logits."""
     return _loss(logits, logits, tensors, coefs, plan, entropy, backend)
 
 
 @loss_op_.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return _fake_rows(logits, tensors[0], entropy)
+    return *_fake_rows(logits, tensors[0], entropy), *_fake_totals(logits)
 
 
 @torch.library.custom_op("grpo_kernels::objective", mutates_args=())
@@ -99,18 +106,26 @@ def objective_op(
     logps: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
     weighted: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], ℓ, local, spread, share, ∂/∂H, sums [S], metrics [M]); see the backends."""
-    return _backend(backend).objective(
-        logps, entropies, Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), weighted
+    """(loss [], sums [S], metrics [M], ℓ, local, spread, share, ∂/∂H); see the backends.
+
+    Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ``spread`` and ``share`` are empty.
+    """
+    inputs, plan = Inputs(*tensors), Plan.from_key(plan)
+    run = _backend(backend)
+    *totals, losses, local, spread, share, h = run.objective(
+        logps, entropies, inputs, Coefs.unpack(coefs), plan, weighted
     )
+    if weighted and plan.spread:
+        local, spread, share = run.join(local, spread, share, None, inputs.cu), spread.new_empty(0), share.new_empty(0)
+    return *totals, losses, local, spread, share, h
 
 
 @objective_op.register_fake
 def _(logps, entropies, tensors, coefs, plan, weighted, backend):
     losses, local, h = (torch.empty_like(logps) for _ in range(3))
-    spread, share = (torch.empty_like(logps) if Plan.from_key(plan).spread else logps.new_empty(0) for _ in range(2))
-    sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
-    return logps.new_empty(()), losses, local, spread, share, h, sums, logps.new_empty(len(METRIC_NAMES))
+    apart = bool(Plan.from_key(plan).spread) and not weighted
+    spread, share = (torch.empty_like(logps) if apart else logps.new_empty(0) for _ in range(2))
+    return *_fake_totals(logps), losses, local, spread, share, h
 
 
 @torch.library.custom_op("grpo_kernels::join", mutates_args=())

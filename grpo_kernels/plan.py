@@ -1,5 +1,6 @@
 """Plan: the structure of a call, which is what a kernel is specialised for. Values are not in it."""
 
+import functools
 from typing import NamedTuple
 
 from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, TERMS
@@ -25,10 +26,12 @@ class Plan(NamedTuple):
     weight_once: bool = False  # the term's statistic takes importance weights that are one per sequence
     clip_once: bool = False  # the clip metrics have one value per sequence
 
+    @functools.lru_cache(maxsize=256)
     def key(self) -> str:
         return "/".join(str(int(value)) if isinstance(value, bool) else value for value in self)
 
     @classmethod
+    @functools.lru_cache(maxsize=256)
     def from_key(cls, key: str) -> "Plan":
         values = zip(cls._field_defaults.values(), key.split("/"))
         return cls(*(value == "1" if isinstance(default, bool) else value for default, value in values))

@@ -66,6 +66,8 @@ STRUCTURES = {
     "skip": {"skip_zero_advantage": True},
     "rewards": {"rewards": True, "mask": True},
     "full": {"mask": True, "token": True, "tensors": True, "loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.1},
+    "gspo": {"loss_type": "gspo", "mask": True, "token": True},
+    "gspo, none": {"loss_type": "gspo", "reduction": "none", "mask": True},
     "full, fp16": {"dtype": torch.float16, "mask": True, "token": True, "tensors": True, "beta": 0.1,
                    "entropy_coef": 0.1},
 }  # fmt: skip
@@ -88,6 +90,7 @@ VALUES = [
     *({"kind": kind} for kind in ("offset", "gaps", "huge")),
     {"extra": 1},
     {"extra": 1, "T": 1},
+    *({"B": B, "T": T} for B in (1, 2, 3, 4, 5, 7, 8, 12, 16, 33) for T in (1, 2, 3, 5, 8, 11, 16, 31, 32, 63)),
 ]
 
 
@@ -122,7 +125,7 @@ def call(structure: dict, value: dict, V: int) -> None:
     else:
         loss = fused_grpo_loss(x, ids, backend="triton", **inputs, **s).loss
     if x.requires_grad:
-        torch.autograd.grad(loss, x, torch.ones_like(loss))
+        torch.autograd.grad(loss, x, torch.full_like(loss, 0.5))
 
 
 def count(V: int) -> list[dict]:

@@ -72,8 +72,11 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
     return logps, entropies, stats
 
 
-def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logps, entropies) of a token-level objective, whose gradient goes to ``out`` in the same launch."""
+def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, loss [], sums [S], metrics [M]) of an objective of single tokens.
+
+    Its gradient goes to ``out`` in the launch that reads the logits.
+    """
     B, rows, V = logits.shape
     logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
@@ -92,7 +95,8 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
             ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
-    return logps, entropies
+    totals = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+    return logps, entropies, *totals
 
 
 def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
@@ -123,7 +127,7 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 def objective(
     logps: torch.Tensor, entropies: torch.Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The [B, T] maths: (loss [], ℓ, local, spread, share, h, sums [S], metrics [M]), see `sequence_kernel`."""
+    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`."""
     B = inputs.sequences
     losses, local, h = (torch.empty_like(logps) for _ in range(3))
     spread, share = (torch.empty_like(logps) if plan.spread else logps.new_empty(0) for _ in range(2))
@@ -149,7 +153,7 @@ def objective(
             **block_shape(),
         )  # fmt: skip
         total_kernel[(1,)](partial, sums, total, metrics, B, **block_shape())
-    return total, losses, local, spread, share, h, sums, metrics
+    return total, sums, metrics, losses, local, spread, share, h
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:
