@@ -26,15 +26,12 @@ class Plan(NamedTuple):
     weight_once: bool = False  # the term's statistic takes importance weights that are one per sequence
     clip_once: bool = False  # the clip metrics have one value per sequence
 
-    @functools.lru_cache(maxsize=256)
     def key(self) -> str:
-        return "/".join(str(int(value)) if isinstance(value, bool) else value for value in self)
+        return _key(self)
 
     @classmethod
-    @functools.lru_cache(maxsize=256)
     def from_key(cls, key: str) -> "Plan":
-        values = zip(cls._field_defaults.values(), key.split("/"))
-        return cls(*(value == "1" if isinstance(default, bool) else value for default, value in values))
+        return _plan(key)
 
     @property
     def of_sequence(self) -> bool:
@@ -71,3 +68,14 @@ class Plan(NamedTuple):
     @property
     def kl_function(self):
         return KL_ESTIMATORS[self.kl] if self.kl else None
+
+
+@functools.lru_cache(maxsize=256)
+def _key(plan: Plan) -> str:
+    return "/".join(str(int(value)) if isinstance(value, bool) else value for value in plan)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(key: str) -> Plan:
+    values = zip(Plan._field_defaults.values(), key.split("/"))
+    return Plan(*(value == "1" if isinstance(default, bool) else value for default, value in values))

@@ -67,11 +67,10 @@ def clipped(r, lp, old, A, c):
 def clipped_region(r_hat, r, lp, old, A, c):
     """Below, or above, the interval with the advantage pushing further out; held by the dual clip."""
     ratio = tl.exp(r)
-    high = tl.where((ratio > c.hi) & (A > 0.0), 1.0, 0.0)
+    pushed_up, pushed_down = A > 0.0, A < 0.0
     outer = tl.where(c.delta > c.hi, c.delta, c.hi)
-    held = tl.where((ratio > c.dual) & (A < 0.0), 1.0, 0.0)
-    low = tl.where((ratio < c.lo) & (A < 0.0), 1.0, 0.0)
-    return low, tl.where(c.delta > c.hi, high, 0.0), tl.where(outer > c.dual, held, 0.0)
+    high = tl.where(c.delta > c.hi, (ratio > c.hi) & pushed_up, False)
+    return (ratio < c.lo) & pushed_down, high, tl.where(outer > c.dual, (ratio > c.dual) & pushed_down, False)
 
 
 @jit

@@ -44,17 +44,16 @@ def run_rows(
         temperature: divides the logits; a number, or one per token, (B·T,).
         entropy: compute entropies too.
         out: (B, rows, V), takes the gradient; may be ``logits``.
-        slopes: from some of the B·T tokens, their log-probabilities and entropies (or None) to
-            (∂L/∂lp, ∂L/∂H or None).
+        slopes: from some n of the B·T tokens, their log-probabilities and entropies (n, 1) to
+            (∂L/∂lp, ∂L/∂H), (n, 1) each; entropies and ∂L/∂H may be None.
 
     Returns:
         (B, T) log-probabilities and (B, T) entropies (empty if not asked for), fp32.
     """
     B, T = ids.shape
     rows, V = logits.shape[1:]
-    logps = torch.zeros(B * T, device=logits.device)
-    entropies = torch.zeros(B * T if entropy else 0, device=logits.device)
-    flat_ids = ids.reshape(-1).long()
+    logps, entropies = (torch.zeros(B * T if asked else 0, device=logits.device) for asked in (True, entropy))
+    flat_ids = ids.reshape(-1, 1).long()
     if out is not None:
         _clear(out, read, T)
     height = max(1, min(B * rows, CHUNK_ELEMENTS // V))
@@ -64,30 +63,31 @@ def run_rows(
     plain = logits.dtype == torch.float32 and not heated and not entropy  # softmax reads logits as they are
     x_buffer = None if plain else _scratch("x", height, V, logits.device)
     checked = checks.validates(logits.device)  # then ids of rows that are read lie in the vocabulary
-    for source, target, at, tokens in _chunks(logits, out, read, T, height):
+    h = H = mean = None
+    for source, target, at, tokens in _chunks(logits, out, read, T, height):  # [n, V] and, per row, [n, 1]
         x = source[at] if isinstance(at, slice) else source.index_select(0, at)
         p = p_buffer[: x.shape[0]]
         if not plain:
             x = x_buffer[: x.shape[0]].copy_(x)
             if heated:
-                x.div_(temperature[tokens][:, None] if per_token else temperature)
+                heat = temperature[tokens][:, None] if per_token else temperature
+                x.div_(heat)
         torch.softmax(x, -1, out=p)
-        mass = p.sum(-1)  # softmax's own sum of a long row is off by up to 3e-5: divide by what p adds up to
+        mass = p.sum(-1, keepdim=True)  # softmax's own sum of a long row is off by up to 3e-5: divide by p's
         token = flat_ids[tokens]
         if not checked:
             known = (token >= 0) & (token < V)
             token = torch.where(known, token, 0)
-        token = token[:, None]
-        p_token = p.gather(1, token)[:, 0] / mass
+        p_token = p.gather(1, token) / mass
         lp = _log_probability(x, p_token, token)
         if not checked:
             lp = torch.where(known, lp, torch.nan)
-        logps[tokens] = lp
-        H = None
+        logps[tokens] = lp.view(-1)
         if entropy:
             depth = x.sub_(x.amax(-1, keepdim=True)).clamp_(min=_FLOOR)
-            mean = torch.linalg.vecdot(p, depth) / mass
-            entropies[tokens] = H = (mass / p.amax(-1)).log() - mean  # the first is log Σ exp(x − top)
+            mean = torch.linalg.vecdot(p, depth)[:, None] / mass
+            H = (mass / p.amax(-1, keepdim=True)).log() - mean  # the first is log Σ exp(x − top)
+            entropies[tokens] = H.view(-1)
         if out is None:
             continue
 
@@ -96,17 +96,16 @@ def run_rows(
         d = target[at] if direct else p
         d_token, share = g * (1.0 - p_token), g / mass
         if h is not None:
-            d_token = d_token + h * p_token * (mean - depth.gather(1, token)[:, 0])
+            d_token = d_token + h * p_token * (mean - depth.gather(1, token))
         if heated:
-            cold = 1.0 / (temperature[tokens] if per_token else temperature)
-            d_token, share = d_token * cold, share * cold
+            d_token, share = d_token / heat, share / heat
         if h is None:
-            torch.mul(p, share.neg_()[:, None], out=d)
+            torch.mul(p, share.neg_(), out=d)
         else:
-            pull = h / mass * cold if heated else h / mass
-            depth.sub_(mean[:, None]).mul_(pull.neg_()[:, None]).sub_(share[:, None])
+            pull = h / mass / heat if heated else h / mass
+            depth.sub_(mean).mul_(pull.neg_()).sub_(share)
             torch.mul(depth, p, out=d)
-        d.scatter_(1, token, d_token[:, None])
+        d.scatter_(1, token, d_token)
         if not direct:
             target[at] = d.to(target.dtype)
     return logps.view(B, T), entropies.view(B, T) if entropy else entropies
@@ -136,8 +135,8 @@ def _log_probability(x: torch.Tensor, p_token: torch.Tensor, token: torch.Tensor
     lp = p_token.log()
     if not lp.amin().item() >= _LEAST:
         small = lp < _LEAST
-        rows = x[small]
-        lp[small] = rows.gather(1, token[small])[:, 0] - rows.logsumexp(-1)
+        rows = x[small[:, 0]]
+        lp[small] = rows.gather(1, token[small][:, None])[:, 0] - rows.logsumexp(-1)
     return lp
 
 
@@ -209,13 +208,13 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
     def slopes(
         at: torch.Tensor | slice, lp: torch.Tensor, H: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if lp.numel() == shape.numel():  # all at once
-            at, lp, H = None, lp.view(shape), None if H is None else H.view(shape)
+        size = shape if lp.numel() == shape.numel() else (-1,)  # all at once, or some
+        at, lp, H = None if size is shape else at, lp.view(size), None if H is None else H.view(size)
         said = judge(tokens, at, lp, tokens.at("trust", at))
         sums.add(at, None, said, H)
         g = tokens.at("w", at) * total_slope(said.d_ratio, said.d_lp)
         h = torch.zeros_like(lp) - tokens.at("bonus", at) if plan.bonus else None
-        return g.reshape(-1), None if h is None else h.reshape(-1)
+        return g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
 
     logps, entropies = run_rows(
         logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, out=out, slopes=slopes
@@ -246,7 +245,7 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
     if up is not None:
         up = up.float()
         g, h = g * up, None if h is None else h * up
-    g, h = g.reshape(-1), None if h is None else h.reshape(-1)
+    g, h = g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
 
     def slopes(at: torch.Tensor | slice, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return g[at], None if h is None else h[at]

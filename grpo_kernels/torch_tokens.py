@@ -202,12 +202,15 @@ def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
 
 
 def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """(w, w_H), each a number, () or (B, 1)."""
+    """(w, w_H), each a number or (B, 1)."""
+
+    scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale.item()
 
     def of(count: torch.Tensor | None, factor: float) -> torch.Tensor | float:
-        scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale.float()
-        w = on_torch(weight)(1.0 if count is None else count.float(), factor, scale)
-        return w[:, None] if isinstance(w, torch.Tensor) and w.dim() else w
+        if count is None or count.dim() == 0:
+            return on_numbers(weight)(1.0 if count is None else count.item(), factor, scale)
+        w = [on_numbers(weight)(n, factor, scale) for n in count.tolist()]
+        return torch.tensor(w, device=count.device)[:, None]
 
     return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor) if plan.bonus else 0.0
 
