@@ -19,7 +19,7 @@ from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import sorted_entropies
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "grpo_kernels does not support double backward (create_graph=True): its gradient is written by a kernel. "
@@ -27,14 +27,14 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _backward_may_run_again() -> bool:
+def backward_may_run_again() -> bool:
     """Whether this backward keeps its graph, so that what it saved must survive."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _is_one(up: Tensor) -> bool:
+def is_one(up: Tensor) -> bool:
     """Whether there is nothing to multiply by; asked only where nobody has to be waited for."""
     return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
 
@@ -88,11 +88,11 @@ class _OneLaunch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         (grad,) = ctx.saved_tensors
-        if _backward_may_run_again():
+        if backward_may_run_again():
             grad = ops.scale_op(grad, up, ctx.backend)
-        elif not _is_one(up):
+        elif not is_one(up):
             ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
         return grad, *(None,) * 6
 
@@ -114,7 +114,7 @@ class _TwoLaunches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         logits, coefs, stats, *rest = ctx.saved_tensors
         saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
         g, h, up = Objective.slopes(ctx, saved, up, cu)
@@ -142,7 +142,7 @@ class _FromLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         *saved, cu = ctx.saved_tensors
         g, h, up = Objective.slopes(ctx, saved, up, cu)
         g, h = ((x if x is None or up is None else torch.where(x == 0.0, 0.0, x * up)) for x in (g, h))
@@ -166,7 +166,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, h):
-        _refuse_double_backward()
+        refuse_double_backward()
         logits, ids, mask, temperature, stats, coefs = ctx.saved_tensors
         g = torch.zeros(ids.shape, device=logits.device) if g is None else g.contiguous()
         h = h.contiguous() if ctx.entropy and h is not None else None
@@ -188,7 +188,7 @@ def run_loss(
     data_group=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, logps, entropies, sums, metrics), differentiable in the logits if they require grad."""
-    tensors, key, steps = tuple(inputs), plan.key(), _steps(plan, weighted)
+    tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         logps, entropies, _ = ops.logprobs_op(logits.detach(), tensors, coefs, key, entropy, backend)
         it = Objective(logps, entropies if entropy else None, tensors, coefs, key, steps, backend, data_group)
@@ -202,11 +202,11 @@ def run_policy_loss(
     logps, entropies, inputs: Inputs, coefs: Tensor, plan: Plan, *, backend: str, weighted: bool, data_group=None
 ) -> tuple[Tensor, ...]:
     """(loss, sums, metrics), differentiable in the log-probabilities and entropies."""
-    steps = _steps(plan, weighted)
+    steps = steps_of(plan, weighted)
     return _FromLogprobs.apply(logps, entropies, tuple(inputs), coefs, plan.key(), steps, backend, data_group)
 
 
-def _steps(plan: Plan, weighted: bool) -> tuple:
+def steps_of(plan: Plan, weighted: bool) -> tuple:
     """What `Objective` does: (weighted, mode of a correction, entropy quantile, leaves a gradient to spread, bonus)."""
     correction = plan.correction if plan.late_correction else ""
     return weighted, correction, plan.quantile, bool(plan.spread) and not weighted, weighted and plan.bonus

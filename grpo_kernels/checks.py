@@ -15,6 +15,10 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
 
 
+def is_integer(x: torch.Tensor) -> bool:
+    return x.dtype in _INTEGERS
+
+
 class Layout(NamedTuple):
     """B sequences of T tokens each, or packed: B sequences (0: not known) in T tokens, one after another."""
 
@@ -56,7 +60,7 @@ def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens:
             f"logits must be float32, bfloat16 or float16, got {logits.dtype}. Cast them: logits.float(); for a "
             "float64 result use the plain PyTorch code in reference/."
         )
-    if completion_ids.dtype not in _INTEGERS:
+    if not is_integer(completion_ids):
         raise TypeError(f"completion_ids must be integers, got {completion_ids.dtype}. Cast them: .long().")
     if completion_ids.dim() not in (1, 2):
         raise ValueError(f"completion_ids must be (B, T), or packed (N,), got {tuple(completion_ids.shape)}.")

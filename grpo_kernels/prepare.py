@@ -35,6 +35,8 @@ class Arguments:
     data_group: object
     skip_zero_advantage: bool = False
     temperature: torch.Tensor | float = 1.0
+    softcap: float = torch.inf
+    logit_scale: float = 1.0
 
 
 @dataclasses.dataclass
@@ -163,6 +165,8 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, w_b
         correction_high=_or(config.sampling_correction_max, torch.inf),
         quantile=1.0 - config.top_entropy_quantile,
         num_generations=float(_or(args.num_generations, 1)),
+        softcap=args.softcap,
+        logit_scale=args.logit_scale,
         term=tuple(TERMS[config.policy_term].coefficients(config)),
     ).pack()
 

@@ -17,7 +17,7 @@ from grpo_kernels.quantile import threshold
 from grpo_kernels.torch_objective import correct, join, objective, rows_to_read, segments
 from grpo_kernels.torch_tokens import Sums, Tokens, expand, judge, total_slope
 
-__all__ = ["correct", "join", "logprobs", "loss", "objective", "scale", "segments", "slope", "threshold"]
+__all__ = ["correct", "gradient", "join", "logprobs", "loss", "objective", "scale", "segments", "slope", "threshold"]
 
 CHUNK_ELEMENTS = 1 << 21  # of fp32 scratch: 8 MiB
 _LEAST = -69.0  # of log p: what fp32 can say of p with all its digits
@@ -220,6 +220,11 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
         logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, out=out, slopes=slopes
     )
     return *_mark_unread(unread, logps, entropies), *sums.finish(read)
+
+
+def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``."""
+    return loss(logits, out, inputs, coefs, plan, entropy)[:2]
 
 
 def _temperature(inputs: Inputs, coefs: Coefs) -> float | torch.Tensor:

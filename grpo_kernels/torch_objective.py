@@ -121,17 +121,19 @@ def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch
     return numbers, count[cu.long()].diff().float()
 
 
-def rows_to_read(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """(B, T) bool each: rows to read, None for all; unmasked rows that are left unread, None for none."""
+def counted_rows(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(B, T) bool each: rows to read, None for all; unmasked rows that are left unread, None where none can be."""
     live = None if inputs.mask is None else inputs.mask != 0
     if inputs.cu is not None:
         inside = inputs.segments < inputs.sequences
         live = inside[None] if live is None else live & inside
-    idle = None
-    if plan.skip:
-        idle = expand(advantages(inputs, coefs, plan) if inputs.gate is None else inputs.gate, inputs) == 0.0
-        counted = torch.ones_like(idle) if live is None else live
-        live, idle = counted & ~idle, counted & idle
-    if live is not None and bool(live.all()):
-        return None, None
-    return live, idle
+    if not plan.skip:
+        return live, None
+    idle = expand(advantages(inputs, coefs, plan) if inputs.gate is None else inputs.gate, inputs) == 0.0
+    return (~idle, idle) if live is None else (live & ~idle, live & idle)
+
+
+def rows_to_read(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """`counted_rows`, with None wherever it says the same."""
+    live, idle = counted_rows(inputs, coefs, plan)
+    return (None, None) if live is not None and bool(live.all()) else (live, idle)

@@ -77,6 +77,13 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
 
     Its gradient goes to ``out`` in the launch that reads the logits.
     """
+    logps, entropies = gradient(logits, out, inputs, coefs, plan, entropy)
+    totals = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+    return logps, entropies, *totals
+
+
+def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``, in one launch."""
     B, rows, V = logits.shape
     logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
@@ -95,8 +102,7 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
             ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), entropy),
         )  # fmt: skip
-    totals = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
-    return logps, entropies, *totals
+    return logps, entropies
 
 
 def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
