@@ -59,11 +59,11 @@ def test_wide_loads_and_stores(row_kernels):
 
 
 def test_exponentials_per_element(row_kernels):
-    """Counted in the machine code of the loops: one each in both passes, and less than 1.4 for rescaling."""
+    """Counted in the machine code of the loops: one each in both passes, and one per tile for rescaling."""
     for row in row_kernels:
         found = {name: loop["ex2"] / loop["elements"] for name, loop in row["passes"].items()}
-        assert sum(found.values()) == row["ex2_per_element"] <= 3.4, row
-        assert found.get("first", 1.5) >= 1.25 and found.get("second", 1) == 1 and found.get("scale", 0) == 0, row
+        assert sum(found.values()) == row["ex2_per_element"] <= 2.125, row
+        assert found.get("first", 1.1) > 1 and found.get("second", 1) == 1 and found.get("scale", 0) == 0, row
 
 
 def test_loops_go_over_whole_tiles(row_kernels):
