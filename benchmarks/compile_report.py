@@ -279,9 +279,9 @@ def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> li
 
 WIDTH = 100
 LEGEND = (
-    "reg: registers per thread; stk: stack, bytes; spl: spills; ld, st: wide/all loads and "
-    "stores (wide: 16 bytes a thread); ex2, ins: exponentials and instructions per element, of the loops over whole tiles; "
-    "row: instructions per element of all of a row; prog, warps: resident on a multiprocessor by registers."
+    "reg: registers per thread; stk: stack, bytes; spl: spills; ld, st: wide/all loads and stores (wide: 16 bytes a "
+    "thread); ex2, ins: exponentials and instructions per element, of the loops over whole tiles; row: instructions "
+    "per element of all of a row, at most; prog, warps: resident on a multiprocessor by registers."
 )
 
 
