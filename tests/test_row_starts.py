@@ -1,4 +1,4 @@
-"""Rows that start anywhere, as those of an odd vocabulary do: which accesses are chosen, and that the ends are right."""
+"""Rows that start anywhere, as an odd vocabulary makes them: which accesses are chosen, and that the ends are right."""
 
 import pytest
 import torch
