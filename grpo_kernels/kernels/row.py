@@ -1,6 +1,6 @@
 """Device functions over one row of logits: the first pass (online softmax) and the second (gradient).
 
-A tile is [K, N, W]: each of N threads holds K lines of W neighbouring entries, W being what it moves
+A tile is [K, N·W]: each of N threads holds K lines of W neighbouring entries, W being what it moves
 at once. The maximum and the sums are kept per thread, rescaled once per tile, and meet once per row.
 Exponentials are base 2, with the maximum subtracted before scaling, so that the precision does not
 depend on the size of the logits. −inf logits (banned tokens) have p = 0.
@@ -42,8 +42,7 @@ def edges_at(head, length, V, W: tl.constexpr):
 
 @jit
 def tile_at(start, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
-    line = tl.arange(0, K)[:, None, None] * (N * W)
-    return start + line + tl.arange(0, N)[None, :, None] * W + tl.arange(0, W)[None, None, :]
+    return start + tl.arange(0, K)[:, None] * (N * W) + tl.arange(0, N * W)[None, :]
 
 
 @jit
@@ -52,7 +51,7 @@ def load_tile(row, at, V, MASKED: tl.constexpr, HINT: tl.constexpr):
         x = tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy=HINT)
     else:
         x = tl.load(row + at, eviction_policy=HINT)
-    return x.to(tl.float32)  # [K, N, W]; cast first: the interpreter's bf16 arithmetic is wrong
+    return x.to(tl.float32)  # [K, N·W]; cast first: the interpreter's bf16 arithmetic is wrong
 
 
 @jit
@@ -86,6 +85,7 @@ def absorb_tile(top, total, moment, row, start, V, scale, K: tl.constexpr, N: tl
                 MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
     x = load_tile(row, tile_at(start, K, N, W), V, MASKED, HINT)
+    x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
     shrink = tl.exp2(drop)
@@ -198,7 +198,7 @@ def write_slope(out, row, token, x_token, V, scale, top, total, mean, g, h, ALIG
 @jit
 def write_zeros(out, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
     body, head, length = split(out, V, ALIGNED, W)
-    zeros = tl.zeros([K, N, W], out.dtype.element_ty)
+    zeros = tl.zeros([K, N * W], out.dtype.element_ty)
     for start in range(0, length, K * N * W):
         at = tile_at(start, K, N, W)
         tl.store(body + at, zeros, mask=at < length)
