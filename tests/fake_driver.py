@@ -6,6 +6,7 @@ Triton's own launcher binds the arguments of every launch and derives the key of
 Where it would compile, the key is noted instead, and nothing runs. Every key is a compilation.
 """
 
+import itertools
 import json
 from collections import defaultdict
 
@@ -92,6 +93,14 @@ VALUES = [
     {"extra": 1, "T": 1},
     *({"B": B, "T": T} for B in (1, 2, 3, 4, 5, 7, 8, 12, 16, 33) for T in (1, 2, 3, 5, 8, 11, 16, 31, 32, 63)),
 ]
+SLICED = ("offset", "huge")  # logits whose gradient is laid out otherwise
+
+
+def groups(V: int) -> list[tuple[str, list[dict]]]:
+    """Rows of odd V start anywhere; where those of the gradient do otherwise, their accesses are others."""
+    sliced = [value for value in VALUES if value.get("kind") in SLICED and V % 16]
+    whole = [value for value in VALUES if value not in sliced]
+    return [("whole", whole), ("sliced", sliced)] if sliced else [("whole", whole)]
 
 
 def call(structure: dict, value: dict, V: int) -> None:
@@ -130,15 +139,16 @@ def call(structure: dict, value: dict, V: int) -> None:
 
 def count(V: int) -> list[dict]:
     found = []
-    for name, structure in STRUCTURES.items():
+    for (name, structure), (logits, values) in itertools.product(STRUCTURES.items(), groups(V)):
         keys.clear()
         launches.clear()
-        for value in VALUES:
+        for value in values:
             call(structure, value, V)
         found += [
-            {"V": V, "structure": name, "kernel": kernel, "launches": launches[kernel], "keys": sorted(keys[kernel])}
+            {"V": V, "structure": name, "logits": logits, "kernel": kernel, "launches": launches[kernel],
+             "keys": sorted(keys[kernel])}
             for kernel in keys
-        ]
+        ]  # fmt: skip
     return found
 
 
