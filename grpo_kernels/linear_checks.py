@@ -79,7 +79,7 @@ def check_hidden(
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}.")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(f"{name} is {x.dtype} but hidden is {hidden.dtype}: cast one, e.g. {name}.to(hidden.dtype).")
+            raise TypeError(f"{name} is {x.dtype} but hidden is {hidden.dtype}: cast one, {name}.to(hidden.dtype).")
         if x is not None:
             check_device(name, x, hidden)
     check_device("completion_ids", ids, hidden)

@@ -31,6 +31,7 @@ def run_rows(
     temperature: float | torch.Tensor,
     *,
     entropy: bool,
+    cap: tuple[float, float] | None = None,
     out: torch.Tensor | None = None,
     slopes: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,6 +44,7 @@ def run_rows(
             None: all are read.
         temperature: divides the logits; a number, or one per token, (B·T,).
         entropy: compute entropies too.
+        cap: (bound, inner): the logits are bound·tanh(inner·logits).
         out: (B, rows, V), takes the gradient; may be ``logits``.
         slopes: from some n of the B·T tokens, their log-probabilities and entropies (n, 1) to
             (∂L/∂lp, ∂L/∂H), (n, 1) each; entropies and ∂L/∂H may be None.
@@ -60,7 +62,8 @@ def run_rows(
     p_buffer = _scratch("p", height, V, logits.device)
     per_token = isinstance(temperature, torch.Tensor)
     heated = per_token or temperature != 1.0
-    plain = logits.dtype == torch.float32 and not heated and not entropy  # softmax reads logits as they are
+    plain = logits.dtype == torch.float32 and not (heated or entropy or cap)  # softmax reads logits as they are
+    slack = None if cap is None or out is None else _scratch("slack", height, V, logits.device)
     x_buffer = None if plain else _scratch("x", height, V, logits.device)
     checked = checks.validates(logits.device)  # then ids of rows that are read lie in the vocabulary
     h = H = mean = None
@@ -69,6 +72,12 @@ def run_rows(
         p = p_buffer[: x.shape[0]]
         if not plain:
             x = x_buffer[: x.shape[0]].copy_(x)
+            if cap:
+                bound, inner = cap
+                x.mul_(inner).tanh_()
+                if out is not None:  # (1 − tanh²)·inner·bound, the derivative
+                    torch.mul(x, x, out=slack[: x.shape[0]]).neg_().add_(1.0).mul_(inner * bound)
+                x.mul_(bound)
             if heated:
                 heat = temperature[tokens][:, None] if per_token else temperature
                 x.div_(heat)
@@ -106,6 +115,8 @@ def run_rows(
             depth.sub_(mean).mul_(pull.neg_()).sub_(share)
             torch.mul(depth, p, out=d)
         d.scatter_(1, token, d_token)
+        if cap:
+            d.mul_(slack[: d.shape[0]])
         if not direct:
             target[at] = d.to(target.dtype)
     return logps.view(B, T), entropies.view(B, T) if entropy else entropies
@@ -191,7 +202,7 @@ def _clear(out: torch.Tensor, read: torch.Tensor | None, T: int) -> None:
 def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats is empty, since `slope` makes the probabilities anew."""
     read, unread = rows_to_read(inputs, coefs, plan)
-    logps, entropies = run_rows(logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy)
+    logps, entropies = run_rows(logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs))
     return *_mark_unread(unread, logps, entropies), logps.new_empty(0)
 
 
@@ -217,7 +228,7 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
         return g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
 
     logps, entropies = run_rows(
-        logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, out=out, slopes=slopes
+        logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs), out=out, slopes=slopes
     )
     return *_mark_unread(unread, logps, entropies), *sums.finish(read)
 
@@ -232,6 +243,10 @@ def _temperature(inputs: Inputs, coefs: Coefs) -> float | torch.Tensor:
     if inputs.temperature is None:
         return coefs.temperature
     return expand(inputs.temperature.float(), inputs).reshape(-1)
+
+
+def _cap(coefs: Coefs) -> tuple[float, float] | None:
+    return (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
 
 
 def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -255,7 +270,10 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
     def slopes(at: torch.Tensor | slice, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return g[at], None if h is None else h[at]
 
-    run_rows(logits, inputs.ids, read, _temperature(inputs, coefs), entropy=h is not None, out=out, slopes=slopes)
+    run_rows(
+        logits, inputs.ids, read, _temperature(inputs, coefs), entropy=h is not None, cap=_cap(coefs), out=out,
+        slopes=slopes,
+    )  # fmt: skip
 
 
 def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:

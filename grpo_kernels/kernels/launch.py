@@ -9,6 +9,7 @@ from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
 from grpo_kernels.kernels.quantile import threshold_kernel
 from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
+from grpo_kernels.kernels.row import Cap
 from grpo_kernels.kernels.rows import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.kernels.sequences import correction_kernel, segments_kernel, spread_kernel
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES
@@ -66,7 +67,7 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
             logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
             logps, entropies, stats,
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
-            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature,
+            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
             **_tile(V, logits),
         )  # fmt: skip
@@ -98,7 +99,8 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
             *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
             *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
             inputs.sequences, inputs.ids.shape[1], rows, V, int(coefs.num_generations), 1.0 / coefs.temperature,
-            coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits, term.kind(*coefs.term),
+            _cap(coefs), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits,
+            term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
             **_tile(V, logits, out),
@@ -116,7 +118,7 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
             logits, out, ids, inputs.mask, inputs.temperature, inputs.segments, stats, g, h, up,
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
             *_strides(inputs.temperature), *_strides(up), _at(inputs),
-            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature,
+            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature, _cap(coefs),
             **_tile(V, logits, out),
         )  # fmt: skip
 
@@ -223,6 +225,10 @@ def _tile(V: int, *tensors: torch.Tensor) -> dict[str, int]:
     off = {(x.data_ptr() % 16, *(stride * size % 16 for stride in _strides(x))) for x in tensors}
     shape = tile_shape(V, size, 16 // size if len(off) == 1 else 1)
     return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **shape}
+
+
+def _cap(coefs: Coefs) -> Cap | None:
+    return Cap(coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:

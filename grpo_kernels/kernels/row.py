@@ -6,8 +6,10 @@ Exponentials are base 2, with the maximum subtracted before scaling, so that the
 depend on the size of the logits. −inf logits (banned tokens) have p = 0.
 
 All of a row is described by ``(top, total, mean)``: the largest raw logit, Σ 2^d, and Σ p·d where
-d = (x − top)·scale and scale = log2(e)/temperature.
+d = (x − top)·scale and scale = log2(e)/temperature. With a cap x is the capped logit.
 """
+
+from typing import NamedTuple
 
 from grpo_kernels.jit import jit, tl
 
@@ -15,6 +17,13 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of no maximum yet; finite, since −inf − (−inf) would be NaN
 DEEP = tl.constexpr(-160.0)  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
+
+
+class Cap(NamedTuple):
+    """Of a soft cap, x = bound·tanh(inner·z): inner is the logits' scale divided by bound."""
+
+    bound: float
+    inner: float
 
 
 @jit
@@ -60,15 +69,35 @@ def load_edges(row, at, mask):
 
 
 @jit
+def capped(x, cap):
+    """bound·tanh(inner·x); −inf, which also stands for what is not there, stays."""
+    if cap is not None:
+        tanh = 1.0 - 2.0 / (1.0 + tl.exp2(x * cap.inner * 2.0 * LOG2E))
+        return tl.where(x == float("-inf"), x, cap.bound * tanh)
+    else:
+        return x
+
+
+@jit
+def slack(x, cap):
+    """∂/∂x of `capped`, from its value."""
+    if cap is not None:
+        tanh = x / cap.bound
+        return tl.where(x == float("-inf"), 0.0, (1.0 - tanh * tanh) * (cap.inner * cap.bound))
+    else:
+        return 1.0
+
+
+@jit
 def per_thread_sum(x):
     return tl.sum(tl.sum(x, axis=2), axis=0)  # [N]
 
 
 @jit
-def absorb_edges(row, head, length, V, scale, N: tl.constexpr, W: tl.constexpr, ENTROPY: tl.constexpr):
+def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, W: tl.constexpr, ENTROPY: tl.constexpr):
     """(top, total, moment), each [N]: the first thread starts out with what the edges come to."""
     at, mask = edges_at(head, length, V, W)
-    x = load_edges(row, at, mask)
+    x = capped(load_edges(row, at, mask), cap)
     top = tl.maximum(tl.max(x, axis=0), LOWEST)
     depth = (x - top) * scale
     part = tl.exp2(depth)
@@ -81,10 +110,10 @@ def absorb_edges(row, head, length, V, scale, N: tl.constexpr, W: tl.constexpr, 
 
 
 @jit
-def absorb_tile(top, total, moment, row, start, V, scale, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-                MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, N: tl.constexpr,
+                W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
-    x = load_tile(row, tile_at(start, K, N, W), V, MASKED, HINT)
+    x = capped(load_tile(row, tile_at(start, K, N, W), V, MASKED, HINT), cap)
     x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
@@ -98,8 +127,8 @@ def absorb_tile(top, total, moment, row, start, V, scale, K: tl.constexpr, N: tl
 
 
 @jit
-def read_row(row, V, scale, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-             ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+def read_row(row, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+             W: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """First pass: (top, total, mean) of a row. NaN anywhere in the row makes total NaN."""
     TILE: tl.constexpr = K * N * W
     REST: tl.constexpr = 1 if W > 1 else K  # lines of a tile in the rest of the row, less than a whole tile
@@ -109,12 +138,14 @@ def read_row(row, V, scale, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.conste
         total = tl.zeros([N], tl.float32)
         moment = tl.zeros([N], tl.float32)
     else:
-        top, total, moment = absorb_edges(row, head, length, V, scale, N, W, ENTROPY)
+        top, total, moment = absorb_edges(row, head, length, V, scale, cap, N, W, ENTROPY)
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
-        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, K, N, W, False, ENTROPY, HINT)
+        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, K, N, W, False, ENTROPY,
+                                         HINT)  # fmt: skip
     for at in range(whole, length, REST * N * W):
-        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, REST, N, W, True, ENTROPY, HINT)
+        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, REST, N, W, True, ENTROPY,
+                                         HINT)  # fmt: skip
 
     row_top = tl.max(top, axis=0)
     drop = (top - row_top) * scale
@@ -127,10 +158,10 @@ def read_row(row, V, scale, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.conste
 
 
 @jit
-def score_token(row, token, V, top, total, scale):
+def score_token(row, token, V, top, total, scale, cap):
     """(log-probability, raw logit) of a token id; NaN for an id outside the vocabulary, never read."""
     known = (token >= 0) & (token < V)
-    x = tl.load(row + token, mask=known, other=float("nan")).to(tl.float32)
+    x = capped(tl.load(row + token, mask=known, other=float("nan")).to(tl.float32), cap)
     return ((x - top) * scale - tl.log2(total)) * LN2, x
 
 
@@ -141,21 +172,23 @@ def entropy_of(total, mean):
 
 
 @jit
-def slope_at(x, top, scale, slope, pull, ENTROPY: tl.constexpr):
-    """2^d·(slope + pull·d), the gradient of an entry that is not the token's."""
+def slope_at(x, top, scale, cap, slope, pull, onto, ENTROPY: tl.constexpr):
+    """onto + 2^d·(slope + pull·d), through the cap: the gradient of an entry, ``onto`` g for the token's and else 0."""
     depth = (x - top) * scale
     part = tl.exp2(depth)
     if ENTROPY:
-        return part * (slope + pull * tl.maximum(depth, DEEP))
+        d = onto + part * (slope + pull * tl.maximum(depth, DEEP))
     else:
-        return part * slope
+        d = onto + part * slope
+    return d * slack(x, cap)
 
 
 @jit
-def slope_tile(out, row, start, V, scale, top, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+def slope_tile(out, row, start, V, scale, cap, top, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
                MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
-    d = slope_at(load_tile(row, at, V, MASKED, HINT), top, scale, slope, pull, ENTROPY).to(out.dtype.element_ty)
+    x = capped(load_tile(row, at, V, MASKED, HINT), cap)
+    d = slope_at(x, top, scale, cap, slope, pull, 0.0, ENTROPY).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
@@ -163,8 +196,9 @@ def slope_tile(out, row, start, V, scale, top, slope, pull, K: tl.constexpr, N: 
 
 
 @jit
-def write_slope(out, row, token, x_token, V, scale, top, total, mean, g, h, ALIGNED: tl.constexpr, K: tl.constexpr,
-                N: tl.constexpr, W: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+def write_slope(out, row, token, x_token, V, scale, cap, top, total, mean, g, h, ALIGNED: tl.constexpr,
+                K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, ENTROPY: tl.constexpr,
+                HINT: tl.constexpr):  # fmt: skip
     """Second pass: out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], safe over the row itself.
 
     Every entry is first written as if it were not the token's; the token's own, formed in fp32, comes
@@ -183,15 +217,15 @@ def write_slope(out, row, token, x_token, V, scale, top, total, mean, g, h, ALIG
     tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
-        slope_tile(dst, body, at, length, scale, top, slope, pull, K, N, W, False, ENTROPY, HINT)
+        slope_tile(dst, body, at, length, scale, cap, top, slope, pull, K, N, W, False, ENTROPY, HINT)
     for at in range(whole, length, REST * N * W):
-        slope_tile(dst, body, at, length, scale, top, slope, pull, REST, N, W, True, ENTROPY, HINT)
+        slope_tile(dst, body, at, length, scale, cap, top, slope, pull, REST, N, W, True, ENTROPY, HINT)
     if not ALIGNED:
         at, mask = edges_at(head, length, V, W)
-        d = slope_at(load_edges(row, at, mask), top, scale, slope, pull, ENTROPY)
+        d = slope_at(capped(load_edges(row, at, mask), cap), top, scale, cap, slope, pull, 0.0, ENTROPY)
         tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-    d = g + slope_at(x_token, top, scale, slope, pull, ENTROPY)
+    d = slope_at(x_token, top, scale, cap, slope, pull, g, ENTROPY)
     tl.store(out + token, d.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))
 
 

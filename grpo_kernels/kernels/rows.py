@@ -25,7 +25,7 @@ def kernel(fn):
     strides = [n for n in inspect.signature(fn).parameters if n.endswith(("_b", "_t"))]
     fn.__annotations__.update(dict.fromkeys(strides, tl.int64))
     runtime = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
-    plain = [n for n in runtime if n not in ("V", "c", "limits")]
+    plain = [n for n in runtime if n not in ("V", "c", "cap", "limits")]
     return jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
 
 
@@ -93,7 +93,7 @@ def logprob_kernel(
     batch_std, segments,  # [], [N]
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
     logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
-    B, T, V, G, inv_temperature: tl.float32, adv_eps: tl.float32,
+    B, T, V, G, inv_temperature: tl.float32, cap, adv_eps: tl.float32,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
@@ -114,8 +114,8 @@ def logprob_kernel(
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean = read_row(row, V, scale, ALIGNED, K, N, W, ENTROPY, "evict_first")
-    lp, _ = score_token(row, token, V, top, total, scale)
+    top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_first")
+    lp, _ = score_token(row, token, V, top, total, scale, cap)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
     tl.store(stats + at * 3, top)
     tl.store(stats + at * 3 + 1, total)
@@ -127,7 +127,7 @@ def slope_kernel(
     logits, out, ids, mask, temperature, segments, stats,  # [B, rows, V] ×2, [B, T] ×3, [N], [B·T, 3]
     g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
-    B, T, rows, V, inv_temperature: tl.float32,
+    B, T, rows, V, inv_temperature: tl.float32, cap,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits from two numbers per row; the same for every objective. g = h = 0: not read."""
@@ -157,8 +157,8 @@ def slope_kernel(
     top = tl.load(stats + at * 3)
     total = tl.load(stats + at * 3 + 1)
     mean = tl.load(stats + at * 3 + 2)
-    _, x_token = score_token(row, token, V, top, total, scale)
-    write_slope(dst, row, token, x_token, V, scale, top, total, mean, slope, pull,
+    _, x_token = score_token(row, token, V, top, total, scale, cap)
+    write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, slope, pull,
                 ALIGNED, K, N, W, h is not None, "evict_first")  # fmt: skip
 
 
@@ -170,7 +170,7 @@ def loss_kernel(
     count, loss_scale, tokens,  # the weight's count [B] or [], factor [], unmasked tokens []
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
     old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, temp_b, temp_t, count_b, at_b,
-    B, T, rows, V, G, inv_temperature: tl.float32, beta: tl.float32,
+    B, T, rows, V, G, inv_temperature: tl.float32, cap, beta: tl.float32,
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
@@ -206,8 +206,8 @@ def loss_kernel(
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean = read_row(row, V, scale, ALIGNED, K, N, W, ENTROPY, "evict_last")
-    lp, x_token = score_token(row, token, V, top, total, scale)
+    top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_last")
+    lp, x_token = score_token(row, token, V, top, total, scale, cap)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
 
     lp_old = load_or(old, seq * old_b + tok * old_t, lp)
@@ -219,9 +219,10 @@ def loss_kernel(
                                              CLAMPED)  # fmt: skip
     g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
+        tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
         write_zeros(dst, V, ALIGNED, K, N, W)
     else:
-        write_slope(dst, row, token, x_token, V, scale, top, total, mean, g, h,
+        write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, g, h,
                     ALIGNED, K, N, W, BONUS, "evict_first")  # fmt: skip
 
 
