@@ -12,6 +12,14 @@ def standardise(reward, mean, spread, divisor):
     return tl.where((spread > 0.0) & (reward == reward), (reward - mean) / divisor, 0.0)
 
 
+@jit
+def spread_of(square, count, low, high, UNBIASED: tl.constexpr):
+    """Standard deviation from the sum of squared differences; exactly 0 where all of them are the same."""
+    freedom = count - 1.0 if UNBIASED else count
+    std = tl.sqrt(square / tl.where(freedom < 1.0, 1.0, freedom))
+    return tl.where(high > low, std, 0.0)
+
+
 def group_advantages(
     rewards: torch.Tensor,
     num_generations: int | None,
@@ -81,8 +89,7 @@ def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor |
     reduce(square, group=group)
     ends = torch.stack([torch.where(valid, x, -torch.inf).amax() for x in (rewards, -rewards)])  # max, −min
     reduce(ends, torch.distributed.ReduceOp.MAX, group)
-    std = (square / (count - 1.0 if unbiased else count).clamp(min=1.0)).sqrt()
-    return torch.where(ends.sum() > 0.0, std, 0.0).to(rewards.dtype)
+    return on_torch(spread_of)(square, count, -ends[1], ends[0], unbiased).to(rewards.dtype)
 
 
 def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -91,7 +98,6 @@ def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Ten
     count = valid.sum(-1, keepdim=True).to(rows.dtype)
     mean = torch.where(valid, rows, 0.0).sum(-1, keepdim=True) / count.clamp(min=1.0)
     square = torch.where(valid, (rows - mean).square(), 0.0).sum(-1, keepdim=True)
-    std = (square / (count - 1.0 if unbiased else count).clamp(min=1.0)).sqrt()
     high = torch.where(valid, rows, -torch.inf).amax(-1, keepdim=True)
     low = torch.where(valid, rows, torch.inf).amin(-1, keepdim=True)
-    return mean, torch.where(high > low, std, 0.0)
+    return mean, on_torch(spread_of)(square, count, low, high, unbiased)

@@ -171,9 +171,10 @@ class LossConfig:
                 f"the term {self.policy_term!r} has no meaning at importance_sampling_level="
                 f"{self.importance_sampling_level!r}: it is defined at {', '.join(map(repr, term.levels))}."
             )
-        if self.policy_term == "gmpo" and self.loss_agg_mode != "sequence-mean":
+        if term.aggregations and self.loss_agg_mode not in term.aggregations:
             raise ValueError(
-                f"gmpo is a mean over sequences by definition: leave loss_agg_mode at None, got {self.loss_agg_mode!r}."
+                f"{self.policy_term} is defined with loss_agg_mode {' or '.join(map(repr, term.aggregations))} alone: "
+                f"leave it at None, got {self.loss_agg_mode!r}."
             )
         if self.policy_term == "cispo" and self.epsilon_high is not None:
             raise ValueError(

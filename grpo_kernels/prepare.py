@@ -243,7 +243,7 @@ def _check(args: Arguments, config: LossConfig, layout: Layout, like: torch.Tens
         raise ValueError(f"loss_agg_mode={config.loss_agg_mode!r} on packed input needs max_completion_length.")
     if args.skip_zero_advantage:
         reads = {"entropy_coef": config.entropy_coef != 0.0, "top_entropy_quantile": config.top_entropy_quantile < 1.0,
-                 "policy_term='dro'": config.policy_term == "dro"}  # fmt: skip
+                 f"policy_term={config.policy_term!r}": TERMS[config.policy_term].acts_without_advantage}  # fmt: skip
         for name, reads_all in reads.items():
             if reads_all:
                 raise ValueError(

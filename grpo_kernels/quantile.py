@@ -7,7 +7,16 @@ telling the host how many there are. Here they are sorted to the end instead, as
 import torch
 from torch import Tensor
 
+from grpo_kernels.jit import jit, on_torch, tl
+
 FP32_COUNT = 1 << 24  # beyond it fp32, which torch.quantile ranks in, skips whole numbers
+
+
+@jit
+def interpolated(start, end, part):
+    """Between two entries, as torch.lerp: from the nearer one, so that a whole rank gives an entry exactly."""
+    found = tl.where(part < 0.5, start + part * (end - start), end - (end - start) * (1.0 - part))
+    return tl.where(start == end, start, found)  # both may be infinite
 
 
 def sorted_entropies(entropies: Tensor, mask: Tensor | None, data_group=None) -> tuple[Tensor, Tensor]:
@@ -31,8 +40,7 @@ def threshold(ordered: Tensor, everywhere: Tensor, q: float) -> tuple[Tensor, Te
     rank = rank.clamp(min=0.0)
     below = rank.floor()
     ends = everywhere[torch.stack((below, rank.ceil())).long()]
-    value = torch.lerp(ends[0], ends[1], (rank - below).float())
-    value = torch.where(ends[0] == ends[1], ends[0], value)  # both may be infinite
+    value = on_torch(interpolated)(ends[0], ends[1], (rank - below).float())
     return value, ((ordered < torch.inf) & (ordered >= value)).sum(dtype=torch.float32)
 
 

@@ -47,6 +47,8 @@ class Term(NamedTuple):
     region: object = terms.no_region
     reports: str = ""  # the metric its region is for: "clip_ratio" (all of them), another's name, or none
     statistic: Statistic | None = None
+    aggregations: tuple[str, ...] = ()  # the only ones it has a meaning with; (): all
+    acts_without_advantage: bool = False  # A = 0 leaves a gradient, so that no row can be skipped
     caps: "Callable[[LossConfig], bool]" = lambda config: False  # whether the region's cap can be reached
 
 
@@ -135,7 +137,7 @@ TERMS = {
         terms.gmpo, terms.Gmpo, lambda config: terms.Gmpo(*_bounds(config)), ("token",),
         ("epsilon", "epsilon_high"), "−A·exp(Σ m·(δ + log is)/|y|), δ = r held at ε_high for A > 0, −ε_low for A < 0",
         "∂r of a token that is not held: Σ w·ℓ/|y|", "GMPO, arXiv:2507.20673", terms.gmpo_region, "clip_ratio",
-        Statistic(terms.gmpo_statistic, terms.gmpo_correction, "mean", True),
+        Statistic(terms.gmpo_statistic, terms.gmpo_correction, "mean", True), ("sequence-mean",),
     ),
     "dppo_tv": Term(
         terms.dppo_tv, terms.Dppo, _dppo, ("token", "sequence_token"), ("epsilon", "epsilon_high", "dual_clip"),
@@ -155,6 +157,7 @@ TERMS = {
     "dro": Term(
         terms.dro, terms.Dro, lambda config: terms.Dro(config.dro_beta), _EVERY, ("dro_beta",),
         "−A·lp + ½·dro_beta·r̂²", "∂lp: −A; ∂r̂: dro_beta·r̂", "DRO, arXiv:2405.19107",
+        acts_without_advantage=True,
     ),
 }  # fmt: skip
 

@@ -3,6 +3,7 @@
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rows import kernel
 from grpo_kernels.quantile import FP32_COUNT as _FP32_COUNT
+from grpo_kernels.quantile import interpolated
 
 FP32_COUNT = tl.constexpr(_FP32_COUNT)
 
@@ -32,9 +33,7 @@ def threshold_kernel(ordered, everywhere, value, kept, n, n_everywhere, q: tl.fl
     start = tl.load(everywhere + below.to(tl.int64))
     end = tl.load(everywhere + tl.ceil(rank).to(tl.int64))
     part = (rank - below).to(tl.float32)
-    # as torch.lerp: from the nearer end, so that a whole rank gives an entry exactly
-    found = tl.where(part < 0.5, start + part * (end - start), end - (end - start) * (1.0 - part))
-    found = tl.where(start == end, start, found)
+    found = interpolated(start, end, part)
     tl.store(value, found)
     finite = first_at_least(ordered, n, float("inf"))
     tl.store(kept, (finite - first_at_least(ordered, n, found)).to(tl.float32))

@@ -1,6 +1,6 @@
 """Group-relative advantages inside a launch: each program reads the few rewards that it needs."""
 
-from grpo_kernels.advantages import standardise
+from grpo_kernels.advantages import spread_of, standardise
 from grpo_kernels.jit import jit, tl
 
 TILE = tl.constexpr(32)  # one warp holds a tile, so that its sums need no barrier between warps
@@ -27,10 +27,8 @@ def reward_moments(rewards, n, UNBIASED: tl.constexpr):
     for start in range(0, n, TILE):
         r = tl.load(rewards + start + at, mask=start + at < n, other=float("nan")).to(tl.float32)
         square += tl.where(r == r, (r - mean) * (r - mean), 0.0)
-    freedom = valid_count - 1.0 if UNBIASED else valid_count
-    spread = tl.sqrt(tl.sum(square, axis=0) / tl.where(freedom < 1.0, 1.0, freedom))
-    varied = tl.max(high, axis=0) > tl.min(low, axis=0)
-    return mean, tl.where(varied, spread, 0.0)
+    lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
+    return mean, spread_of(tl.sum(square, axis=0), valid_count, lowest, highest, UNBIASED)
 
 
 @jit

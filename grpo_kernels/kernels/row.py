@@ -172,15 +172,14 @@ def entropy_of(total, mean):
 
 
 @jit
-def slope_at(x, top, scale, cap, slope, pull, onto, ENTROPY: tl.constexpr):
-    """onto + 2^d·(slope + pull·d), through the cap: the gradient of an entry, ``onto`` g for the token's and else 0."""
+def slope_at(x, top, scale, cap, slope, pull, ENTROPY: tl.constexpr):
+    """2^d·(slope + pull·d), through the cap: the gradient of an entry that is not the token's."""
     depth = (x - top) * scale
     part = tl.exp2(depth)
     if ENTROPY:
-        d = onto + part * (slope + pull * tl.maximum(depth, DEEP))
+        return part * (slope + pull * tl.maximum(depth, DEEP)) * slack(x, cap)
     else:
-        d = onto + part * slope
-    return d * slack(x, cap)
+        return part * slope * slack(x, cap)
 
 
 @jit
@@ -188,7 +187,7 @@ def slope_tile(out, row, start, V, scale, cap, top, slope, pull, K: tl.constexpr
                MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
     x = capped(load_tile(row, at, V, MASKED, HINT), cap)
-    d = slope_at(x, top, scale, cap, slope, pull, 0.0, ENTROPY).to(out.dtype.element_ty)
+    d = slope_at(x, top, scale, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
@@ -222,10 +221,15 @@ def write_slope(out, row, token, x_token, V, scale, cap, top, total, mean, g, h,
         slope_tile(dst, body, at, length, scale, cap, top, slope, pull, REST, N, W, True, ENTROPY, HINT)
     if not ALIGNED:
         at, mask = edges_at(head, length, V, W)
-        d = slope_at(capped(load_edges(row, at, mask), cap), top, scale, cap, slope, pull, 0.0, ENTROPY)
+        d = slope_at(capped(load_edges(row, at, mask), cap), top, scale, cap, slope, pull, ENTROPY)
         tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-    d = slope_at(x_token, top, scale, cap, slope, pull, g, ENTROPY)
+    depth = (x_token - top) * scale
+    part = tl.exp2(depth)
+    d = g * (1.0 - part / total)  # one product: g may be infinite
+    if ENTROPY:
+        d += part * pull * (tl.maximum(depth, DEEP) - mean)
+    d = d * slack(x_token, cap)
     tl.store(out + token, d.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))
 
 
