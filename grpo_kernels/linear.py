@@ -57,8 +57,8 @@ def fused_linear_grpo_loss(
 
     Args:
         hidden: (B, T, H), or (B, T+1, H) whose last position is not read and gets gradient 0, or packed
-            (N, H); fp32, bf16 or fp16: what the head is applied to. ``hidden[b, t]`` predicts
-            ``completion_ids[b, t]``.
+            (N, H); fp32, bf16 or fp16: what the head is applied to, and the dtype of the products, under
+            autocast too. ``hidden[b, t]`` predicts ``completion_ids[b, t]``.
         weight: (V, H) in the dtype of ``hidden``, or the head itself (a ``torch.nn.Linear``). A DTensor (FSDP2)
             is gathered once, and its gradient given back sharded, the mean over the ranks. With DDP the head
             may stay inside the wrapped module, unless that looks for unused parameters, as which DDP then
