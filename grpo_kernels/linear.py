@@ -8,7 +8,7 @@ from grpo_kernels import checks, linear_autograd, ops
 from grpo_kernels.config import LossConfig, resolve_config
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.linear_autograd import Options
-from grpo_kernels.linear_checks import check_hidden, check_number, head_tensors
+from grpo_kernels.linear_checks import check_count, check_hidden, check_number, head_tensors
 from grpo_kernels.linear_head import chunk_rows
 from grpo_kernels.logprobs import TokenLogprobs
 from grpo_kernels.loss import LossOutput
@@ -57,19 +57,22 @@ def fused_linear_grpo_loss(
 
     Args:
         hidden: (B, T, H), or (B, T+1, H) whose last position is not read and gets gradient 0, or packed
-            (N, H); fp32, bf16 or fp16: what the head is applied to. ``hidden[b, t]`` predicts
-            ``completion_ids[b, t]``.
+            (N, H); fp32, bf16 or fp16: what the head is applied to, and the dtype of the products, under
+            autocast too. ``hidden[b, t]`` predicts ``completion_ids[b, t]``.
         weight: (V, H) in the dtype of ``hidden``, or the head itself (a ``torch.nn.Linear``). A DTensor (FSDP2)
-            is gathered once, and its gradient given back sharded, the mean over the ranks.
+            is gathered once, and its gradient given back sharded, the mean over the ranks. With DDP the head
+            may stay inside the wrapped module, unless that looks for unused parameters, as which DDP then
+            takes the head: it raises.
         completion_ids: (B, T) or (N,), integers; at masked positions anything.
         bias: (V,), or None.
         logit_scale: factor of the logits (Cohere), or the inverse of their divisor (Granite); above 0.
         softcap: bound of the logits (Gemma); None: none.
         chunk_bytes: bytes of logits at a time. None: GRPO_KERNELS_CHUNK_BYTES, or else 1 GiB, and at most
             4096 rows. The result does not depend on it beyond rounding.
-        num_rows: how many rows are read, if known. With a mask, ``skip_zero_advantage`` or ``cu_seqlens`` the
-            host otherwise waits for the device once, to count them; objectives that depend on whole
-            sequences then wait a second time, for their lengths, whatever is given here.
+        num_rows: how many rows are read, if known; it must be right, which is checked on the CPU alone. With
+            a mask, ``skip_zero_advantage`` or ``cu_seqlens`` the host otherwise waits for the device once, to
+            count them; objectives that depend on whole sequences then wait a second time, for their lengths,
+            whatever is given here.
         accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype,
             which takes half the memory in half precision, and rounds once per chunk.
         advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
@@ -171,7 +174,5 @@ def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.T
 
 
 def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> Options:
-    if num_rows is not None and (isinstance(num_rows, bool) or not isinstance(num_rows, int) or num_rows < 0):
-        raise ValueError(f"num_rows must be None or a count of rows, got {num_rows!r}.")
     height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size())
-    return Options(height, -1 if num_rows is None else num_rows, bool(in_fp32), backend)
+    return Options(height, check_count(num_rows), bool(in_fp32), backend)

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from grpo_kernels.checks import LOGITS_DTYPES, Layout, check_device, check_layout, check_tensor, is_integer
+from grpo_kernels.checks import LOGITS_DTYPES, Layout, check_layout, check_tensor, is_integer
 
 
 def head_tensors(
@@ -37,17 +37,26 @@ def _check_module(head: torch.nn.Module) -> None:
 
 
 def _gathered(name: str, x: torch.Tensor) -> torch.Tensor:
-    """A DTensor as a plain tensor, whose gradient goes back as the mean over the ranks, as FSDP2 reduces it."""
-    if not torch.distributed.is_available():
-        return x
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+    """A DTensor as a plain tensor, whose gradient goes back as the mean over the ranks, as FSDP2 reduces it.
 
-    if not isinstance(x, DTensor):
+    Over ranks that see the same data (tensor parallelism) the mean of their equal gradients is each of them.
+    """
+    if not _is_dtensor(x):
         return x
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     if not all(isinstance(p, (Shard, Replicate)) for p in x.placements):
         raise ValueError(f"{name} is a DTensor with placements {x.placements}, of which only Shard and Replicate can "
                          f"be gathered. Pass {name}.full_tensor().")  # fmt: skip
     return x.full_tensor(grad_placements=[Partial("avg")] * len(x.placements))
+
+
+def _is_dtensor(x: torch.Tensor) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
 
 
 def check_hidden(
@@ -57,6 +66,11 @@ def check_hidden(
     """The layout of hidden states (B, T, H) or (B, T+1, H) and ids (B, T); or of packed (N, H) and (N,)."""
     check_tensor("hidden", hidden)
     check_tensor("completion_ids", ids)
+    if _is_dtensor(hidden):
+        raise ValueError(
+            "hidden is a DTensor, whose gradient the loss cannot place. Pass hidden.full_tensor(), or "
+            "hidden.to_local() with the inputs of those rows."
+        )
     if hidden.dtype not in LOGITS_DTYPES:
         raise TypeError(f"hidden must be float32, bfloat16 or float16, got {hidden.dtype}. Cast it.")
     if not is_integer(ids):
@@ -79,10 +93,10 @@ def check_hidden(
         raise ValueError(f"bias must be (V,) = ({weight.shape[0]},), got {tuple(bias.shape)}.")
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and x.dtype != hidden.dtype:
-            raise TypeError(f"{name} is {x.dtype} but hidden is {hidden.dtype}: cast one, {name}.to(hidden.dtype).")
-        if x is not None:
-            check_device(name, x, hidden)
-    check_device("completion_ids", ids, hidden)
+            raise TypeError(f"{name} is {x.dtype}, but hidden is {hidden.dtype}. Cast one: {name}.to(hidden.dtype).")
+    for name, x in (("weight", weight), ("bias", bias), ("completion_ids", ids)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} is on {x.device} but hidden is on {hidden.device}. Move it there.")
     return check_layout(shape, cu_seqlens, hidden)
 
 
@@ -92,3 +106,14 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+
+
+def check_count(value: int | None) -> int:
+    """How many rows are read, -1 if nobody said."""
+    if value is None:
+        return -1
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"num_rows must be None (the rows are counted) or an int, got {type(value).__name__}.")
+    if value < 0:
+        raise ValueError(f"num_rows must be 0 or more, got {value}. Leave it out to have the rows counted.")
+    return value

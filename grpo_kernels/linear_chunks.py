@@ -14,6 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from grpo_kernels import checks
 from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.linear_head import Gradients, Head
@@ -36,6 +37,8 @@ class Rows:
         live, self.idle = counted_rows(inputs, coefs, plan)
         self.index = None
         if live is not None and count >= 0:
+            if checks.validates(live.device) and count != (read := int(live.sum())):
+                raise ValueError(f"num_rows={count}, but {read} rows are read. Leave it out to have them counted.")
             self.index = torch.nonzero_static(live.reshape(-1), size=count)[:, 0]
         elif live is not None:
             self.index = live.reshape(-1).nonzero()[:, 0]

@@ -95,7 +95,8 @@ class Head:
             if self.place is None:
                 torch.mm(dz, self.weight, out=flat[start:end])
             else:
-                flat[self.place[start:end]] = dz @ self.weight
+                dh = torch.mm(dz, self.weight, out=torch.empty_like(h))  # autocast leaves what has an out= alone
+                flat.index_copy_(0, self.place[start:end], dh)
         if into.weight.numel():
             accumulate(into.weight, dz, h, first)
         if into.bias.numel():

@@ -78,5 +78,5 @@ def assert_close(got, want, dtype=torch.float32):
         assert a.dtype == dtype and b.abs().max() > 0
         torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance * b.abs().max().item())
     for name, value in out.metrics.items():
-        want_value = want_out.metrics[name].double()
-        torch.testing.assert_close(value.cpu().double(), want_value, rtol=1e-5, atol=1e-5, msg=name)
+        torch.testing.assert_close(value.cpu().double(), want_out.metrics[name].double(), rtol=1e-5, atol=1e-5,
+                                   msg=lambda m, name=name: f"{name}: {m}")  # fmt: skip

@@ -170,8 +170,8 @@ def test_packed(per, loss_type, backend):
 def test_frozen_parts(name, frozen):
     head, inputs = batch(seed=7)
     inputs, kwargs = call(name, inputs)
-    want = expected(head, inputs, frozen=frozen.split(), **kwargs)
-    assert_close(ours(head, inputs, "torch", frozen=frozen.split(), **kwargs), want)
+    frozen = frozen.split()
+    assert_close(ours(head, inputs, "torch", frozen=frozen, **kwargs), expected(head, inputs, frozen=frozen, **kwargs))
 
 
 def test_everything_frozen_needs_no_gradient():
@@ -284,6 +284,17 @@ def test_the_weight_gradient_adds_up_in_fp32():
         for exact in (True, False)
     ]
     assert errors[0] <= 2**-8 * whole.norm() and errors[1] > 4 * errors[0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("grpo", "gspo", "none"))
+def test_autocast_casts_nothing(name, dtype):
+    head, inputs = batch(seed=15, dtype=dtype)
+    inputs, kwargs = call(name, inputs)
+    want = ours(head, inputs, "torch", chunk_bytes=8 * ROW, **kwargs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        got = ours(head, inputs, "torch", chunk_bytes=8 * ROW, **kwargs)
+    assert torch.equal(got[0].logps, want[0].logps) and all(map(torch.equal, got[1], want[1]))
 
 
 def test_strided_hidden_states():

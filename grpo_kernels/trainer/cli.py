@@ -62,7 +62,7 @@ def run(options: Options, console: Console | None = None) -> Result:
             reporter.row(row)
 
         try:
-            reporter.header(task, policy.num_parameters(), device)
+            reporter.header(task, policy.num_parameters(), device, len(tokenizer))
             reporter.warmed_up(warm_up(policy, tokenizer, task, options, reporter.warming_up))
             warmed_up = time.perf_counter()
             train(policy, tokenizer, task, options, log)

@@ -51,8 +51,9 @@ class Reporter:
     def _say(self, text: str = "") -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def header(self, task: Task, parameters: int, device: torch.device) -> None:
+    def header(self, task: Task, parameters: int, device: torch.device, vocabulary: int) -> None:
         options = self._options
+        hidden = options.takes_hidden_states(task.max_completion_length, vocabulary)
         self._say(f"GRPO on {task.name}: {len(task.train)} problems to learn from, {len(task.held_out)} held out")
         self._say(f"  e.g. {task.held_out[0].prompt}{task.held_out[0].answer}  ({task.note})")
         self._say(f"Qwen2 of {parameters:,} parameters, random weights; {device}, {options.dtype}, seed {options.seed}")
@@ -60,6 +61,7 @@ class Reporter:
             f"{options.batch_size} prompts x {options.num_generations} completions a step, "
             f"{options.num_iterations} updates each; loss {options.loss_type}, beta {options.beta:g}"
         )
+        self._say("loss from hidden states and the head, chunk by chunk" if hidden else "loss from logits")
         self._say()
 
     def warming_up(self, step: int, accuracy: float) -> None:

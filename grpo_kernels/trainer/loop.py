@@ -21,8 +21,16 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from grpo_kernels import LossConfig, fused_grpo_loss, token_logprobs
+from grpo_kernels import (
+    LossConfig,
+    LossOutput,
+    fused_grpo_loss,
+    fused_linear_grpo_loss,
+    linear_token_logprobs,
+    token_logprobs,
+)
 from grpo_kernels.metrics import combine
+from grpo_kernels.trainer.head import Head, body, find_head
 from grpo_kernels.trainer.options import Options
 from grpo_kernels.trainer.task import Problem, Task
 
@@ -52,20 +60,55 @@ def mask_after_eos(completion_ids: torch.Tensor, eos_token_id: int) -> torch.Ten
     return is_eos.cumsum(1) - is_eos == 0
 
 
+def model_inputs(rollout: Rollout) -> dict[str, torch.Tensor]:
+    """Prompts and completions, one behind the other."""
+    # Nothing attends forward, so that what follows the end of sequence needs no attention mask.
+    attention = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.completion_ids)], dim=1)
+    return {
+        "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
+        "attention_mask": attention,
+        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
+    }
+
+
 def completion_logits(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
     """Logits (B, T+1, V) of the positions that chose ``completion_ids``, and of one more behind them.
 
     ``logits[:, t]`` scores ``completion_ids[:, t]``: each is the output at the position before.
     """
-    T = rollout.completion_ids.shape[1]
-    # Nothing attends forward, so that what follows the end of sequence needs no attention mask.
-    attention = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.completion_ids)], dim=1)
-    return policy(
-        input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
-        attention_mask=attention,
-        position_ids=(attention.cumsum(1) - 1).clamp(min=0),
-        logits_to_keep=T + 1,
-    ).logits
+    return policy(**model_inputs(rollout), logits_to_keep=rollout.completion_ids.shape[1] + 1).logits
+
+
+def completion_hidden(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
+    """Hidden states (B, T+1, H), of which the head makes `completion_logits`."""
+    hidden = body(policy)(**model_inputs(rollout), use_cache=False).last_hidden_state
+    hidden = hidden[:, -rollout.completion_ids.shape[1] - 1 :]
+    # As autocast would hand them to the head.
+    return hidden.bfloat16() if torch.is_autocast_enabled(hidden.device.type) else hidden
+
+
+def completion_logps(
+    policy: PreTrainedModel, head: Head | None, rollout: Rollout, options: Options, **kwargs
+) -> torch.Tensor:
+    """Log-probabilities (B, T). With ``head`` a chunk of rows at a time, and no logits as a whole."""
+    with precision(options, policy.device):
+        states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
+    if head is None:
+        return token_logprobs(states, rollout.completion_ids, **kwargs).logps
+    states = head.arguments(policy, states)
+    return linear_token_logprobs(**states, completion_ids=rollout.completion_ids, **kwargs).logps
+
+
+def completion_loss(
+    policy: PreTrainedModel, head: Head | None, rollout: Rollout, options: Options, **kwargs
+) -> LossOutput:
+    """The loss; ``head`` as in `completion_logps`."""
+    with precision(options, policy.device):
+        states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
+    if head is None:
+        return fused_grpo_loss(states, rollout.completion_ids, **kwargs)
+    states = head.arguments(policy, states)
+    return fused_linear_grpo_loss(**states, completion_ids=rollout.completion_ids, **kwargs)
 
 
 @torch.no_grad()
@@ -134,23 +177,27 @@ def step_on(
     optimizer: torch.optim.Optimizer,
     config: LossConfig,
     options: Options,
+    head: Head | None = None,
 ) -> Row:
-    """``num_iterations`` optimizer steps on one rollout; the metrics are over all of them."""
-    ids, mask, temperature = rollout.completion_ids, rollout.completion_mask, options.temperature
+    """``num_iterations`` optimizer steps on one rollout; the metrics are over all of them.
+
+    Args:
+        head: of the policy, for a loss without logits; None: with logits.
+    """
+    mask, temperature = rollout.completion_mask, options.temperature
     ref_logps = None
     if reference is not None:
-        with torch.no_grad(), precision(options, policy.device):
-            logits = completion_logits(reference, rollout)
-            ref_logps = token_logprobs(logits, ids, mask=mask, temperature=temperature).logps
+        with torch.no_grad():
+            ref_logps = completion_logps(reference, head, rollout, options, mask=mask, temperature=temperature)
 
     old_logps = None  # on-policy in the first iteration: ratio 1, and the loss is about 0; its gradient is not
     losses, norms, sums = [], [], []
     for _ in range(options.num_iterations):
-        with precision(options, policy.device):
-            logits = completion_logits(policy, rollout)
-        out = fused_grpo_loss(
-            logits,
-            ids,
+        out = completion_loss(
+            policy,
+            head,
+            rollout,
+            options,
             rewards=rollout.rewards,
             num_generations=options.num_generations,
             old_logps=old_logps,
@@ -205,8 +252,13 @@ def train(
         log: receives a row of metrics per step, under TRL's names; and rows with ``eval/accuracy`` before
             the first step, after the last, and every ``options.eval_every`` steps. The last is
             ``options.steps``, or without it the one whose rewards count as solved.
+
+    Raises:
+        OptionError: the loss is to do without logits, and the head of the policy is not understood.
     """
     config = options.loss_config(task.max_completion_length)
+    linear = options.takes_hidden_states(task.max_completion_length, len(tokenizer))
+    head = find_head(policy) if linear else None
     reference = copy.deepcopy(policy).eval().requires_grad_(False) if config.beta else None
     optimizer = torch.optim.AdamW(policy.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     rise = max(1, options.max_steps // 10)
@@ -223,7 +275,7 @@ def train(
         sampled = time.perf_counter()
         policy.train()
         learning_rate = schedule.get_last_lr()[0]
-        row = {"step": step, **step_on(policy, reference, rollout, optimizer, config, options)}
+        row = {"step": step, **step_on(policy, reference, rollout, optimizer, config, options, head)}
         schedule.step()
         num_tokens += int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
         log({

@@ -62,6 +62,14 @@ class Options:
     epsilon_high: float | None = _option(None, "upper clip distance (default: epsilon)")
     scale_rewards: str = _option("group", "what centred rewards are divided by", ("group", "batch", "none"))
 
+    loss_path: str = _option(
+        "auto",
+        "what the loss takes; linear: hidden states and head, so that logits are never held whole; "
+        "auto: linear where they would not fit their budget",
+        ("auto", "logits", "linear"),
+    )
+    logits_budget_gib: float = _option(4.0, "GiB that the logits of a step and their gradient may take, for auto")
+
     warmup_steps: int = _option(600, "supervised steps before GRPO, at most; 0: start from random weights")
     warmup_accuracy: float = _option(0.38, "the warm-up ends when the held-out accuracy reaches this")
 
@@ -72,7 +80,7 @@ class Options:
             _check(value is None or value >= 1, name, value, "at least 1")
         _check(self.num_generations >= 2, "num_generations", self.num_generations,
                "at least 2: an advantage compares completions of one prompt")  # fmt: skip
-        for name in ("temperature", "learning_rate", "max_grad_norm"):
+        for name in ("temperature", "learning_rate", "max_grad_norm", "logits_budget_gib"):
             value = getattr(self, name)
             _check(0 < value < math.inf, name, value, "a finite number above 0")
         _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
@@ -98,6 +106,13 @@ class Options:
         """Whether the rewards of the steps so far end the run; never with a given number of steps."""
         window = rewards[-REWARD_WINDOW:]
         return self.steps is None and len(window) == REWARD_WINDOW and sum(window) / REWARD_WINDOW >= SOLVED_REWARD
+
+    def takes_hidden_states(self, max_completion_length: int, vocabulary: int) -> bool:
+        """Whether the loss is that of hidden states and head."""
+        positions = self.batch_size * self.num_generations * (max_completion_length + 1)
+        size = 2 if self.dtype == "bfloat16" else 4
+        fits = 2 * positions * vocabulary * size <= self.logits_budget_gib * 2**30
+        return self.loss_path == "linear" or (self.loss_path == "auto" and not fits)
 
     def loss_config(self, max_completion_length: int) -> LossConfig:
         """The loss's part of the options."""

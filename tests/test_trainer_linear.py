@@ -1,0 +1,181 @@
+"""The trainer's two ways to the loss, through logits and from hidden states: the same run, chosen as stated."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
+
+from rich.console import Console
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    FalconConfig,
+    Gemma2Config,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    MambaConfig,
+    PhiConfig,
+)
+
+from grpo_kernels.trainer import __main__ as entry
+from grpo_kernels.trainer import cli, head, loop
+from grpo_kernels.trainer.head import Head, find_head
+from grpo_kernels.trainer.model import tiny_qwen2
+from grpo_kernels.trainer.options import OptionError, Options
+from grpo_kernels.trainer.task import addition
+from grpo_kernels.trainer.tokenizer import character_tokenizer
+
+TASK = addition()
+TIMES = {"step_time", "sampling_time"}
+SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 3, "warmup_steps": 0}
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+         "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
+         "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run as fast on one thread, and do not wait for a busy core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def run(tmp_path, monkeypatch, **options):
+    """(rows of metrics.jsonl without times, which losses were called, what was printed)"""
+    called = set()
+    for name in ("fused_grpo_loss", "token_logprobs", "fused_linear_grpo_loss", "linear_token_logprobs"):
+        real = getattr(loop, name)
+        monkeypatch.setattr(loop, name, lambda *a, real=real, name=name, **k: (called.add(name), real(*a, **k))[1])
+
+    def starts_even(prompts, completions, answers):  # an untrained policy earns it now and then
+        return [float(text[:1] in set("02468")) for text in completions]
+
+    monkeypatch.setattr(cli, "addition", lambda: dataclasses.replace(TASK, reward=starts_even))
+    console = Console(file=io.StringIO(), width=80)
+    result = cli.run(Options(output_dir=str(tmp_path), **{**SMALL, **options}), console)
+    rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
+    rows = [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+    monkeypatch.undo()
+    return rows, called, console.file.getvalue()
+
+
+LOGITS, LINEAR = {"fused_grpo_loss", "token_logprobs"}, {"fused_linear_grpo_loss", "linear_token_logprobs"}
+
+
+@pytest.mark.parametrize("options", [{}, {"loss_type": "dapo", "epsilon_high": 0.28}, {"dtype": "bfloat16"}], ids=str)
+def test_both_ways_are_the_same_run(options, tmp_path, monkeypatch):
+    a, called_a, said_a = run(tmp_path / "a", monkeypatch, loss_path="logits", **options)
+    b, called_b, said_b = run(tmp_path / "b", monkeypatch, loss_path="linear", **options)
+    assert called_a == LOGITS and called_b == LINEAR
+    assert "loss from logits" in said_a and "loss from hidden states" in said_b
+    assert len(a) == len(b) and sum("loss" in row for row in a) == 3
+    # In bf16 the gradient of the head is rounded where the logits' way rounds it, in another order.
+    rtol, atol = (2e-2, 2e-2) if options.get("dtype") else (1e-4, 1e-5)
+    for row, other in zip(a, b):
+        assert row.keys() == other.keys()
+        for name, value in row.items():
+            assert other[name] == pytest.approx(value, rel=rtol, abs=atol), (row["step"], name)
+    assert max(row["grad_norm"] for row in a if "loss" in row) > 0
+
+
+@pytest.mark.parametrize(("budget", "want"), [(4.0, LOGITS), (1e-6, LINEAR)])
+def test_auto_is_by_the_budget(budget, want, tmp_path, monkeypatch):
+    _, called, _ = run(tmp_path, monkeypatch, logits_budget_gib=budget, steps=1, beta=0.0)
+    assert called == {name for name in want if "loss" in name}  # without beta nobody asks for log-probabilities
+
+
+def test_the_budget_is_of_logits_and_gradient():
+    """64 × 8 completions of 4 + 1 positions, 2**20 words, twice: 20 GiB in fp32."""
+    for dtype, gib in (("float32", 20.0), ("bfloat16", 10.0)):
+        fits, not_quite = (Options(dtype=dtype, logits_budget_gib=x) for x in (gib, gib - 1e-6))
+        assert not fits.takes_hidden_states(4, 2**20) and not_quite.takes_hidden_states(4, 2**20)
+    assert Options(loss_path="linear").takes_hidden_states(1, 2)
+    assert not Options(loss_path="logits", logits_budget_gib=1e-9).takes_hidden_states(4, 2**20)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (LlamaConfig(**SIZES), Head()),
+        (PhiConfig(**SIZES), Head()),  # a bias
+        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2), Head()),
+        (CohereConfig(**SIZES, logit_scale=0.25), Head(0.25)),
+        (GraniteConfig(**SIZES, logits_scaling=4.0), Head(0.25)),
+        (Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5), Head(1.0, 0.5)),
+        (FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), Head()),
+        (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), Head()),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_heads_of_transformers(config, wanted):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).train()
+    assert find_head(model) == wanted and model.training
+
+
+@pytest.fixture
+def policy():
+    torch.manual_seed(0)
+    return tiny_qwen2(character_tokenizer(TASK.alphabet), TASK.max_completion_length)
+
+
+class Scaled(torch.nn.Linear):
+    def forward(self, x):
+        return 3.0 * super().forward(x)
+
+
+def with_another_scale(policy):
+    forward = policy.forward
+
+    def scaled(**kwargs):
+        out = forward(**kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    policy.forward = scaled
+
+
+def with_another_head(policy):
+    policy.lm_head = Scaled(64, policy.config.vocab_size, bias=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (with_another_scale, r"Head\(logit_scale=1.0, softcap=None\) is off by 0.09.* of the model's largest logit"),
+        (with_another_head, "the output embedding is a Scaled, not a torch.nn.Linear"),
+        (lambda policy: setattr(policy, "base_model_prefix", "nothing"), "no body"),
+    ],
+)
+def test_a_head_that_is_not_understood(policy, change, says):
+    change(policy)
+    with pytest.raises(OptionError, match=f"head of Qwen2ForCausalLM is not understood: .*{says}.*--loss-path logits"):
+        find_head(policy)
+
+
+def test_such_a_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(head, "TOLERANCE", -1.0)
+    arguments = ["--loss-path", "linear", "--warmup-steps", "0", "--steps", "1", "--output-dir", str(tmp_path)]
+    assert entry.main(arguments) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: --loss-path linear: ") and message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [({"loss_path": "chunks"}, "--loss-path must be one of auto, logits, linear"),
+     ({"logits_budget_gib": 0.0}, "--logits-budget-gib must be a finite number above 0, got 0.0")],
+)  # fmt: skip
+def test_bad_options(options, says):
+    with pytest.raises(OptionError, match=says):
+        Options(**options)
