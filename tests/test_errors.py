@@ -78,7 +78,7 @@ BAD = [
      "'gmpo'.*token"),
     ("level of dppo", lambda c: dict(loss_type="dppo_tv", importance_sampling_level="sequence_sum"), ValueError,
      "no meaning.*'token', 'sequence_token'"),
-    ("gmpo weights", lambda c: dict(loss_type="gmpo", loss_agg_mode="token-mean"), ValueError, "defined with loss_agg_mode 'sequence-mean'"),
+    ("gmpo weights", lambda c: dict(loss_type="gmpo", loss_agg_mode="token-mean"), ValueError, "'sequence-mean' alone"),
     ("cispo's trap", lambda c: dict(loss_type="cispo", epsilon_high=0.28), ValueError, "cispo_max=epsilon_high"),
     ("delta of sapo", lambda c: dict(loss_type="sapo", delta=2.0), ValueError, "delta is read by clipped"),
     ("dual clip below 1", lambda c: dict(dual_clip=0.5), ValueError, "dual_clip must be above 1"),
