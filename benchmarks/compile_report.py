@@ -61,7 +61,7 @@ _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas")
 
 
 class Launch(NamedTuple):
@@ -73,7 +73,7 @@ class Launch(NamedTuple):
     options: dict
 
 
-class _Recorder:
+class Recorder:
     def __init__(self, kernel, launches: list, label: str) -> None:
         self.kernel, self.launches, self.label = kernel, launches, label
 
@@ -92,7 +92,7 @@ def recording(launches: list, label: str, wave: int) -> Iterator[None]:
     shapes = ("tile_shape", "block_shape")
     saved = {name: getattr(launch, name) for name in (*KERNELS, *shapes)}
     for name in KERNELS:
-        setattr(launch, name, _Recorder(saved[name], launches, label))
+        setattr(launch, name, Recorder(saved[name], launches, label))
     for name in shapes:
         setattr(launch, name, functools.partial(saved[name], wave=wave))
     try:
@@ -185,8 +185,8 @@ def _signature(each: Launch) -> tuple[dict, dict, dict]:
     return types, constants, hints
 
 
-def compile_launch(each: Launch, target_name: str) -> dict:
-    """Compile one launch for one target; a flat dict of what was found."""
+def machine_code_of(each: Launch, target_name: str) -> dict:
+    """Compile one launch for one target; what its machine code holds, the loops apart."""
     target = TARGETS[target_name]
     options = dict(each.options)
     compiled = triton.compile(ASTSource(each.kernel, *_signature(each)), target=target, options=options)
@@ -195,6 +195,13 @@ def compile_launch(each: Launch, target_name: str) -> dict:
     row |= {**read(compiled.asm[binary]), "shared": compiled.metadata.shared}
     row["resident_programs"] = machine_code.resident_programs(target, row["registers"], options["num_warps"])
     row["resident_warps"] = row["resident_programs"] * options["num_warps"]
+    return row
+
+
+def compile_launch(each: Launch, target_name: str) -> dict:
+    """The same as a flat dict, with the passes over a row in place of the loops."""
+    target, options = TARGETS[target_name], each.options
+    row = machine_code_of(each, target_name)
     loops, x = row.pop("loops"), each.arguments.get("logits", each.arguments.get("grad"))
     passes = {} if x is None else _row_passes(loops, x.element_size())
     tile = each.arguments.get("K", 0) * each.arguments.get("L", 0) // (options["num_warps"] * target.warp_size)

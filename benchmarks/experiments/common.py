@@ -65,14 +65,14 @@ def _aligned(x: torch.Tensor) -> bool:
     return all(at % 16 == 0 for at in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size))
 
 
-def lanes(itemsize: int, num_warps: int, wave: int) -> int:
-    """Entries that a program's threads hold side by side, 16 bytes each."""
-    return 16 // itemsize * wave * num_warps
+def lanes(itemsize: int, warps: int) -> int:
+    """Entries that 32·warps threads hold side by side, 16 bytes each."""
+    return 16 // itemsize * 32 * warps
 
 
-def options(num_warps: int, registers: int, wave: int) -> dict[str, int]:
-    """Launch options; AMD's compiler takes no limit of registers."""
-    return {"num_warps": num_warps, **({"maxnreg": registers} if wave == 32 else {})}
+def options(warps: int, registers: int, wave: int) -> dict[str, int]:
+    """Launch options of 32·warps threads; AMD's compiler takes no limit of registers."""
+    return {"num_warps": max(1, warps * 32 // wave), **({"maxnreg": registers} if wave == 32 else {})}
 
 
 def processors(x: torch.Tensor) -> int:

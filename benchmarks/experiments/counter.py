@@ -103,9 +103,9 @@ def counter_kernel(
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
     at = start + tl.arange(0, K)[:, None] * L + tl.arange(0, L)[None, :]
     if not is_live(mask, seq, tok, T):
-        if part == 0:
-            tl.store(logps + seq * T + tok, 0.0, mask=tok < T)
-        tl.store(dst + at, tl.zeros([K, L], dst.dtype.element_ty), mask=at < V)
+        if CONSUME:
+            tl.store(logps + seq * T + tok, 0.0, mask=(part == 0) & (tok < T))
+            tl.store(dst + at, tl.zeros([K, L], dst.dtype.element_ty), mask=at < V)
         return
 
     token = tl.load(ids + seq * T + tok)
@@ -130,8 +130,7 @@ def counter_kernel(
         row_top, row_total = join(tl.where(there, tops, float("-inf")), tl.where(there, totals, 0.0), scale)
         x_token, _ = halves_of(token_word)
         lp = tl.where(complete, logp_of(x_token, row_top, row_total, scale), float("nan"))
-        if part == 0:
-            tl.store(logps + seq * T + tok, lp)
+        tl.store(logps + seq * T + tok, lp, mask=part == 0)
         g = slope_of(lp, lp_old, A, w, limits, c, TERM) * inv_temperature
         if g == 0.0:
             tl.store(dst + at, tl.zeros([K, L], dst.dtype.element_ty), mask=at < V)
@@ -147,7 +146,7 @@ def counter_kernel(
 
 def unavailable(device: torch.device, V: int, *, K: int = 4, warps: int = 16, **_) -> str | None:
     """Why a launch could deadlock, or None."""
-    parts = triton.cdiv(V, K * lanes(4, warps, WAVE))  # of fp32, which takes most
+    parts = triton.cdiv(V, K * lanes(4, warps))  # of fp32, which takes most
     places = torch.cuda.get_device_properties(device).multi_processor_count
     return f"{parts} parts, {places} multiprocessors" if parts > places else None
 
@@ -162,7 +161,7 @@ def launch(
     """
     logps = job.old.new_empty(job.old.shape)
     values, constants = arguments(job, out, logps)
-    L = lanes(job.logits.element_size(), warps, wave)
+    L = lanes(job.logits.element_size(), warps)
     parts = triton.cdiv(job.V, K * L)
     # Zeroed by one small kernel, which a graph captures like any other.
     work = torch.zeros(1 + job.rows * (parts + 1), dtype=torch.int64, device=out.device)

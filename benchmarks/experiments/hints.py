@@ -36,6 +36,7 @@ def hints_kernel(
     tl.store(logps + seq * T + tok, lp)
     g = slope_of(lp, lp_old, A, w, limits, c, TERM)
     if g == 0.0:
+        tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
         write_zeros(dst, V, K, L)
     else:
         write_slope(dst, row, token, x_token, V, scale, top, total, mean, g, 0.0, K, L, False, SECOND)
@@ -50,7 +51,7 @@ def launch(
     values, constants = arguments(job, out, logps)
     with on(job.logits):
         hints_kernel[(job.rows,)](
-            *values, **constants, FIRST=first, SECOND=second, K=K, L=lanes(job.logits.element_size(), warps, wave),
+            *values, **constants, FIRST=first, SECOND=second, K=K, L=lanes(job.logits.element_size(), warps),
             **options(warps, registers, wave),
         )  # fmt: skip
     return logps

@@ -109,6 +109,7 @@ def interleaved_kernel(
         else:
             tl.store(logps + seq * T + tok, 0.0, mask=tok < T)
         if g == 0.0:
+            tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
             write_zeros(dst, V, K, L)
     if held >= 0:
         held_seq, held_tok = (held // rows).to(tl.int64), (held % rows).to(tl.int64)
@@ -128,7 +129,7 @@ def launch(
     programs = min(job.rows, per_processor * processors(job.logits))
     with on(job.logits):
         interleaved_kernel[(programs,)](
-            *values, **constants, STAGES=stages, K=K, L=lanes(job.logits.element_size(), warps, wave),
+            *values, **constants, STAGES=stages, K=K, L=lanes(job.logits.element_size(), warps),
             **options(warps, registers, wave),
         )  # fmt: skip
     return logps

@@ -19,7 +19,7 @@ def launch(
     """
     inputs = Inputs(job.ids, job.mask, job.old, adv=job.adv[:, None], count=job.count)
     coefs = Coefs(temperature=job.temperature, w_factor=1.0 / job.ids.shape[0], term=tuple(job.clip))
-    shape = {"K": K, "L": lanes(job.logits.element_size(), warps, wave), **options(warps, registers, wave)}
+    shape = {"K": K, "L": lanes(job.logits.element_size(), warps), **options(warps, registers, wave)}
     own = package.tile_shape(job.V, job.logits.element_size(), wave=wave)
     with mock.patch.object(package, "tile_shape", lambda *_: shape if K else own):
         return package.loss(job.logits, out, inputs, coefs, Plan(term="clipped"), False)[0]
