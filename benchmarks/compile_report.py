@@ -158,11 +158,11 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         launch.threshold(segments.float(), segments.float(), 0.5)
     seen = {}
     for each in launches:
-        seen.setdefault((each.kernel, str(_signature(each))), each)
+        seen.setdefault((each.kernel, str(signature(each))), each)
     return list(seen.values())
 
 
-def _signature(each: Launch) -> tuple[dict, dict, dict]:
+def signature(each: Launch) -> tuple[dict, dict, dict]:
     """(types, constants, alignment hints) as Triton's own launcher would derive them."""
     types, constants, hints = {}, {}, {}
     parameters = inspect.signature(each.kernel.fn).parameters
@@ -185,11 +185,16 @@ def _signature(each: Launch) -> tuple[dict, dict, dict]:
     return types, constants, hints
 
 
+def compiled_for(each: Launch, target_name: str):
+    """A launch as Triton compiles it for a target."""
+    source = ASTSource(each.kernel, *signature(each))
+    return triton.compile(source, target=TARGETS[target_name], options=dict(each.options))
+
+
 def machine_code_of(each: Launch, target_name: str) -> dict:
-    """Compile one launch for one target; what its machine code holds, the loops apart."""
-    target = TARGETS[target_name]
-    options = dict(each.options)
-    compiled = triton.compile(ASTSource(each.kernel, *_signature(each)), target=target, options=options)
+    """What the machine code of a launch holds, the loops apart."""
+    target, options = TARGETS[target_name], each.options
+    compiled = compiled_for(each, target_name)
     row = {"kernel": each.label, "target": target_name, **each.options}
     binary, read = ("amdgcn", machine_code.amd) if target.backend == "hip" else ("cubin", machine_code.nvidia)
     row |= {**read(compiled.asm[binary]), "shared": compiled.metadata.shared}
@@ -260,7 +265,7 @@ def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> li
     jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
         for each in record_launches(V, dtype, TARGETS[target].warp_size):
-            jobs.setdefault((target, V, each.kernel, str(_signature(each))), each)
+            jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: {"V": job[0][1], **compile_launch(job[1], job[0][0])}, jobs.items()))
 

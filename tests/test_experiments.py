@@ -17,7 +17,7 @@ import triton
 
 from benchmarks import machine_code, report
 from benchmarks.experiments import __main__ as command
-from benchmarks.experiments import cluster, counter, hints, interleaved, measured, present
+from benchmarks.experiments import cluster, counter, hints, interleaved, measured, precompiled, present
 from benchmarks.experiments.candidates import Candidate, candidates
 from benchmarks.experiments.common import make_job
 from benchmarks.experiments.measured import PlainCase, best, measure, table
@@ -41,7 +41,7 @@ EPSILON, INF, NAN = 0.2, math.inf, math.nan
 def run(name, case, *, inplace=False, dirty=None, temperature=1.0):
     """(gradient, log-probabilities) of a candidate; ``dirty``: logits in place of the case's."""
     module, setting = LAUNCHES[name]
-    if name == "cluster" and DEVICE == "cuda" and (why := cluster.unavailable(torch.device(DEVICE), 0)):
+    if name == "cluster" and DEVICE == "cuda" and (why := cluster.unavailable(torch.device(DEVICE), 0, torch.float32)):
         pytest.skip(why)
     logits = (case.logits if dirty is None else dirty).to(DEVICE).clone()
     given = [x.to(DEVICE) for x in (case.completion_ids, case.completion_mask, case.old_logps, case.advantages)]
@@ -216,12 +216,12 @@ def compiled(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compiled")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.experiments", "--compile", "--target", "sm_90", "--out", str(folder),
-         "--dtype", "bf16", "--only", "counter", "cluster", "interleaved"],
+        [sys.executable, "-m", "benchmarks.experiments", "--compile", "--target", "sm_90", "--dtype", "bf16",
+         "--out", str(folder), "--cubins", str(folder), "--only", "counter", "cluster", "interleaved"],
         env={**env, "TRITON_CACHE_DIR": str(folder / "cache")}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout, json.loads((folder / "compiled.json").read_text())["rows"]
+    return done.stdout, json.loads((folder / "compiled.json").read_text())["rows"], folder
 
 
 @pytest.mark.parametrize("name", ("counter", "interleaved"))
@@ -264,6 +264,28 @@ def test_the_shortest_way_that_loads_and_stores():
     jumps = {1: 4, 6: 5, 7: 10}
     assert machine_code.path(code, jumps, {3, 9, 14}) == 11  # 0 1 4 5 6 7 10 11 12 13 14
     assert machine_code.path(code[:4], {}, {3}) is None
+
+
+def test_parameters_of_a_precompiled_kernel():
+    """In the order of the kernel, tuples flat, null pointers for what Triton adds."""
+    x = torch.zeros(3)
+    about = {"types": ["*fp32", "i64", "i32", "fp32", "fp32", "fp32"], "parameters": 8}
+    made = precompiled.parameters((x, 2**40, 7, 0.5, (1.0, INF)), about)
+    assert [each.value for each in made] == [x.data_ptr(), 2**40, 7, 0.5, 1.0, INF, 0, 0]
+    assert [type(each)._type_ for each in made] == ["L", "l", "i", "f", "f", "f", "L", "L"]
+    with pytest.raises(ValueError, match="compile the cubins anew"):
+        precompiled.parameters((x,), about)
+
+
+def test_cubins_are_written(compiled):
+    folder = compiled[2]
+    if why := cluster.too_old():
+        pytest.skip(why)
+    first = next(each for each in candidates(torch.bfloat16) if each.name == "cluster")
+    path = precompiled.path_of(folder, 151936, torch.bfloat16, first.setting)
+    about = json.loads(path.with_suffix(".json").read_text())
+    assert path.read_bytes()[:4] == b"\x7fELF" and about["ctas"] == 8 and about["threads"] == 256
+    assert about["types"].count("*fp32") == 4 and about["parameters"] >= len(about["types"])
 
 
 # --- measuring ----------------------------------------------------------------------------------------

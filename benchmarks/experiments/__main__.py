@@ -15,7 +15,7 @@ import torch
 import triton
 
 from benchmarks.compile_report import TARGETS
-from benchmarks.experiments import compiled, measured
+from benchmarks.experiments import cluster, compiled, measured
 
 NAMES = ("present", "counter", "cluster", "interleaved", "hints")
 
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="with --compile")
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"], help="only these")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="only these candidates")
+    parser.add_argument("--cubins", type=Path, metavar="DIR", help="cluster kernels for sm_90: with --compile written "
+                        "there, else run from there if this Triton is too old to compile them")  # fmt: skip
     parser.add_argument("--out", type=Path, metavar="DIR", help="write results.json and results.csv there")
     parser.add_argument("--minutes", type=float, default=5.5, help="for all that is measured (default: 5.5)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the data (default: 0)")
@@ -42,13 +44,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return compile_all(arguments)
     if not torch.cuda.is_available():
         parser.error(f"needs a GPU, and torch {torch.__version__} sees none; --compile does without")
+    cluster.cubins = arguments.cubins
     return measured.main(arguments)
 
 
 def compile_all(arguments: argparse.Namespace) -> int:
     print(textwrap.fill(f"Triton {triton.__version__}. {compiled.LEGEND}", 80))
     rows = []
-    wanted = compiled.report(arguments.vocab, arguments.dtype, arguments.target, arguments.only)
+    wanted = compiled.report(
+        arguments.vocab, arguments.dtype, arguments.target, arguments.only, arguments.cubins
+    )
     for (target, V, dtype), block in itertools.groupby(wanted, lambda row: (row["target"], row["V"], row["dtype"])):
         print(f"\n{target}, V = {V}, {dtype}\n{compiled.TITLES}", flush=True)
         for row in block:

@@ -27,9 +27,9 @@ class Candidate(NamedTuple):
     def launch(self, job: Job, out: torch.Tensor, **more: object) -> torch.Tensor:
         return self.module.launch(job, out, **self.setting, **more)
 
-    def unavailable(self, device: torch.device, V: int) -> str | None:
+    def unavailable(self, job: Job) -> str | None:
         why = getattr(self.module, "unavailable", None)
-        return why and why(device, V, **self.setting)
+        return why and why(job.logits.device, job.V, job.logits.dtype, **self.setting)
 
 
 def candidates(dtype: torch.dtype) -> list[Candidate]:

@@ -5,17 +5,22 @@ it through distributed shared memory. A cluster so holds a whole row in register
 element, no cache to hope for, and nothing in global memory to wait at. Tensors have power-of-two sizes, so a row is cut
 into two pieces: 151936 as 131072 + 32768, of which the second is 64% full.
 
-Needs sm_90 or later and Triton 3.8 or later; older ones fail to compile it.
+Needs sm_90 or later, and Triton 3.8 or later to compile it; to run it, what a later one has compiled will do
+(`precompiled`).
 """
+
+from pathlib import Path
 
 import torch
 
+from benchmarks.experiments import precompiled
 from benchmarks.experiments.common import Job, arguments, is_live, logp_of, on, options, row_numbers, slope_of
 from grpo_kernels.jit import jit, tl, triton
 from grpo_kernels.kernels.row import LOG2E, load_tile
 from grpo_kernels.kernels.rows import kernel, row_at
 
 OLDEST_TRITON = (3, 8)
+cubins: Path | None = None  # the folder of kernels that another Triton has compiled
 
 
 @jit
@@ -78,11 +83,14 @@ def pieces(V: int) -> tuple[int, int]:
     return first, triton.next_power_of_2(max(V - first, 1))
 
 
-def unavailable(device: torch.device, V: int, **_) -> str | None:
+def unavailable(device: torch.device, V: int, dtype: torch.dtype, **setting: int) -> str | None:
     """Why this GPU or this Triton cannot run it, or None."""
     if torch.cuda.get_device_capability(device) < (9, 0) or torch.version.hip:
         return "clusters need sm_90 or later"
-    return too_old()
+    if (why := too_old()) and cubins is not None:
+        path = precompiled.path_of(cubins, V, dtype, setting)
+        return None if path.exists() else f"there is no {path.name}"
+    return why
 
 
 def too_old() -> str | None:
@@ -99,7 +107,12 @@ def launch(
     values, constants = arguments(job, out, logps)
     first, second = pieces(job.V)
     with on(job.logits):
-        cluster_kernel[(job.rows,)](
-            *values, **constants, FIRST=first, SECOND=second, num_ctas=ctas, **options(warps, registers, wave)
-        )
+        if job.logits.is_cuda and cubins is not None and too_old():
+            setting = {"ctas": ctas, "warps": warps, "registers": registers}
+            path = precompiled.path_of(cubins, job.V, job.logits.dtype, setting)
+            precompiled.launch(path, job.rows, values)
+        else:
+            cluster_kernel[(job.rows,)](
+                *values, **constants, FIRST=first, SECOND=second, num_ctas=ctas, **options(warps, registers, wave)
+            )
     return logps

@@ -9,12 +9,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import torch
 
-from benchmarks.compile_report import DTYPES, TARGETS, Launch, Recorder, compile_launch, machine_code_of, recording
-from benchmarks.experiments import cluster, counter, interleaved, present
+from benchmarks.compile_report import (
+    DTYPES,
+    TARGETS,
+    Launch,
+    Recorder,
+    compile_launch,
+    compiled_for,
+    machine_code_of,
+    recording,
+    signature,
+)
+from benchmarks.experiments import cluster, counter, interleaved, precompiled, present
 from benchmarks.experiments.candidates import Candidate, candidates
 from benchmarks.experiments.common import make_job
 from benchmarks.measure import first_line
@@ -42,7 +53,14 @@ def record(candidate: Candidate, V: int, dtype: str, wave: int) -> Launch:
     return launches[0]
 
 
-def compile_candidate(candidate: Candidate, V: int, dtype: str, target: str) -> dict:
+def save_cubin(candidate: Candidate, V: int, dtype: str, folder: Path) -> None:
+    """Of a cluster, for sm_90."""
+    launch = record(candidate, V, dtype, 32)
+    path = precompiled.path_of(folder, V, DTYPES[dtype], candidate.setting)
+    precompiled.save(path, compiled_for(launch, "sm_90"), signature(launch)[0])
+
+
+def compile_candidate(candidate: Candidate, V: int, dtype: str, target: str, cubins: Path | None = None) -> dict:
     """A flat dict of what was found, or of why there is nothing: "failed"."""
     row = {"candidate": candidate.label, "V": V, "dtype": dtype, "target": target, "failed": ""}
     if candidate.module is cluster:
@@ -66,6 +84,8 @@ def compile_candidate(candidate: Candidate, V: int, dtype: str, target: str) -> 
     except Exception as error:  # whatever a compiler raises is a row, and the report goes on
         return row | {"failed": f"{type(error).__name__}: {first_line(error)}"}
     found.pop("loops", None)
+    if cubins and candidate.module is cluster and target == "sm_90":
+        save_cubin(candidate, V, dtype, cubins)
     for what in ("ex2", "instructions"):
         row[f"{what}_per_element"] = None if part is None or part[what] is None else part[what] / part["elements"]
     return row | found
@@ -89,13 +109,15 @@ def _trade(loops: list[dict], itemsize: int) -> dict | None:
     return loop | {"elements": elements(loop)} if elements(loop) else None
 
 
-def report(vocabularies: list[int], dtypes: list[str], targets: list[str], names: list[str]) -> Iterator[dict]:
+def report(
+    vocabularies: list[int], dtypes: list[str], targets: list[str], names: list[str], cubins: Path | None = None
+) -> Iterator[dict]:
     for target in targets:
         for V in vocabularies:
             for dtype in dtypes:
                 for candidate in candidates(DTYPES[dtype]):
                     if candidate.name in names:
-                        yield compile_candidate(candidate, V, dtype, target)
+                        yield compile_candidate(candidate, V, dtype, target, cubins)
 
 
 LEGEND = (

@@ -144,9 +144,11 @@ def counter_kernel(
             tl.store(dst + token, d_token.to(dst.dtype.element_ty), mask=mine)
 
 
-def unavailable(device: torch.device, V: int, *, K: int = 4, warps: int = 16, **_) -> str | None:
+def unavailable(
+    device: torch.device, V: int, dtype: torch.dtype, *, K: int = 4, warps: int = 16, **_: int
+) -> str | None:
     """Why a launch could deadlock, or None."""
-    parts = triton.cdiv(V, K * lanes(4, warps))  # of fp32, which takes most
+    parts = triton.cdiv(V, K * lanes(dtype.itemsize, warps))
     places = torch.cuda.get_device_properties(device).multi_processor_count
     return f"{parts} parts, {places} multiprocessors" if parts > places else None
 

@@ -86,9 +86,8 @@ class Bench:
 
     def check(self, row: Row, candidate: Candidate) -> bool:
         """Whether it runs and is right; the row says what is wrong otherwise."""
-        device = self.scratch.device
         try:
-            if why := device.type == "cuda" and candidate.unavailable(device, self.job.V):
+            if why := self.scratch.is_cuda and candidate.unavailable(self.job):
                 row.status, row.detail = MISSING, why
                 return False
             self.refill() if row.inplace else self.scratch.fill_(float("nan"))
