@@ -226,8 +226,9 @@ def compiled(tmp_path_factory):
 
 @pytest.mark.parametrize("name", ("counter", "interleaved"))
 def test_no_spills(compiled, name):
-    rows = [row for row in compiled[1] if row["candidate"].startswith(name)]
-    assert len(rows) >= 4
+    """Where a thread may have 128 registers; with 64 it depends on the version of Triton."""
+    rows = [row for row in compiled[1] if row["candidate"].startswith(name) and row["maxnreg"] == 128]
+    assert len(rows) == 2
     for row in rows:
         assert not row["failed"] and row["spills"] == row["stack"] == 0 and row["wide_loads"], row
         assert 0 < row["instructions_per_element"] < 30 and 1 <= row["ex2_per_element"] <= 3, row
@@ -247,8 +248,8 @@ def test_the_table_fits_80_columns(compiled):
 
 def test_the_documented_table_is_what_is_printed(compiled):
     text = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text()
-    block = next(block for block in text.split("```") if "interleaved K1" in block)
-    if f"Triton {triton.__version__}" not in text.split("interleaved K1")[0].rsplit("\n\n", 2)[-2]:
+    block = next(block for block in text.split("```") if "interleaved K2" in block)
+    if f"Triton {triton.__version__}" not in text.split("interleaved K2")[0].rsplit("\n\n", 2)[-2]:
         pytest.skip("the page is about another Triton, which compiles to other machine code")
     documented = [line for line in block.splitlines() if line.startswith(("counter", "interleaved"))]
     assert documented and set(documented) <= set(compiled[0].splitlines())
