@@ -166,9 +166,9 @@ def measure(cases: Sequence[Case], names: Sequence[str], device: torch.device, b
 
 
 LEGEND = (
-    "x copy: time as a multiple of a copy of the logits, measured in the same rounds; ms: median; error: against "
-    "float64, as a multiple of what is tolerated. K: lines of 16 bytes per thread; w: warps of 32; r: registers at "
-    "most; p: programs per multiprocessor; s: stages; c: programs of a cluster."
+    "x copy: time as a multiple of a copy of the logits, measured in the same rounds; ms: median. Times only of what "
+    "was right against float64. K: lines of 16 bytes per thread; w: warps of 32; r: registers at most; p: programs per "
+    "multiprocessor; s: stages; c: programs of a cluster."
 )
 
 
