@@ -11,7 +11,10 @@ Exponentials and instructions per element are those of the loops over a row. A l
 backwards and what lies between it and its target. The elements of one iteration are the bytes that
 its loads fetch, over the size of a logit; loops are often unrolled, so this is not a constant. The
 first pass loads and exponentiates; the second stores too. A kernel's figure is the sum of its
-passes. What runs once per row, and the ragged last tile, is left out.
+passes.
+
+"row" is what all of a row costs, per element: the loops over whole tiles, those over the rest of the
+row, whose lines are not all full, and whatever stands outside of the loops, of which no row runs all.
 """
 
 import argparse
@@ -208,33 +211,49 @@ def compile_launch(each: Launch, target_name: str) -> dict:
     target, options = TARGETS[target_name], each.options
     row = machine_code_of(each, target_name)
     loops, x = row.pop("loops"), each.arguments.get("logits", each.arguments.get("grad"))
-    passes = {} if x is None else _row_passes(loops, x.element_size())
-    tile = each.arguments.get("K", 0) * each.arguments.get("L", 0) // (options["num_warps"] * target.warp_size)
-    row |= {"tile_per_thread": tile, "passes": passes}
+    passes, rests = ({}, {}) if x is None else _row_passes(loops, x.element_size())
+    tile = each.arguments.get("K", 0) * each.arguments.get("W", 0)
+    row |= {"tile_per_thread": tile, "passes": passes, "rests": rests}
     whole = passes and all(loop["elements"] % tile == 0 for loop in passes.values())
     for what in ("ex2", "instructions"):  # None: a loop was not found whole, as where rows are read in branches
         row[f"{what}_per_element"] = sum(loop[what] / loop["elements"] for loop in passes.values()) if whole else None
+    if whole:
+        outside = row["instructions"] - sum(loop["instructions"] for loop in loops)
+        row["row_per_element"] = _row_cost(x.shape[2], options["num_warps"] * target.warp_size, passes, rests, outside)
     return row
 
 
-def _row_passes(loops: list[dict], itemsize: int) -> dict[str, dict]:
+def _row_cost(V: int, threads: int, passes: dict, rests: dict, outside: int) -> float:
+    """Instructions of a program, over the entries of its row."""
+    each = outside  # instructions of a thread
+    for which, loop in passes.items():
+        line = rests.get(which, loop)
+        times, rest = divmod(V, threads * loop["elements"])
+        each += times * loop["instructions"] + -(-rest // (threads * line["elements"])) * line["instructions"]
+    return each * threads / V
+
+
+def _row_passes(loops: list[dict], itemsize: int) -> tuple[dict, dict]:
     """The loops over a row: "first" (loads, exponentials), "second" (stores too), "scale" (no exponentials).
 
-    Of a loop that the compiler has unrolled, the main part; not the one for the iterations left over.
+    First those over whole tiles, then those over the rest of a row, which take more per element. Of a
+    loop that the compiler has unrolled, its main part; of the rest's, the iterations left over.
     """
-    passes: dict[str, dict] = {}
+    found: dict[str, list] = {}
     for loop in loops:
-        if not loop["loaded"] or not (loop["ex2"] or loop["stores"]):
-            continue
-        name = "first" if not loop["stores"] else "second" if loop["ex2"] else "scale"
-        loop["elements"] = loop["loaded"] // itemsize
-        if name not in passes or loop["elements"] > passes[name]["elements"]:
-            passes[name] = loop
-    return passes
+        if loop["loaded"] and (loop["ex2"] or loop["stores"]):
+            loop["elements"] = loop["loaded"] // itemsize
+            found.setdefault("first" if not loop["stores"] else "second" if loop["ex2"] else "scale", []).append(loop)
+    passes, rests = {}, {}
+    for name, each in found.items():
+        passes[name], *others = sorted(each, key=lambda loop: loop["instructions"] / loop["elements"])
+        if others:
+            rests[name] = min(others, key=lambda loop: loop["elements"])
+    return passes, rests
 
 
 def defects(row: dict) -> list[str]:
-    """What is wrong with a compiled launch; access widths count where V is a multiple of 16."""
+    """What is wrong with a compiled launch. Rows of odd V have edges, narrow, once per pass."""
     found = []
     if row["spills"] or row["stack"]:
         found.append(f"{row['spills']} spills, {row['stack']} bytes of stack")
@@ -243,18 +262,18 @@ def defects(row: dict) -> list[str]:
         return found
     if set(row["passes"]) != set(PASSES[name]):
         return [*found, f"loops over a row: {', '.join(row['passes']) or 'none'}, not {', '.join(PASSES[name])}"]
-    if row["V"] % 16 == 0:
-        for which, loop in row["passes"].items():
-            for what in ("loads", "stores"):
-                if narrow := loop[what] - loop[f"wide_{what}"]:
-                    found.append(f"{narrow} narrow {what} in the loop of the {which} pass")
-        # the ragged tile is in no loop
-        if (narrow := row["stores"] - row["wide_stores"]) > NARROW_STORES:
-            found.append(f"{narrow} narrow stores")
-        if row["half_loads"] > HALF_LOADS:
-            found.append(f"{row['half_loads']} loads of 2 bytes")
-        if row["ex2_per_element"] is None:
-            found.append("a loop over a row does not cover whole tiles")
+    edges = len(PASSES[name]) if row["V"] % 16 else 0
+    for which, loop in row["passes"].items():
+        for what in ("loads", "stores"):
+            if narrow := loop[what] - loop[f"wide_{what}"]:
+                found.append(f"{narrow} narrow {what} in the loop of the {which} pass")
+    # a loop over the rest of a row may be unrolled, and no loop then
+    if (narrow := row["stores"] - row["wide_stores"]) > NARROW_STORES + 2 * edges:
+        found.append(f"{narrow} narrow stores")
+    if row["half_loads"] > HALF_LOADS + edges:
+        found.append(f"{row['half_loads']} loads of 2 bytes")
+    if row["ex2_per_element"] is None:
+        found.append("a loop over a row does not cover whole tiles")
     if (row["ex2_per_element"] or 0.0) > MOST_EX2:
         found.append(f"{row['ex2_per_element']:.2f} exponentials per element")
     return found
@@ -272,23 +291,22 @@ def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> li
 
 WIDTH = 100
 LEGEND = (
-    "reg: registers per thread; stk: stack, smem: shared memory, bytes; spl: spills; ld, st: wide/all loads and "
-    "stores (wide: 16 bytes a thread); ex2, ins: exponentials and instructions per element, of the loops over a row; "
-    "prog, warps: resident on a multiprocessor by registers."
+    "reg: registers per thread; stk: stack, bytes; spl: spills; ld, st: wide/all loads and stores (wide: 16 bytes a "
+    "thread); ex2, ins: exponentials and instructions per element, of the loops over whole tiles; row: instructions "
+    "per element of all of a row, at most; prog, warps: resident on a multiprocessor by registers."
 )
 
 
 def table(rows: list[dict]) -> Iterator[str]:
     """Lines of at most WIDTH columns."""
-    yield (f"{'target':7}{'V':>6} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>5}{'ld':^7}{'st':^7}"
-           f"{'ex2':>6}{'ins':>6}{'prog':>5}{'warps':>6}")  # fmt: skip
+    yield (f"{'target':7}{'V':>6} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'ld':^7}{'st':^7}"
+           f"{'ex2':>5}{'ins':>6}{'row':>6}{'prog':>5}{'warps':>6}")  # fmt: skip
     for row in rows:
-        ex2, instructions = (row[f"{what}_per_element"] for what in ("ex2", "instructions"))
-        loop = f"{'-':>6}{'-':>6}" if ex2 is None else f"{ex2:6.2f}{instructions:6.1f}"
+        ex2, instructions, all_of_it = (row.get(f"{what}_per_element") for what in ("ex2", "instructions", "row"))
+        loop = f"{'-':>5}{'-':>6}{'-':>6}" if ex2 is None else f"{ex2:5.2f}{instructions:6.1f}{all_of_it:6.1f}"
         accesses = "".join(f"{row['wide_' + what]:3}/{row[what]:<3}" for what in ("loads", "stores"))
         yield (f"{row['target']:7}{row['V']:6} {_label(row['kernel']):32}{row['registers']:4}{row['stack']:4}"
-               f"{row['spills']:4}{row['shared']:5}{accesses}{loop}{row['resident_programs']:5}"
-               f"{row['resident_warps']:6}")  # fmt: skip
+               f"{row['spills']:4}{accesses}{loop}{row['resident_programs']:5}{row['resident_warps']:6}")  # fmt: skip
 
 
 def _label(kernel: str) -> str:

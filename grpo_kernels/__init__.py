@@ -2,6 +2,7 @@
 
 from grpo_kernels.advantages import group_advantages
 from grpo_kernels.config import LossConfig
+from grpo_kernels.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.loss import LossOutput, fused_grpo_loss, policy_loss
 
@@ -12,7 +13,9 @@ __all__ = [
     "LossOutput",
     "TokenLogprobs",
     "fused_grpo_loss",
+    "fused_linear_grpo_loss",
     "group_advantages",
+    "linear_token_logprobs",
     "policy_loss",
     "token_logprobs",
 ]

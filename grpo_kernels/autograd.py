@@ -19,7 +19,7 @@ from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import sorted_entropies
 
 
-def _refuse_double_backward() -> None:
+def refuse_double_backward() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             "grpo_kernels does not support double backward (create_graph=True): its gradient is written by a kernel. "
@@ -27,11 +27,16 @@ def _refuse_double_backward() -> None:
         )
 
 
-def _backward_may_run_again() -> bool:
+def backward_may_run_again() -> bool:
     """Whether this backward keeps its graph, so that what it saved must survive."""
     if torch.compiler.is_compiling():
         return True
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_one(up: Tensor) -> bool:
+    """Whether there is nothing to multiply by; asked only where nobody has to be waited for."""
+    return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
 
 
 class Objective:
@@ -45,18 +50,14 @@ class Objective:
         if quantile:
             threshold, tokens = ops.threshold_op(*sorted_entropies(entropies, inputs.mask, data_group), coefs, backend)
             inputs = inputs._replace(threshold=threshold, tokens=tokens)
-        self.cu, self.backend = inputs.cu, backend
-        loss, losses, self.local, self.spread, self.share, self.h, self.sums, self.metrics = ops.objective_op(
+        loss, self.sums, self.metrics, losses, self.local, self.spread, self.share, self.h = ops.objective_op(
             logps, entropies, tuple(inputs), coefs, plan, weighted, backend
         )
         self.loss = loss if weighted else losses
-        self.weighted, self.spreads, self.bonus = weighted, spreads, bonus
+        self.spreads, self.bonus, self.backend = spreads, bonus, backend
 
     def save(self, ctx) -> tuple[Tensor, ...]:
-        """What `slopes` needs; a weighted loss has its ∂L/∂lp put together at once."""
-        if self.spreads and self.weighted:
-            self.local = ops.join_op(self.local, self.spread, self.share, None, self.cu, self.backend)
-            self.spreads = False
+        """What `slopes` needs."""
         ctx.spreads, ctx.bonus, ctx.backend = self.spreads, self.bonus, self.backend
         return self.local, self.spread, self.share, self.h
 
@@ -73,28 +74,27 @@ class _OneLaunch(torch.autograd.Function):
     """Loss whose gradient the forward has already written."""
 
     @staticmethod
-    def forward(ctx, logits, tensors, coefs, plan, steps, entropy, backend, inplace):
+    def forward(ctx, logits, tensors, coefs, plan, entropy, backend, inplace):
         if inplace:
-            logps, entropies = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
+            logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
             grad = logits.detach()
         else:
-            logps, entropies, grad = ops.loss_op(logits, tensors, coefs, plan, entropy, backend)
-        it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, backend)
+            logps, entropies, loss, sums, metrics, grad = ops.loss_op(logits, tensors, coefs, plan, entropy, backend)
         ctx.backend = backend
         ctx.save_for_backward(grad)
-        ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
+        ctx.mark_non_differentiable(logps, entropies, sums, metrics)
         ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient
-        return it.loss, logps, entropies, it.sums, it.metrics
+        return loss, logps, entropies, sums, metrics
 
     @staticmethod
     def backward(ctx, up, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         (grad,) = ctx.saved_tensors
-        if _backward_may_run_again():
+        if backward_may_run_again():
             grad = ops.scale_op(grad, up, ctx.backend)
-        else:
+        elif not is_one(up):
             ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
-        return grad, *(None,) * 7
+        return grad, *(None,) * 6
 
 
 class _TwoLaunches(torch.autograd.Function):
@@ -114,7 +114,7 @@ class _TwoLaunches(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         logits, coefs, stats, *rest = ctx.saved_tensors
         saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
         g, h, up = Objective.slopes(ctx, saved, up, cu)
@@ -142,7 +142,7 @@ class _FromLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up, *_):
-        _refuse_double_backward()
+        refuse_double_backward()
         *saved, cu = ctx.saved_tensors
         g, h, up = Objective.slopes(ctx, saved, up, cu)
         g, h = ((x if x is None or up is None else torch.where(x == 0.0, 0.0, x * up)) for x in (g, h))
@@ -166,7 +166,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, h):
-        _refuse_double_backward()
+        refuse_double_backward()
         logits, ids, mask, temperature, stats, coefs = ctx.saved_tensors
         g = torch.zeros(ids.shape, device=logits.device) if g is None else g.contiguous()
         h = h.contiguous() if ctx.entropy and h is not None else None
@@ -188,13 +188,13 @@ def run_loss(
     data_group=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, logps, entropies, sums, metrics), differentiable in the logits if they require grad."""
-    tensors, key, steps = tuple(inputs), plan.key(), _steps(plan, weighted)
+    tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
     if not (torch.is_grad_enabled() and logits.requires_grad):
         logps, entropies, _ = ops.logprobs_op(logits.detach(), tensors, coefs, key, entropy, backend)
         it = Objective(logps, entropies if entropy else None, tensors, coefs, key, steps, backend, data_group)
         return it.loss, logps, entropies, it.sums, it.metrics
     if weighted and plan.one_launch and logits.dtype != torch.float16:
-        return _OneLaunch.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace)
+        return _OneLaunch.apply(logits, tensors, coefs, key, entropy, backend, inplace)
     return _TwoLaunches.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace, data_group)
 
 
@@ -202,11 +202,11 @@ def run_policy_loss(
     logps, entropies, inputs: Inputs, coefs: Tensor, plan: Plan, *, backend: str, weighted: bool, data_group=None
 ) -> tuple[Tensor, ...]:
     """(loss, sums, metrics), differentiable in the log-probabilities and entropies."""
-    steps = _steps(plan, weighted)
+    steps = steps_of(plan, weighted)
     return _FromLogprobs.apply(logps, entropies, tuple(inputs), coefs, plan.key(), steps, backend, data_group)
 
 
-def _steps(plan: Plan, weighted: bool) -> tuple:
-    """What `Objective` does: (weighted, mode of a correction, entropy quantile, spreads a gradient, bonus)."""
+def steps_of(plan: Plan, weighted: bool) -> tuple:
+    """What `Objective` does: (weighted, mode of a correction, entropy quantile, leaves a gradient to spread, bonus)."""
     correction = plan.correction if plan.late_correction else ""
-    return weighted, correction, plan.quantile, bool(plan.spread), weighted and plan.bonus
+    return weighted, correction, plan.quantile, bool(plan.spread) and not weighted, weighted and plan.bonus

@@ -15,6 +15,10 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
 
 
+def is_integer(x: torch.Tensor) -> bool:
+    return x.dtype in _INTEGERS
+
+
 class Layout(NamedTuple):
     """B sequences of T tokens each, or packed: B sequences (0: not known) in T tokens, one after another."""
 
@@ -56,7 +60,7 @@ def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens:
             f"logits must be float32, bfloat16 or float16, got {logits.dtype}. Cast them: logits.float(); for a "
             "float64 result use the plain PyTorch code in reference/."
         )
-    if completion_ids.dtype not in _INTEGERS:
+    if not is_integer(completion_ids):
         raise TypeError(f"completion_ids must be integers, got {completion_ids.dtype}. Cast them: .long().")
     if completion_ids.dim() not in (1, 2):
         raise ValueError(f"completion_ids must be (B, T), or packed (N,), got {tuple(completion_ids.shape)}.")
@@ -238,10 +242,10 @@ def validates(device: torch.device) -> bool:
 
 def check_mask_values(mask: torch.Tensor | None) -> None:
     """A mask of zeros and ones."""
-    if mask is None:
+    if mask is None or mask.dtype == torch.bool:
         return
-    strange = (mask != 0) & (mask != 1)
-    if bool(strange.any()):
+    if not torch.equal(mask, (mask != 0).to(mask.dtype)):
+        strange = (mask != 0) & (mask != 1)
         raise ValueError(
             f"the mask must hold only 0 and 1, got {mask[strange][0].item()}. A weight per token belongs into the "
             "objective (importance_weights, advantages)."
@@ -251,6 +255,9 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Ids inside the vocabulary wherever the mask counts them, and a mask of zeros and ones."""
     check_mask_values(mask)
+    low, high = completion_ids.aminmax()
+    if low.item() >= 0 and high.item() < V:
+        return
     outside = (completion_ids < 0) | (completion_ids >= V)
     if mask is not None:
         outside &= mask != 0

@@ -1,7 +1,10 @@
 """LossConfig: every knob of the objectives, with its default, meaning and paper."""
 
 import dataclasses
+import functools
 import math
+
+import torch
 
 from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
@@ -248,12 +251,22 @@ def resolve_config(config: LossConfig | None, overrides: dict) -> LossConfig:
             f"unknown keyword {', '.join(map(repr, unknown))}. Fields of LossConfig: {', '.join(valid)}."
         )
     if config is None:
-        return LossConfig(**overrides)
+        if torch.compiler.is_compiling() or not all(isinstance(value, _PLAIN) for value in overrides.values()):
+            return LossConfig(**overrides)
+        return _config_of(**overrides)
     if not isinstance(config, LossConfig):
         raise TypeError(f"config must be a LossConfig, got {type(config).__name__}.")
     if not overrides:
         return config
     return LossConfig(**{**{name: getattr(config, name) for name in valid}, **overrides})
+
+
+_PLAIN = (str, float, int, type(None))
+
+
+@functools.lru_cache(maxsize=256, typed=True)  # typed: True is not 1, where a flag is asked for
+def _config_of(**fields) -> LossConfig:
+    return LossConfig(**fields)
 
 
 def _one_of(name: str, value: object, valid) -> None:

@@ -54,6 +54,8 @@ class Coefs(NamedTuple):
     correction_high: float = torch.inf
     quantile: float = 0.0  # share of the tokens below the entropy threshold
     num_generations: float = 1.0  # a whole number
+    softcap: float = torch.inf  # logits x become softcap · tanh(logit_scale · x / softcap)
+    logit_scale: float = 1.0  # without a softcap it is part of the temperature
     term: tuple[float, ...] = ()
 
     @property

@@ -55,12 +55,19 @@ def is_interpreted(kernel: object) -> bool:
 
 # The part of triton.language that shared functions may use, on torch tensors. tl.minimum and
 # tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
+def _where(condition, a, b):
+    """``torch.where``; a condition on coefficients, which are numbers here, costs no operation."""
+    if isinstance(condition, bool):
+        return a if condition else b
+    return torch.where(condition, a, b)
+
+
 _TORCH_LANGUAGE = types.SimpleNamespace(
     exp=torch.exp,
     log=torch.log,
     sqrt=torch.sqrt,
     abs=torch.abs,
-    where=torch.where,
+    where=_where,
     constexpr=None,
 )
 
@@ -73,20 +80,27 @@ _NUMBER_LANGUAGE = types.SimpleNamespace(
 )
 
 
-@functools.cache
 def on_torch(function) -> types.FunctionType:
     """The Python body of a ``@jit`` function, with torch in place of ``triton.language``."""
-    return _in_language(function, _TORCH_LANGUAGE, on_torch)
+    return _in_torch(function.fn)
+
+
+def on_numbers(function) -> types.FunctionType:
+    """The Python body of a ``@jit`` function, for Python's numbers."""
+    return _in_numbers(function.fn)
+
+
+@functools.cache  # by the body: a ``@jit`` function's own hash is that of its source
+def _in_torch(fn: types.FunctionType) -> types.FunctionType:
+    return _in_language(fn, _TORCH_LANGUAGE, on_torch)
 
 
 @functools.cache
-def on_numbers(function) -> types.FunctionType:
-    """The Python body of a ``@jit`` function, for Python's numbers."""
-    return _in_language(function, _NUMBER_LANGUAGE, on_numbers)
+def _in_numbers(fn: types.FunctionType) -> types.FunctionType:
+    return _in_language(fn, _NUMBER_LANGUAGE, on_numbers)
 
 
-def _in_language(function, language: types.SimpleNamespace, translate) -> types.FunctionType:
-    fn = function.fn
+def _in_language(fn: types.FunctionType, language: types.SimpleNamespace, translate) -> types.FunctionType:
     names = {**fn.__globals__, "tl": language}
     for name in fn.__code__.co_names:
         if name != "tl" and hasattr(names.get(name), "fn"):

@@ -4,7 +4,9 @@ Every metric is a quotient of sums, a minimum or a maximum. `combine` puts toget
 micro-batches or ranks: the metrics of the whole batch, exactly.
 """
 
+import functools
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 import torch
 
@@ -105,23 +107,6 @@ _CLIP = "clip_ratio"
 _SINGLE = ("clip_ratio/high", "clip_ratio/count")  # the columns of a report of one number
 
 
-def metric_names(*, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool) -> dict[str, str]:
-    """Entries of METRIC_NAMES that a call has the inputs for -> the names it gives them.
-
-    ``reports``: what the term's region is for, see `grpo_kernels.variants.Term`.
-    """
-    names = {name: name for name in METRIC_NAMES if not name.startswith(_CLIP)}
-    if reports == _CLIP:
-        names |= {name: name for name in METRIC_NAMES if name.startswith(_CLIP)}
-        if not dual:
-            del names["clip_ratio/dual_mean"]
-    elif reports:
-        names["clip_ratio/high_mean"] = reports
-    for name in (*(() if beta else ("kl",)), *(() if entropy else ("entropy",)), *(() if rewards else _REWARD)):
-        del names[name]
-    return {name: names[name] for name in METRIC_NAMES if name in names}
-
-
 # The metric that tells whether a sum has inputs; sums that are not named here always have.
 _SUM_NEEDS = {
     "kl": "kl",
@@ -139,15 +124,34 @@ _SUM_NEEDS = {
 }
 
 
-def named_sums(sums: torch.Tensor, names: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The sums [S] by name, those without inputs left out; ``names`` from `metric_names`."""
-    single = names.get("clip_ratio/high_mean", _CLIP)
-    public = dict(zip(_SINGLE, (single, f"{single}/count"))) if not single.startswith(_CLIP) else {}
-    return {
-        public.get(name, name): value
-        for name, value in zip(SUM_NAMES, sums.unbind())
-        if name not in _SUM_NEEDS or _SUM_NEEDS[name] in names
-    }
+class Names(NamedTuple):
+    """Entries of METRIC_NAMES and SUM_NAMES that a call has the inputs for -> the names it gives them."""
+
+    metrics: dict[str, str]
+    sums: dict[str, str]
+
+
+@functools.cache
+def names_of(*, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool) -> Names:
+    """The names of a call; ``reports``: what the term's region is for, see `grpo_kernels.variants.Term`."""
+    names = {name: name for name in METRIC_NAMES if not name.startswith(_CLIP)}
+    public = {}
+    if reports == _CLIP:
+        names |= {name: name for name in METRIC_NAMES if name.startswith(_CLIP)}
+        if not dual:
+            del names["clip_ratio/dual_mean"]
+    elif reports:
+        names["clip_ratio/high_mean"] = reports
+        public = dict(zip(_SINGLE, (reports, f"{reports}/count")))
+    for name in (*(() if beta else ("kl",)), *(() if entropy else ("entropy",)), *(() if rewards else _REWARD)):
+        del names[name]
+    sums = {name: public.get(name, name) for name in SUM_NAMES if name not in _SUM_NEEDS or _SUM_NEEDS[name] in names}
+    return Names(names, sums)
+
+
+def named(values: torch.Tensor, order: Iterable[str], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
+    """The entries of ``values``, which are in this order, that have a name."""
+    return {names[name]: value for name, value in zip(order, values.unbind()) if name in names}
 
 
 def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -180,6 +184,6 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         joined[column] = how[SUM_NAMES[column]](torch.stack([part[name] for part in parts]))
     nothing = torch.zeros_like(joined["loss"])
     values = metrics_of(torch.stack([joined.get(name, nothing) for name in SUM_NAMES]))
-    names = metric_names(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
-                         reports=reports, dual="clip_ratio/dual" in joined)  # fmt: skip
-    return {names[name]: value for name, value in zip(METRIC_NAMES, values.unbind()) if name in names}
+    names = names_of(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
+                     reports=reports, dual="clip_ratio/dual" in joined)  # fmt: skip
+    return named(values, METRIC_NAMES, names.metrics)

@@ -78,7 +78,7 @@ def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, T
         poison = poison + tl.where((trust != trust) & (A != 0.0), trust, 0.0)
     bad = poison != poison
     policy = tl.where(bad, poison, policy)
-    kl = tl.where(bad, poison, 0.0)
+    kl = 0.0
     if KL is not None:
         kl, d_kl = KL(log_ratio(ref, lp), limits, CLAMPED)
         if BIAS:

@@ -4,6 +4,7 @@
 of a `Plan`. Ops whose names end in an underscore write over their first argument.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 
@@ -19,7 +20,8 @@ from grpo_kernels.plan import Plan
 _BACKENDS = {"torch": "grpo_kernels.torch_backend", "triton": "grpo_kernels.kernels.launch"}
 
 
-def _backend(name: str):
+@functools.cache
+def backend_of(name: str):
     return importlib.import_module(_BACKENDS[name])
 
 
@@ -30,7 +32,7 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
     if backend not in _BACKENDS:
         raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}.")
     if backend == "triton" and not torch.compiler.is_compiling():
-        _backend(backend).require_available(x.device)
+        backend_of(backend).require_available(x.device)
     return backend
 
 
@@ -46,7 +48,7 @@ def logprobs_op(
     """(logps, entropies, what `slope_op` needs of each row)"""
     inputs = Inputs(*tensors)
     _check_values(logits, inputs)
-    return _backend(backend).logprobs(logits, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+    return backend_of(backend).logprobs(logits, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
 
 
 @logprobs_op.register_fake
@@ -61,37 +63,42 @@ def _fake_rows(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tens
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, Tensor]:
+def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, ...]:
     inputs = Inputs(*tensors)
     _check_values(logits, inputs)
-    return _backend(backend).loss(logits, out, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+    return backend_of(backend).loss(logits, out, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+
+
+def fake_totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    sums = like.new_empty(len(SUM_NAMES), dtype=torch.float64)
+    return like.new_empty((), dtype=torch.float32), sums, like.new_empty(len(METRIC_NAMES), dtype=torch.float32)
 
 
 @torch.library.custom_op("grpo_kernels::loss", mutates_args=())
 def loss_op(
     logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logps, entropies, gradient of the logits)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logps, entropies, loss [], sums [S], metrics [M], gradient of the logits)"""
     out = logits.new_empty(logits.shape)
     return *_loss(logits, out, tensors, coefs, plan, entropy, backend), out
 
 
 @loss_op.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return *_fake_rows(logits, tensors[0], entropy), logits.new_empty(logits.shape)
+    return *_fake_rows(logits, tensors[0], entropy), *fake_totals(logits), logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("grpo_kernels::loss_", mutates_args=("logits",))
 def loss_op_(
     logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
-) -> tuple[Tensor, Tensor]:
-    """(logps, entropies); the gradient takes the place of the logits."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`loss_op`, the gradient taking the place of the logits."""
     return _loss(logits, logits, tensors, coefs, plan, entropy, backend)
 
 
 @loss_op_.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return _fake_rows(logits, tensors[0], entropy)
+    return *_fake_rows(logits, tensors[0], entropy), *fake_totals(logits)
 
 
 @torch.library.custom_op("grpo_kernels::objective", mutates_args=())
@@ -99,18 +106,26 @@ def objective_op(
     logps: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
     weighted: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss [], ℓ, local, spread, share, ∂/∂H, sums [S], metrics [M]); see the backends."""
-    return _backend(backend).objective(
-        logps, entropies, Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), weighted
+    """(loss [], sums [S], metrics [M], ℓ, local, spread, share, ∂/∂H); see the backends.
+
+    Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ``spread`` and ``share`` are empty.
+    """
+    inputs, plan = Inputs(*tensors), Plan.from_key(plan)
+    run = backend_of(backend)
+    *totals, losses, local, spread, share, h = run.objective(
+        logps, entropies, inputs, Coefs.unpack(coefs), plan, weighted
     )
+    if weighted and plan.spread:
+        local, spread, share = run.join(local, spread, share, None, inputs.cu), spread.new_empty(0), share.new_empty(0)
+    return *totals, losses, local, spread, share, h
 
 
 @objective_op.register_fake
 def _(logps, entropies, tensors, coefs, plan, weighted, backend):
     losses, local, h = (torch.empty_like(logps) for _ in range(3))
-    spread, share = (torch.empty_like(logps) if Plan.from_key(plan).spread else logps.new_empty(0) for _ in range(2))
-    sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
-    return logps.new_empty(()), losses, local, spread, share, h, sums, logps.new_empty(len(METRIC_NAMES))
+    apart = bool(Plan.from_key(plan).spread) and not weighted
+    spread, share = (torch.empty_like(logps) if apart else logps.new_empty(0) for _ in range(2))
+    return *fake_totals(logps), losses, local, spread, share, h
 
 
 @torch.library.custom_op("grpo_kernels::join", mutates_args=())
@@ -118,7 +133,7 @@ def join_op(
     local: Tensor, spread: Tensor, share: Tensor, up: Tensor | None, cu: Tensor | None, backend: str
 ) -> Tensor:
     """∂L/∂lp = up·local + share·Σ up·spread, the sum over each sequence."""
-    return _backend(backend).join(local, spread, share, up, cu)
+    return backend_of(backend).join(local, spread, share, up, cu)
 
 
 @join_op.register_fake
@@ -129,7 +144,7 @@ def _(local, *args):
 @torch.library.custom_op("grpo_kernels::correct", mutates_args=())
 def correct_op(old: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, mode: str, backend: str) -> Tensor:
     """Importance weights, (B, T) or (B, 1), from the sampler's log-probabilities."""
-    return _backend(backend).correct(old, Inputs(*tensors), Coefs.unpack(coefs), CORRECTIONS[mode])
+    return backend_of(backend).correct(old, Inputs(*tensors), Coefs.unpack(coefs), CORRECTIONS[mode])
 
 
 @correct_op.register_fake
@@ -141,7 +156,7 @@ def _(old, tensors, coefs, mode, backend):
 @torch.library.custom_op("grpo_kernels::threshold", mutates_args=())
 def threshold_op(ordered: Tensor, everywhere: Tensor, coefs: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """The entropy above which a token acts on the policy term [], and how many of this batch do []."""
-    return _backend(backend).threshold(ordered, everywhere, Coefs.unpack(coefs).quantile)
+    return backend_of(backend).threshold(ordered, everywhere, Coefs.unpack(coefs).quantile)
 
 
 @threshold_op.register_fake
@@ -154,7 +169,7 @@ def segments_op(mask: Tensor | None, cu: Tensor, N: int, backend: str) -> tuple[
     """Of packed input: the sequence of each token [N] int32, and the unmasked tokens of each sequence."""
     if checks.validates(cu.device):
         checks.check_bounds(cu, N)
-    return _backend(backend).segments(mask, cu, N)
+    return backend_of(backend).segments(mask, cu, N)
 
 
 @segments_op.register_fake
@@ -169,7 +184,7 @@ def slope_op(
 ) -> Tensor:  # fmt: skip
     """Gradient of the logits, (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)] times ``up``."""
     out = logits.new_empty(logits.shape)
-    _backend(backend).slope(logits, out, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
+    backend_of(backend).slope(logits, out, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
     return out
 
 
@@ -184,13 +199,13 @@ def slope_op_(
     coefs: Tensor, backend: str,
 ) -> None:  # fmt: skip
     """`slope_op`, the gradient taking the place of the logits."""
-    _backend(backend).slope(logits, logits, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
+    backend_of(backend).slope(logits, logits, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
 
 
 @torch.library.custom_op("grpo_kernels::scale", mutates_args=())
 def scale_op(grad: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty_like(grad)
-    _backend(backend).scale(grad, out, up)
+    backend_of(backend).scale(grad, out, up)
     return out
 
 
@@ -201,4 +216,4 @@ def _(grad, up, backend):
 
 @torch.library.custom_op("grpo_kernels::scale_", mutates_args=("grad",))
 def scale_op_(grad: Tensor, up: Tensor, backend: str) -> None:
-    _backend(backend).scale(grad, grad, up)
+    backend_of(backend).scale(grad, grad, up)

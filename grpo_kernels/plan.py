@@ -1,5 +1,6 @@
 """Plan: the structure of a call, which is what a kernel is specialised for. Values are not in it."""
 
+import functools
 from typing import NamedTuple
 
 from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, TERMS
@@ -26,12 +27,11 @@ class Plan(NamedTuple):
     clip_once: bool = False  # the clip metrics have one value per sequence
 
     def key(self) -> str:
-        return "/".join(str(int(value)) if isinstance(value, bool) else value for value in self)
+        return _key(self)
 
     @classmethod
     def from_key(cls, key: str) -> "Plan":
-        values = zip(cls._field_defaults.values(), key.split("/"))
-        return cls(*(value == "1" if isinstance(default, bool) else value for default, value in values))
+        return _plan(key)
 
     @property
     def of_sequence(self) -> bool:
@@ -68,3 +68,14 @@ class Plan(NamedTuple):
     @property
     def kl_function(self):
         return KL_ESTIMATORS[self.kl] if self.kl else None
+
+
+@functools.lru_cache(maxsize=256)
+def _key(plan: Plan) -> str:
+    return "/".join(str(int(value)) if isinstance(value, bool) else value for value in plan)
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(key: str) -> Plan:
+    values = zip(Plan._field_defaults.values(), key.split("/"))
+    return Plan(*(value == "1" if isinstance(default, bool) else value for default, value in values))

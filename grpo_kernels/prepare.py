@@ -10,7 +10,7 @@ from grpo_kernels.checks import Layout
 from grpo_kernels.config import LossConfig
 from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
-from grpo_kernels.metrics import METRIC_NAMES, metric_names, named_sums
+from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES, Names, named, names_of
 from grpo_kernels.plan import Plan
 from grpo_kernels.variants import LEVELS, TERMS
 from grpo_kernels.weights import AGGREGATIONS, Batch, Weight, batch_tokens
@@ -35,6 +35,8 @@ class Arguments:
     data_group: object
     skip_zero_advantage: bool = False
     temperature: torch.Tensor | float = 1.0
+    softcap: float = torch.inf
+    logit_scale: float = 1.0
 
 
 @dataclasses.dataclass
@@ -45,17 +47,17 @@ class Call:
     coefs: torch.Tensor
     plan: Plan
     weighted: bool
-    names: dict[str, str]
+    names: Names
 
     @property
     def needs_entropy(self) -> bool:
         return self.plan.bonus or self.plan.quantile
 
     def metrics(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {self.names[name]: value for name, value in zip(METRIC_NAMES, values.unbind()) if name in self.names}
+        return named(values, METRIC_NAMES, self.names.metrics)
 
     def sums(self, values: torch.Tensor) -> dict[str, torch.Tensor]:
-        return named_sums(values, self.names)
+        return named(values, SUM_NAMES, self.names.sums)
 
 
 def prepare(
@@ -111,7 +113,7 @@ def prepare(
         weights = ops.correct_op(inputs.old, tuple(inputs), coefs, plan.correction, backend)
         inputs = inputs._replace(is_weight=weights)
     term = TERMS[config.policy_term]
-    names = metric_names(
+    names = names_of(
         beta=bool(plan.kl), entropy=has_entropy or plan.bonus or plan.quantile, rewards=args.rewards is not None,
         reports=term.reports, dual=term.caps(config),
     )  # fmt: skip
@@ -163,6 +165,8 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, w_b
         correction_high=_or(config.sampling_correction_max, torch.inf),
         quantile=1.0 - config.top_entropy_quantile,
         num_generations=float(_or(args.num_generations, 1)),
+        softcap=args.softcap,
+        logit_scale=args.logit_scale,
         term=tuple(TERMS[config.policy_term].coefficients(config)),
     ).pack()
 

@@ -35,13 +35,16 @@ class Clip(NamedTuple):
 
 
 @jit
-def clip_branches(r, A, c):
-    """(ratio, free branch, clipped branch) of ρA, 0 for A = 0, where inf · 0 would be NaN."""
-    ratio = tl.exp(r)
-    live = A != 0.0
-    free = tl.where(live, tl.where(ratio > c.delta, c.delta, ratio) * A, 0.0)
-    clip = tl.where(live, tl.where(ratio < c.lo, c.lo, tl.where(ratio > c.hi, c.hi, ratio)) * A, 0.0)
-    return ratio, free, clip
+def clip_bounds(A, c):
+    """(floor, ceiling) of ρ: lo ≤ 1 ≤ hi and dual > 1 make one interval of the min, δ and the dual clip.
+
+    A > 0: min(ρ', clip(ρ)) = min(ρ, δ, hi). A < 0: max(ρ', clip(ρ)) = max(lo, min(ρ, max(δ, hi))), at most
+    dual. For A = 0 any finite ceiling will do, so that it is a number that A is multiplied with.
+    """
+    gain = A >= 0.0
+    outer = tl.where(c.delta > c.hi, c.delta, c.hi)
+    ceiling = tl.where(gain, tl.where(c.delta < c.hi, c.delta, c.hi), tl.where(outer < c.dual, outer, c.dual))
+    return tl.where(gain, -1.0, c.lo), ceiling
 
 
 @jit
@@ -52,25 +55,22 @@ def clipped(r, lp, old, A, c):
     takes, the first on a tie; bounds are closed. PPO, arXiv:1707.06347; clip-higher: DAPO,
     arXiv:2503.14476; δ: INTELLECT-2, arXiv:2505.07291; dual clip: arXiv:1912.09729.
     """
-    ratio, free, clip = clip_branches(r, A, c)
-    take_free = free <= clip
-    gain = tl.where(take_free, free, clip)
-    inside = (ratio >= c.lo) & (ratio <= c.hi)
-    slope = tl.where((take_free & (ratio <= c.delta)) | ((free > clip) & inside), -ratio * A, 0.0)
-    held = (A < 0.0) & (gain < c.dual * A)
-    gain = tl.where(held, c.dual * A, gain)
-    return -gain, tl.where(held | (A == 0.0), 0.0, slope), 0.0
+    ratio = tl.exp(r)
+    floor, ceiling = clip_bounds(A, c)
+    below = ratio < floor
+    above = ratio > ceiling
+    value = tl.where(above, ceiling, tl.where(below, floor, ratio)) * -A
+    return value, tl.where(below | above, 0.0, value), 0.0
 
 
 @jit
 def clipped_region(r_hat, r, lp, old, A, c):
     """Below, or above, the interval with the advantage pushing further out; held by the dual clip."""
-    ratio, free, clip = clip_branches(r, A, c)
-    capped = tl.where(ratio > c.delta, c.delta, ratio)
-    gain = tl.where(free <= clip, free, clip)
-    low = tl.where((capped < c.lo) & (A < 0.0), 1.0, 0.0)
-    high = tl.where((capped > c.hi) & (A > 0.0), 1.0, 0.0)
-    return low, high, tl.where((A < 0.0) & (gain < c.dual * A), 1.0, 0.0)
+    ratio = tl.exp(r)
+    pushed_up, pushed_down = A > 0.0, A < 0.0
+    outer = tl.where(c.delta > c.hi, c.delta, c.hi)
+    high = tl.where(c.delta > c.hi, (ratio > c.hi) & pushed_up, False)
+    return (ratio < c.lo) & pushed_down, high, tl.where(outer > c.dual, (ratio > c.dual) & pushed_down, False)
 
 
 @jit

@@ -6,6 +6,7 @@ Triton's own launcher binds the arguments of every launch and derives the key of
 Where it would compile, the key is noted instead, and nothing runs. Every key is a compilation.
 """
 
+import itertools
 import json
 from collections import defaultdict
 
@@ -66,6 +67,8 @@ STRUCTURES = {
     "skip": {"skip_zero_advantage": True},
     "rewards": {"rewards": True, "mask": True},
     "full": {"mask": True, "token": True, "tensors": True, "loss_type": "dapo", "beta": 0.1, "entropy_coef": 0.1},
+    "gspo": {"loss_type": "gspo", "mask": True, "token": True},
+    "gspo, none": {"loss_type": "gspo", "reduction": "none", "mask": True},
     "full, fp16": {"dtype": torch.float16, "mask": True, "token": True, "tensors": True, "beta": 0.1,
                    "entropy_coef": 0.1},
 }  # fmt: skip
@@ -88,7 +91,16 @@ VALUES = [
     *({"kind": kind} for kind in ("offset", "gaps", "huge")),
     {"extra": 1},
     {"extra": 1, "T": 1},
+    *({"B": B, "T": T} for B in (1, 2, 3, 4, 5, 7, 8, 12, 16, 33) for T in (1, 2, 3, 5, 8, 11, 16, 31, 32, 63)),
 ]
+SLICED = ("offset", "huge")  # logits whose gradient is laid out otherwise
+
+
+def groups(V: int) -> list[tuple[str, list[dict]]]:
+    """Rows of odd V start anywhere; where those of the gradient do otherwise, their accesses are others."""
+    sliced = [value for value in VALUES if value.get("kind") in SLICED and V % 16]
+    whole = [value for value in VALUES if value not in sliced]
+    return [("whole", whole), ("sliced", sliced)] if sliced else [("whole", whole)]
 
 
 def call(structure: dict, value: dict, V: int) -> None:
@@ -122,20 +134,21 @@ def call(structure: dict, value: dict, V: int) -> None:
     else:
         loss = fused_grpo_loss(x, ids, backend="triton", **inputs, **s).loss
     if x.requires_grad:
-        torch.autograd.grad(loss, x, torch.ones_like(loss))
+        torch.autograd.grad(loss, x, torch.full_like(loss, 0.5))
 
 
 def count(V: int) -> list[dict]:
     found = []
-    for name, structure in STRUCTURES.items():
+    for (name, structure), (logits, values) in itertools.product(STRUCTURES.items(), groups(V)):
         keys.clear()
         launches.clear()
-        for value in VALUES:
+        for value in values:
             call(structure, value, V)
         found += [
-            {"V": V, "structure": name, "kernel": kernel, "launches": launches[kernel], "keys": sorted(keys[kernel])}
+            {"V": V, "structure": name, "logits": logits, "kernel": kernel, "launches": launches[kernel],
+             "keys": sorted(keys[kernel])}
             for kernel in keys
-        ]
+        ]  # fmt: skip
     return found
 
 

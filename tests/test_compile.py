@@ -2,6 +2,8 @@
 
 import contextlib
 import itertools
+import os
+import shutil
 
 import pytest
 import torch
@@ -66,6 +68,19 @@ def test_compiled_is_eager(backend, inplace, reduction):
         step, hidden, weight, **inputs, rewards=rewards, num_generations=2, beta=0.1, entropy_coef=0.01,
         return_entropy=True, inplace=inplace, reduction=reduction, backend=backend,
     )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    DEVICE == "cpu" and not shutil.which(os.environ.get("CXX", "g++")), reason="Inductor needs a C++ compiler"
+)
+@pytest.mark.parametrize("kwargs", ({"inplace": True}, {"loss_type": "gspo"}), ids=str)
+def test_compiled_by_inductor_is_eager(kwargs):
+    """What torch.compile does by default: the head and the loss in one graph, twice, with another value."""
+    hidden, weight, inputs = batch()
+    step = torch.compile(train, fullgraph=True)
+    for loss_scale in (1.0, 0.25, 0.125):
+        assert_same(step, hidden, weight, **inputs, advantages=torch.tensor([1.0, -0.5], device=DEVICE), beta=0.1,
+                    loss_scale=loss_scale, **kwargs)  # fmt: skip
 
 
 # Every way through `Objective`: what is spread, masked or corrected.
@@ -211,7 +226,8 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
         ).loss.sum().backward()  # fmt: skip
     x = (hidden @ weight.T).requires_grad_()
     loss = fused_grpo_loss(x, inputs["completion_ids"], inputs["advantages"], backend=backend).loss
-    torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=True)
+    for keep in (True, False):
+        torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=keep)
     assert len({id(op) for op, _ in calls}) == len(names)
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

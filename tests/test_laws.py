@@ -209,7 +209,7 @@ def test_sequences_longer_than_65535(what):
 
 
 def test_no_kernel_recompiles_for_new_values():
-    """Triton's launcher, without the interpreter, on lengths, batch sizes, coefficients, strides, slices."""
+    """Triton's launcher, without the interpreter, on 100 shapes, on coefficients, strides, slices."""
     here = Path(__file__).parent
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": os.pathsep.join(sys.path), "GRPO_KERNELS_VALIDATE": "0"}
@@ -218,7 +218,8 @@ def test_no_kernel_recompiles_for_new_values():
     found = json.loads(run.stdout)
     assert all(len(each["keys"]) == each["launches"] for each in found["control"]), found["control"]
     counts = found["counts"]
-    assert len({each["kernel"] for each in counts}) == 6 and min(each["launches"] for each in counts) > 30
+    assert len({each["kernel"] for each in counts}) == 7
+    assert min(each["launches"] for each in counts if each["logits"] == "whole") > 100
     again = [each for each in counts if len(each["keys"]) != 1]
     assert not again, "\n".join(f"{each['structure']}, {each['kernel']}: {each['keys']}" for each in again)
 

@@ -9,6 +9,7 @@ from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
 from grpo_kernels.kernels.quantile import threshold_kernel
 from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
+from grpo_kernels.kernels.row import Cap
 from grpo_kernels.kernels.rows import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.kernels.sequences import correction_kernel, segments_kernel, spread_kernel
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES
@@ -18,22 +19,23 @@ from grpo_kernels.variants import LEVELS, TERMS
 _WAVE = 64 if torch.version.hip else 32
 
 
-def tile_shape(V: int, itemsize: int, entropy: bool = False, wave: int = _WAVE) -> dict[str, int]:
-    """K, L and launch options for rows of V entries: 16 bytes a thread side by side, K such lines deep.
+_KEPT = 2**18  # bytes of rows in flight on a multiprocessor: what L2 should still hold when the second pass comes
 
-    One program of 1024 threads fills a multiprocessor, so that few rows are in flight at a time and
-    the second pass finds its row in L2. Left to itself ptxas squeezes such a program into 32
-    registers, to fit two, and spills; ``maxnreg`` grants it the 64 that one can have. Entropies keep
-    more per lane, which leaves registers for one line only.
+
+def tile_shape(V: int, itemsize: int, vector: int, wave: int = _WAVE) -> dict[str, int]:
+    """K, N, W and launch options for rows of V entries, of which a thread moves ``vector`` at once.
+
+    1024 threads fill a multiprocessor, with as many programs as leave its rows in L2: one program for
+    rows of 256 KB, more for shorter ones. What runs once per row costs less on fewer threads, and
+    while the threads of one program meet, the others go on. Left to itself ptxas squeezes 1024
+    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64.
     """
-    vector = 16 // itemsize
     most = 1024 // wave
-    warps = max(4, min(most, triton.next_power_of_2(triton.cdiv(V, vector * wave * 2))))
-    lanes = vector * wave * warps
+    programs = 1 << max(1, _KEPT // (V * itemsize)).bit_length() - 1
+    warps = max(4, most // programs)
+    K = 4 if wave == 32 else 2
     limit = {"maxnreg": 64} if wave == 32 else {}
-    if lanes >= V:
-        return {"K": 1, "L": triton.next_power_of_2(V), "num_warps": warps, **limit}
-    return {"K": 2 if wave == 32 and not entropy else 1, "L": lanes, "num_warps": warps, **limit}
+    return {"K": K if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit}
 
 
 def block_shape(wave: int = _WAVE) -> dict[str, int]:
@@ -65,15 +67,25 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
             logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
             logps, entropies, stats,
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
-            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature,
+            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            ALIGNED=_aligned(logits), **tile_shape(V, logits.element_size(), entropy),
+            **_tile(V, logits),
         )  # fmt: skip
     return logps, entropies, stats
 
 
-def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logps, entropies) of a token-level objective, whose gradient goes to ``out`` in the same launch."""
+def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, loss [], sums [S], metrics [M]) of an objective of single tokens.
+
+    Its gradient goes to ``out`` in the launch that reads the logits.
+    """
+    logps, entropies = gradient(logits, out, inputs, coefs, plan, entropy)
+    totals = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+    return logps, entropies, *totals
+
+
+def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``, in one launch."""
     B, rows, V = logits.shape
     logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
@@ -87,10 +99,11 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
             *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
             *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
             inputs.sequences, inputs.ids.shape[1], rows, V, int(coefs.num_generations), 1.0 / coefs.temperature,
-            coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits, term.kind(*coefs.term),
+            _cap(coefs), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits,
+            term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
-            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), entropy),
+            **_tile(V, logits, out),
         )  # fmt: skip
     return logps, entropies
 
@@ -105,8 +118,8 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
             logits, out, ids, inputs.mask, inputs.temperature, inputs.segments, stats, g, h, up,
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
             *_strides(inputs.temperature), *_strides(up), _at(inputs),
-            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature,
-            ALIGNED=_aligned(logits, out), **tile_shape(V, logits.element_size(), h is not None),
+            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature, _cap(coefs),
+            **_tile(V, logits, out),
         )  # fmt: skip
 
 
@@ -116,14 +129,14 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     with _on(grad):
         scale_kernel[(B * rows,)](
             grad, out, up, *grad.stride()[:2], *out.stride()[:2], rows, V,
-            SAME=grad.data_ptr() == out.data_ptr(), ALIGNED=_aligned(grad, out), **tile_shape(V, grad.element_size()),
+            SAME=grad.data_ptr() == out.data_ptr(), **_tile(V, grad, out),
         )  # fmt: skip
 
 
 def objective(
     logps: torch.Tensor, entropies: torch.Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The [B, T] maths: (loss [], ℓ, local, spread, share, h, sums [S], metrics [M]), see `sequence_kernel`."""
+    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`."""
     B = inputs.sequences
     losses, local, h = (torch.empty_like(logps) for _ in range(3))
     spread, share = (torch.empty_like(logps) if plan.spread else logps.new_empty(0) for _ in range(2))
@@ -149,7 +162,7 @@ def objective(
             **block_shape(),
         )  # fmt: skip
         total_kernel[(1,)](partial, sums, total, metrics, B, **block_shape())
-    return total, losses, local, spread, share, h, sums, metrics
+    return total, sums, metrics, losses, local, spread, share, h
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:
@@ -202,10 +215,20 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _aligned(*tensors: torch.Tensor) -> bool:
-    """Whether every row starts on 16 bytes, so that loads and stores can be wide."""
-    sizes = ((x.element_size(), x.data_ptr(), x.stride(0), x.stride(1)) for x in tensors)
-    return all(start % 16 == 0 and b * size % 16 == 0 and t * size % 16 == 0 for size, start, b, t in sizes)
+def _tile(V: int, *tensors: torch.Tensor) -> dict[str, int]:
+    """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
+
+    ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
+    equally far off a boundary of 16 bytes; if not, every entry by itself.
+    """
+    size = tensors[0].element_size()
+    off = {(x.data_ptr() % 16, *(stride * size % 16 for stride in _strides(x))) for x in tensors}
+    shape = tile_shape(V, size, 16 // size if len(off) == 1 else 1)
+    return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **shape}
+
+
+def _cap(coefs: Coefs) -> Cap | None:
+    return Cap(coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:

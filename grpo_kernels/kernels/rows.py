@@ -12,7 +12,7 @@ import inspect
 
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
-from grpo_kernels.kernels.row import LOG2E, entropy_of, read_row, score_token, write_slope, write_zeros
+from grpo_kernels.kernels.row import LOG2E, entropy_of, read_row, scale_row, score_token, write_slope, write_zeros
 from grpo_kernels.objective import limited_ratio, log_ratio, token_objective, weight
 
 
@@ -25,7 +25,7 @@ def kernel(fn):
     strides = [n for n in inspect.signature(fn).parameters if n.endswith(("_b", "_t"))]
     fn.__annotations__.update(dict.fromkeys(strides, tl.int64))
     runtime = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
-    plain = [n for n in runtime if n not in ("V", "c", "limits")]
+    plain = [n for n in runtime if n not in ("V", "c", "cap", "limits")]
     return jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
 
 
@@ -93,9 +93,9 @@ def logprob_kernel(
     batch_std, segments,  # [], [N]
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
     logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
-    B, T, V, G, inv_temperature: tl.float32, adv_eps: tl.float32,
+    B, T, V, G, inv_temperature: tl.float32, cap, adv_eps: tl.float32,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
-    ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row.
 
@@ -114,8 +114,8 @@ def logprob_kernel(
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_first")
-    lp, _ = score_token(row, token, V, top, total, scale)
+    top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_first")
+    lp, _ = score_token(row, token, V, top, total, scale, cap)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
     tl.store(stats + at * 3, top)
     tl.store(stats + at * 3 + 1, total)
@@ -127,17 +127,17 @@ def slope_kernel(
     logits, out, ids, mask, temperature, segments, stats,  # [B, rows, V] ×2, [B, T] ×3, [N], [B·T, 3]
     g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
-    B, T, rows, V, inv_temperature: tl.float32,
-    ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    B, T, rows, V, inv_temperature: tl.float32, cap,
+    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits from two numbers per row; the same for every objective. g = h = 0: not read."""
     seq, tok = place(segments, rows)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
     if (tok >= T) | (seq >= B):
-        write_zeros(dst, V, K, L)
+        write_zeros(dst, V, ALIGNED, K, N, W)
         return
     if is_masked(mask, seq * mask_b + tok * mask_t):
-        write_zeros(dst, V, K, L)
+        write_zeros(dst, V, ALIGNED, K, N, W)
         return
     at = seq * at_b + tok
     slope = tl.load(g + at)
@@ -145,7 +145,7 @@ def slope_kernel(
     if h is not None:
         pull = tl.load(h + at)
     if (slope == 0.0) & (pull == 0.0):
-        write_zeros(dst, V, K, L)
+        write_zeros(dst, V, ALIGNED, K, N, W)
         return
     if up is not None:
         factor = tl.load(up + seq * up_b + tok * up_t).to(tl.float32)
@@ -157,9 +157,9 @@ def slope_kernel(
     top = tl.load(stats + at * 3)
     total = tl.load(stats + at * 3 + 1)
     mean = tl.load(stats + at * 3 + 2)
-    _, x_token = score_token(row, token, V, top, total, scale)
-    write_slope(dst, row, token, x_token, V, scale, top, total, mean, slope, pull,
-                K, L, h is not None, "evict_first")  # fmt: skip
+    _, x_token = score_token(row, token, V, top, total, scale, cap)
+    write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, slope, pull,
+                ALIGNED, K, N, W, h is not None, "evict_first")  # fmt: skip
 
 
 @kernel
@@ -170,11 +170,11 @@ def loss_kernel(
     count, loss_scale, tokens,  # the weight's count [B] or [], factor [], unmasked tokens []
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
     old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, temp_b, temp_t, count_b, at_b,
-    B, T, rows, V, G, inv_temperature: tl.float32, beta: tl.float32,
+    B, T, rows, V, G, inv_temperature: tl.float32, cap, beta: tl.float32,
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
-    ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Token-level objectives in one launch: log-probability, loss derivative and gradient of a row."""
     seq, tok = place(segments, rows)
@@ -183,17 +183,17 @@ def loss_kernel(
     if (tok >= T) | (seq >= B):
         if segments is not None:
             store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
-        write_zeros(dst, V, K, L)
+        write_zeros(dst, V, ALIGNED, K, N, W)
         return
     if is_masked(mask, seq * mask_b + tok * mask_t):
         store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
-        write_zeros(dst, V, K, L)
+        write_zeros(dst, V, ALIGNED, K, N, W)
         return
     A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
     if SKIP:
         if A == 0.0:
             store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
-            write_zeros(dst, V, K, L)
+            write_zeros(dst, V, ALIGNED, K, N, W)
             return
 
     # The weights come before the row, which leaves fewer scalars to hold while it streams by.
@@ -206,8 +206,8 @@ def loss_kernel(
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean = read_row(row, V, scale, K, L, ENTROPY, "evict_last")
-    lp, x_token = score_token(row, token, V, top, total, scale)
+    top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_last")
+    lp, x_token = score_token(row, token, V, top, total, scale, cap)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
 
     lp_old = load_or(old, seq * old_b + tok * old_t, lp)
@@ -219,17 +219,18 @@ def loss_kernel(
                                              CLAMPED)  # fmt: skip
     g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
-        write_zeros(dst, V, K, L)
+        tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
+        write_zeros(dst, V, ALIGNED, K, N, W)
     else:
-        write_slope(dst, row, token, x_token, V, scale, top, total, mean, g, h,
-                    K, L, BONUS, "evict_first")  # fmt: skip
+        write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, g, h,
+                    ALIGNED, K, N, W, BONUS, "evict_first")  # fmt: skip
 
 
 @kernel
 def scale_kernel(
     grad, out, up,  # [B, rows, V], [B, rows, V], []
     grad_b, grad_t, out_b, out_t,
-    rows, V, SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    rows, V, SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """out = grad · up. Where both are one tensor (SAME) and up is 1, nothing is read or written."""
     factor = tl.load(up).to(tl.float32)
@@ -240,8 +241,4 @@ def scale_kernel(
     tok = (tl.program_id(0) % rows).to(tl.int64)
     src = row_at(grad, seq, tok, grad_b, grad_t, ALIGNED)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
-    for start in range(0, V, K * L):
-        at = start + tl.arange(0, K)[:, None] * L + tl.arange(0, L)[None, :]
-        x = tl.load(src + at, mask=at < V, other=0.0).to(tl.float32)
-        x = tl.where(x == 0.0, 0.0, x * factor)  # a row without a gradient has none, whatever the factor
-        tl.store(dst + at, x.to(dst.dtype.element_ty), mask=at < V)
+    scale_row(dst, src, V, factor, ALIGNED, K, N, W)

@@ -1,0 +1,100 @@
+"""Custom ops of the losses from hidden states; see `grpo_kernels.ops` for what they take.
+
+``wanted`` says which gradients are: letters of "h", "w", "b". ``height`` is how many rows of logits there
+are at a time, ``count`` how many rows are read, -1 where the host has to ask.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo_kernels import checks, linear_chunks
+from grpo_kernels.correction import CORRECTIONS
+from grpo_kernels.inputs import Coefs, Inputs
+from grpo_kernels.linear_chunks import Rows
+from grpo_kernels.linear_head import Gradients, Head
+from grpo_kernels.ops import backend_of, fake_totals
+from grpo_kernels.plan import Plan
+
+
+def _head(hidden, weight, bias, rows: Rows, height: int) -> Head:
+    return Head(hidden, weight, bias, rows.index, rows.inputs.ids.shape[1], height)
+
+
+def _check_values(hidden: Tensor, weight: Tensor, inputs: Inputs) -> None:
+    if checks.validates(hidden.device):
+        checks.check_values(inputs.ids, inputs.mask, weight.shape[0])
+
+
+@torch.library.custom_op("grpo_kernels::linear_loss", mutates_args=())
+def linear_loss_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
+    entropy: bool, wanted: str, in_fp32: bool, height: int, count: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, entropies, loss [], sums [S], metrics [M], gradients of hidden states, weight and bias)"""
+    inputs, coefs, plan, run = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), backend_of(backend)
+    _check_values(hidden, weight, inputs)
+    rows = Rows(inputs, coefs, plan, count)
+    into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
+    chunks = linear_chunks.row_chunks if plan.one_launch else linear_chunks.sequence_chunks
+    head = _head(hidden, weight, bias, rows, height)
+    logps, entropies = chunks(run, head, rows, inputs, coefs, plan, entropy, into)
+    if plan.late_correction:
+        inputs = inputs._replace(is_weight=run.correct(logps, inputs, coefs, CORRECTIONS[plan.correction]))
+    totals = run.objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+    return logps, entropies, *totals, into.hidden, into.weight, into.bias
+
+
+def _fake_gradients(hidden, weight, bias, wanted: str, in_fp32: bool) -> tuple[Tensor, Tensor, Tensor]:
+    into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
+    return into.hidden, into.weight, into.bias
+
+
+def _fake_rows(hidden: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    logps = hidden.new_empty(ids.shape, dtype=torch.float32)
+    return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
+
+
+@linear_loss_op.register_fake
+def _(hidden, weight, bias, tensors, coefs, plan, entropy, wanted, in_fp32, height, count, backend):
+    rows = _fake_rows(hidden, tensors[0], entropy)
+    return *rows, *fake_totals(hidden), *_fake_gradients(hidden, weight, bias, wanted, in_fp32)
+
+
+@torch.library.custom_op("grpo_kernels::linear_logprobs", mutates_args=())
+def linear_logprobs_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
+    entropy: bool, height: int, count: int, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(logps, entropies)"""
+    inputs, coefs, plan = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan)
+    _check_values(hidden, weight, inputs)
+    rows = Rows(inputs, coefs, plan, count)
+    head = _head(hidden, weight, bias, rows, height)
+    return linear_chunks.score(backend_of(backend), head, rows, inputs, coefs, plan, entropy)
+
+
+@linear_logprobs_op.register_fake
+def _(hidden, weight, bias, tensors, coefs, plan, entropy, height, count, backend):
+    return _fake_rows(hidden, tensors[0], entropy)
+
+
+@torch.library.custom_op("grpo_kernels::linear_slope", mutates_args=())
+def linear_slope_op(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], g: Tensor, h: Tensor | None,
+    up: Tensor | None, coefs: Tensor, plan: str, wanted: str, in_fp32: bool, height: int, count: int, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden states, weight and bias from ∂L/∂lp and ∂L/∂H, both times ``up``."""
+    inputs, coefs = Inputs(*tensors), Coefs.unpack(coefs)
+    rows = Rows(inputs, coefs, Plan.from_key(plan), count)
+    into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
+    head = _head(hidden, weight, bias, rows, height)
+    up = None if up is None else up.expand(inputs.ids.shape)
+    linear_chunks.pull_back(backend_of(backend), head, rows, inputs, g, h, up, coefs, into)
+    return into.hidden, into.weight, into.bias
+
+
+@linear_slope_op.register_fake
+def _(hidden, weight, bias, tensors, g, h, up, coefs, plan, wanted, in_fp32, height, count, backend):
+    return _fake_gradients(hidden, weight, bias, wanted, in_fp32)
