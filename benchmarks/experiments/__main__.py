@@ -21,7 +21,7 @@ NAMES = ("present", "counter", "cluster", "interleaved", "hints")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1: a result was wrong or raised, or a kernel spilt; 2: there is nothing to run on."""
+    """Exit status 1: a result was wrong or raised, or a kernel did not compile; 2: there is nothing to run on."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.experiments",
         description="Other ways to write the one-launch loss kernel: checked against float64, then timed as multiples "

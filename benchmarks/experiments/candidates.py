@@ -43,15 +43,15 @@ def candidates(dtype: torch.dtype) -> list[Candidate]:
     if fp32:
         add(counter, *(_shape(K, w, r) for K, w, r in [(16, 8, 128), (8, 16, 64), (16, 4, 128), (8, 8, 72)]))
         add(cluster, *({"ctas": c, "warps": w, "registers": r} for c, w, r in [(8, 8, 128), (16, 8, 80), (16, 16, 64)]))
-        shapes = [(4, 16, 128, 1, 1), (4, 16, 128, 1, 3), (2, 32, 64, 1, 1)]
+        shapes = [(4, 16, 128, 1, 1), (4, 16, 128, 1, 3), (4, 32, 64, 1, 1), (4, 16, 64, 2, 1)]
     else:
         add(counter, *(_shape(K, w, r) for K, w, r in [(8, 8, 128), (4, 16, 64), (8, 4, 128), (4, 8, 64)]))
         add(cluster, *({"ctas": c, "warps": w, "registers": r} for c, w, r in [(8, 8, 128), (16, 8, 80), (8, 16, 64)]))
-        shapes = [(2, 16, 128, 1, 1), (2, 16, 128, 1, 3), (1, 32, 64, 1, 1), (1, 32, 64, 1, 3), (1, 16, 64, 2, 1)]
+        shapes = [(4, 16, 128, 1, 1), (4, 16, 128, 1, 3), (2, 32, 64, 1, 1), (2, 32, 64, 1, 3), (2, 16, 64, 2, 1)]
     add(interleaved, *({**_shape(K, w, r), "per_processor": p, "stages": s} for K, w, r, p, s in shapes))
-    wide = {"K": 4 if fp32 else 2}
+    wide = {"K": 4}
     add(hints, wide, {**wide, "first": "evict_last", "second": "evict_first"}, {**wide, "second": "evict_first"})
-    grid = [(1, 32, 64), (4, 32, 64), (2, 16, 64), (4, 16, 128), (2, 8, 64), (4, 8, 128)]
+    grid = [(2, 32, 64), (2, 16, 64), (4, 16, 64), (8, 16, 128), (4, 8, 64), (8, 8, 128)]
     add(present, *(_shape(K, w, r) for K, w, r in grid))
     return found
 

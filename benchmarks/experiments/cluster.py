@@ -16,7 +16,7 @@ import torch
 from benchmarks.experiments import precompiled
 from benchmarks.experiments.common import Job, arguments, is_live, logp_of, on, options, row_numbers, slope_of
 from grpo_kernels.jit import jit, tl, triton
-from grpo_kernels.kernels.row import LOG2E, load_tile
+from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, slope_at, tile_at
 from grpo_kernels.kernels.rows import kernel, row_at
 
 OLDEST_TRITON = (3, 8)
@@ -39,17 +39,18 @@ def zero_piece(out, at, V):
 def cluster_kernel(
     logits, out, ids, mask, old, adv, count, logps,  # [B, rows, V] ×2, [B, T] ×3, [B] ×2, out: [B, T]
     logits_b, logits_t, out_b, out_t,
-    N, T, rows, V, inv_temperature: tl.float32, w_factor: tl.float32, limits, c,
+    all_rows, T, rows, V, inv_temperature: tl.float32, w_factor: tl.float32, limits, c,
     TERM: tl.constexpr, ALIGNED: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """One cluster per row. FIRST and SECOND are the sizes of its pieces."""
     seq = (tl.program_id(0) // rows).to(tl.int64)
     tok = (tl.program_id(0) % rows).to(tl.int64)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
+    at, at_2 = tile_at(0, 1, FIRST, 1), tile_at(FIRST, 1, SECOND, 1)  # [1, FIRST], [1, SECOND]
     if not is_live(mask, seq, tok, T):
         tl.store(logps + seq * T + tok, 0.0, mask=tok < T)
-        zero_piece(dst, tl.arange(0, FIRST)[None, :], V)
-        zero_piece(dst, FIRST + tl.arange(0, SECOND)[None, :], V)
+        zero_piece(dst, at, V)
+        zero_piece(dst, at_2, V)
         return
     scale = inv_temperature * LOG2E
     token = tl.load(ids + seq * T + tok)
@@ -57,10 +58,9 @@ def cluster_kernel(
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     # In place: before the reductions, at which all programs of the cluster meet, and before any store.
     x_token = tl.load(row + token, mask=(token >= 0) & (token < V), other=float("nan")).to(tl.float32)
-    at, x = load_tile(row, 0, V, 1, FIRST, True, "evict_first")  # [1, FIRST]
-    at_2, x_2 = load_tile(row, FIRST, V, 1, SECOND, True, "evict_first")  # [1, SECOND]
+    x, x_2 = load_tile(row, at, V, True, "evict_first"), load_tile(row, at_2, V, True, "evict_first")
     top = tl.maximum(tl.max(tl.max(x, axis=0), axis=0), tl.max(tl.max(x_2, axis=0), axis=0))
-    top = tl.where(top == float("-inf"), 0.0, top)
+    top = tl.maximum(top, LOWEST)
     kept = tl.exp2((x - top) * scale)
     kept_2 = tl.exp2((x_2 - top) * scale)
     total = tl.sum(tl.sum(kept, axis=0), axis=0) + tl.sum(tl.sum(kept_2, axis=0), axis=0)
@@ -72,7 +72,7 @@ def cluster_kernel(
         zero_piece(dst, at_2, V)
     else:
         factor = -g / total
-        d_token = g * (1.0 - tl.exp2((x_token - top) * scale) / total)
+        d_token = slope_at(x_token, top, scale, None, factor, 0.0, g, False)
         write_piece(dst, at, kept, factor, token, d_token, V)
         write_piece(dst, at_2, kept_2, factor, token, d_token, V)
 

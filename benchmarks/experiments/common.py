@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from grpo_kernels.jit import jit, tl
+from grpo_kernels.kernels.launch import _tile
 from grpo_kernels.kernels.row import LN2
 from grpo_kernels.objective import Limits, limited_ratio, log_ratio, token_objective, weight
 from grpo_kernels.terms import Clip, clipped
@@ -56,18 +57,18 @@ def arguments(job: Job, out: torch.Tensor, logps: torch.Tensor) -> tuple[tuple, 
         *out.stride()[:2], B * rows, job.ids.shape[1], rows, V, 1.0 / job.temperature, 1.0 / B,
         Limits(-INF, INF, INF, INF), job.clip,
     )  # fmt: skip
-    return values, {"TERM": clipped, "ALIGNED": _aligned(job.logits) and _aligned(out)}
+    return values, {"TERM": clipped, "ALIGNED": _tile(V, job.logits, out)["ALIGNED"]}
 
 
-def _aligned(x: torch.Tensor) -> bool:
-    """Whether every row starts on 16 bytes."""
-    size = x.element_size()
-    return all(at % 16 == 0 for at in (x.data_ptr(), x.stride(0) * size, x.stride(1) * size))
+def tile(job: Job, out: torch.Tensor, K: int, warps: int, registers: int, wave: int) -> dict[str, int]:
+    """K, N, W and launch options, for K lines of 16 bytes a thread."""
+    return tile_shape(job.logits.element_size(), _tile(job.V, job.logits, out)["W"], K, warps, registers, wave)
 
 
-def lanes(itemsize: int, warps: int) -> int:
-    """Entries that 32·warps threads hold side by side, 16 bytes each."""
-    return 16 // itemsize * 32 * warps
+def tile_shape(itemsize: int, vector: int, K: int, warps: int, registers: int, wave: int) -> dict[str, int]:
+    """The same where a thread moves ``vector`` entries at once, and so takes as many more lines."""
+    lines = K * 16 // (itemsize * vector)
+    return {"K": lines, "N": 32 * warps, "W": vector, **options(warps, registers, wave)}
 
 
 def options(warps: int, registers: int, wave: int) -> dict[str, int]:
@@ -109,10 +110,9 @@ def slope_of(lp, lp_old, A, w, limits, c, TERM: tl.constexpr):
 
 @jit
 def join(top, total, scale):
-    """(top, total) of several (top, Σ 2^d) [n], in an order that does not change; −inf and 0 where all are banned."""
+    """(top, total) of several (top, Σ 2^d) [n], in an order that does not change."""
     highest = tl.max(top, axis=0)
-    anchor = tl.where(highest == float("-inf"), 0.0, highest)  # −inf − (−inf) would be NaN
-    return highest, tl.sum(total * tl.exp2((top - anchor) * scale), axis=0)
+    return highest, tl.sum(total * tl.exp2((top - highest) * scale), axis=0)
 
 
 @jit

@@ -1,8 +1,9 @@
 """What the compiler makes of every candidate, for GPUs that need not be there; as `benchmarks.compile_report` does.
 
-Instructions and exponentials per element: of the loops over a row where there are any. The counter's and the cluster's
-programs hold what they read and have no such loop: theirs are those of the shortest way through the whole program that
-loads and stores, once per row or not, over the elements of a row that a thread holds. (Exponentials: of all ways.)
+Instructions and exponentials per element: of the loops over whole tiles, and of all of a row, which is an upper bound.
+The counter's and the cluster's programs hold what they read and have no such loop: theirs are those of the shortest way
+through the whole program that loads and stores, once per row or not, over the elements of a row that a thread holds.
+(Exponentials: of all ways.)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from benchmarks.compile_report import (
     TARGETS,
     Launch,
     Recorder,
+    _row_cost,
     compile_launch,
     compiled_for,
     machine_code_of,
@@ -32,6 +34,7 @@ from benchmarks.measure import first_line
 
 # On an H200 at 1.755 GHz, beside a copy at 4.3 TB/s: see docs/performance.md.
 BUDGET = {"bf16": (27.6, 3.4), "fp32": (55.2, 6.9)}  # instructions and exponentials per element
+FIGURES = ("ex2_per_element", "instructions_per_element", "row_per_element")  # None: not found, or there is no loop
 
 
 def record(candidate: Candidate, V: int, dtype: str, wave: int) -> Launch:
@@ -69,26 +72,23 @@ def compile_candidate(candidate: Candidate, V: int, dtype: str, target: str, cub
         if why := cluster.too_old():
             return row | {"failed": why}
     launch = record(candidate, V, dtype, TARGETS[target].warp_size)
-    itemsize = DTYPES[dtype].itemsize
     try:
         if candidate.module in (counter, cluster):
             found = machine_code_of(launch, target)
             held = _held(candidate, launch, TARGETS[target].warp_size)
-            part = {"elements": held, "ex2": found["ex2"], "instructions": found["path"]}
+            found["ex2_per_element"] = found["ex2"] / held
+            found["row_per_element"] = found["path"] and found["path"] / held
         elif candidate.module is interleaved:
             found = machine_code_of(launch, target)
-            part = _trade(found["loops"], itemsize)
+            found |= _trade(found, V, DTYPES[dtype].itemsize, TARGETS[target].warp_size)
         else:
             found = compile_launch(launch, target)
-            part = {"elements": 1, "ex2": found["ex2_per_element"], "instructions": found["instructions_per_element"]}
     except Exception as error:  # whatever a compiler raises is a row, and the report goes on
         return row | {"failed": f"{type(error).__name__}: {first_line(error)}"}
     found.pop("loops", None)
     if cubins and candidate.module is cluster and target == "sm_90":
         save_cubin(candidate, V, dtype, cubins)
-    for what in ("ex2", "instructions"):
-        row[f"{what}_per_element"] = None if part is None or part[what] is None else part[what] / part["elements"]
-    return row | found
+    return row | dict.fromkeys(FIGURES) | found
 
 
 def _held(candidate: Candidate, launch: Launch, wave: int) -> float:
@@ -99,14 +99,20 @@ def _held(candidate: Candidate, launch: Launch, wave: int) -> float:
     return a["V"] / (launch.options["num_ctas"] * threads)
 
 
-def _trade(loops: list[dict], itemsize: int) -> dict | None:
-    """The loop that reads one row and writes another: of those that store, the one with most exponentials."""
-    storing = [loop for loop in loops if loop["stores"] and loop["ex2"]]
-    if not storing:
-        return None
-    elements = lambda loop: loop["loaded"] / itemsize / 2 or loop["wide_stores"] * 16 / itemsize  # noqa: E731
-    loop = max(storing, key=lambda loop: loop["ex2"] / max(elements(loop), 1))
-    return loop | {"elements": elements(loop)} if elements(loop) else None
+def _trade(found: dict, V: int, itemsize: int, wave: int) -> dict:
+    """The figures of the loops that read one row and write another, so with two exponentials per entry and more."""
+    trades = []
+    for loop in found["loops"]:
+        loop["elements"] = loop["wide_stores"] * 16 // itemsize
+        if loop["elements"] and loop["ex2"] > 2 * loop["elements"]:
+            trades.append(loop)
+    if not trades:
+        return {}
+    tiles, *rest = sorted(trades, key=lambda loop: loop["instructions"] / loop["elements"])
+    outside = found["instructions"] - sum(loop["instructions"] for loop in found["loops"])
+    cost = _row_cost(V, found["num_warps"] * wave, {"trade": tiles}, {"trade": rest[0]} if rest else {}, outside)
+    parts = (tiles["ex2"] / tiles["elements"], tiles["instructions"] / tiles["elements"], cost)
+    return dict(zip(FIGURES, parts))
 
 
 def report(
@@ -122,30 +128,30 @@ def report(
 
 LEGEND = (
     "reg: registers per thread; stk: stack, bytes; spl: spills; smem: shared memory, bytes; ld: wide/all loads; ex2, "
-    "ins: exponentials and instructions per element; prog: programs resident on a multiprocessor by registers. "
+    "ins: exponentials and instructions per element, of the loops over whole tiles; row: instructions per element of "
+    "all of a row, at most; prog: programs resident on a multiprocessor by registers. "
     "K: lines of 16 bytes per thread; w: warps of 32; r: registers at most; p: programs per multiprocessor; s: stages; "
     "c: programs of a cluster. !: spills, or more per element than an H200 has time for beside a copy."
 )
-TITLES = f"{'candidate':33}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>7}{'ld':>7}{'ex2':>6}{'ins':>6}{'prog':>5}"
+TITLES = f"{'candidate':30}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>7}{'ld':>7}{'ex2':>5}{'ins':>6}{'row':>6}{'prog':>5}"
 
 
 def hopeless(row: dict) -> bool:
     """Whether the machine code alone says that this comes nowhere near a copy."""
     if row["failed"]:
         return False
-    over = [(row[f"{what}_per_element"] or 0.0) > most
-            for what, most in zip(("instructions", "ex2"), BUDGET[row["dtype"]])]  # fmt: skip
+    over = [(row[f"{what}_per_element"] or 0.0) > most for what, most in zip(("row", "ex2"), BUDGET[row["dtype"]])]
     return bool(row["spills"] or row["stack"] or (any(over) and row["target"] == "sm_90"))
 
 
 def line(row: dict) -> str:
     """At most 80 columns."""
     if row["failed"]:
-        return f"{row['candidate']:33} {row['failed']}"[:80]
+        return f"{row['candidate']:30} {row['failed']}"[:80]
     per_element = "".join(
-        f"{'-':>6}" if row[f"{what}_per_element"] is None else f"{row[f'{what}_per_element']:6.{digits}f}"
-        for what, digits in (("ex2", 2), ("instructions", 1))
+        f"{'-':>{width}}" if row[what] is None else f"{row[what]:{width}.{digits}f}"
+        for what, width, digits in zip(FIGURES, (5, 6, 6), (2, 1, 1))
     )
     loads = f"{row['wide_loads']}/{row['loads']}"
-    return (f"{row['candidate']:33}{row['registers']:4}{row['stack']:4}{row['spills']:4}{row['shared']:7}{loads:>7}"
+    return (f"{row['candidate']:30}{row['registers']:4}{row['stack']:4}{row['spills']:4}{row['shared']:7}{loads:>7}"
             f"{per_element}{row['resident_programs']:5}{' !' if hopeless(row) else ''}")  # fmt: skip

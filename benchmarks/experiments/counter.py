@@ -40,15 +40,14 @@ from benchmarks.experiments.common import (
     arguments,
     is_live,
     join,
-    lanes,
     logp_of,
     on,
-    options,
     row_numbers,
     slope_of,
+    tile,
 )
 from grpo_kernels.jit import jit, tl, triton
-from grpo_kernels.kernels.row import LN2, LOG2E, load_tile
+from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, slope_at, tile_at
 from grpo_kernels.kernels.rows import kernel, row_at
 
 MOST_LOOKS = 1 << 17  # at the words, about 0.1 s, before giving up
@@ -87,25 +86,25 @@ def wait_for(words, PARTS: tl.constexpr, SLOTS: tl.constexpr, tickets, looks):
 def counter_kernel(
     logits, out, ids, mask, old, adv, count, logps,  # [B, rows, V] ×2, [B, T] ×3, [B] ×2, out: [B, T]
     logits_b, logits_t, out_b, out_t,
-    N, T, rows, V, inv_temperature: tl.float32, w_factor: tl.float32, limits, c,
-    tickets, words, looks,  # [1] and [N, PARTS + 1] int64, both 0 before a launch; []
+    all_rows, T, rows, V, inv_temperature: tl.float32, w_factor: tl.float32, limits, c,
+    tickets, words, looks,  # [1] and [all_rows, PARTS + 1] int64, both 0 before a launch; []
     TERM: tl.constexpr, ALIGNED: tl.constexpr, PARTS: tl.constexpr, SLOTS: tl.constexpr,
-    PUBLISH: tl.constexpr, CONSUME: tl.constexpr, K: tl.constexpr, L: tl.constexpr,
+    PUBLISH: tl.constexpr, CONSUME: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     ticket = tl.atomic_add(tickets, 1, sem="relaxed").to(tl.int32)
-    if ticket >= N * PARTS:
+    if ticket >= all_rows * PARTS:
         return
     n = ticket // PARTS
     part = ticket % PARTS
     seq = (n // rows).to(tl.int64)
     tok = (n % rows).to(tl.int64)
-    start = part * K * L
+    start = part * K * N * W
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
-    at = start + tl.arange(0, K)[:, None] * L + tl.arange(0, L)[None, :]
+    at = tile_at(start, K, N, W)  # [K, N·W]
     if not is_live(mask, seq, tok, T):
         if CONSUME:
             tl.store(logps + seq * T + tok, 0.0, mask=(part == 0) & (tok < T))
-            tl.store(dst + at, tl.zeros([K, L], dst.dtype.element_ty), mask=at < V)
+            tl.store(dst + at, tl.zeros([K, N * W], dst.dtype.element_ty), mask=at < V)
         return
 
     token = tl.load(ids + seq * T + tok)
@@ -115,9 +114,9 @@ def counter_kernel(
     # In place: the token's logit is read before the word that lets the others write over it.
     known = (part == 0) & (token >= 0) & (token < V)
     x_token = tl.load(row + token, mask=known, other=float("nan")).to(tl.float32)
-    _, x = load_tile(row, start, V, K, L, True, "evict_first")  # [K, L]
-    top = tl.max(tl.max(x, axis=0), axis=0)
-    kept = tl.exp2((x - tl.where(top == float("-inf"), 0.0, top)) * scale)
+    x = load_tile(row, at, V, True, "evict_first")
+    top = tl.maximum(tl.max(tl.max(x, axis=0), axis=0), LOWEST)
+    kept = tl.exp2((x - top) * scale)
     total = tl.sum(tl.sum(kept, axis=0), axis=0)
     words += n.to(tl.int64) * (PARTS + 1)
     if PUBLISH:
@@ -127,20 +126,20 @@ def counter_kernel(
         found, token_word, complete = wait_for(words, PARTS, SLOTS, tickets, looks)
         tops, totals = halves_of(found)
         there = tl.arange(0, SLOTS) < PARTS
-        row_top, row_total = join(tl.where(there, tops, float("-inf")), tl.where(there, totals, 0.0), scale)
+        row_top, row_total = join(tl.where(there, tops, LOWEST), tl.where(there, totals, 0.0), scale)
         x_token, _ = halves_of(token_word)
         lp = tl.where(complete, logp_of(x_token, row_top, row_total, scale), float("nan"))
         tl.store(logps + seq * T + tok, lp, mask=part == 0)
         g = slope_of(lp, lp_old, A, w, limits, c, TERM) * inv_temperature
         if g == 0.0:
-            tl.store(dst + at, tl.zeros([K, L], dst.dtype.element_ty), mask=at < V)
+            tl.store(dst + at, tl.zeros([K, N * W], dst.dtype.element_ty), mask=at < V)
         else:
-            # A part that is all banned has top −inf, so its factor is 0.
-            d = kept * (-g / row_total * tl.exp2((top - row_top) * scale))
+            slope = -g / row_total
+            d = kept * (slope * tl.exp2((top - row_top) * scale))
             tl.store(dst + at, d.to(dst.dtype.element_ty), mask=at < V)
             tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-            d_token = g * (1.0 - tl.exp2(lp / LN2))
-            mine = (token >= start) & (token < start + K * L) & (token < V)
+            d_token = slope_at(x_token, row_top, scale, None, slope, 0.0, g, False)
+            mine = (token >= start) & (token < start + K * N * W) & (token < V)
             tl.store(dst + token, d_token.to(dst.dtype.element_ty), mask=mine)
 
 
@@ -148,7 +147,7 @@ def unavailable(
     device: torch.device, V: int, dtype: torch.dtype, *, K: int = 4, warps: int = 16, **_: int
 ) -> str | None:
     """Why a launch could deadlock, or None."""
-    parts = triton.cdiv(V, K * lanes(dtype.itemsize, warps))
+    parts = triton.cdiv(V, K * 16 // dtype.itemsize * 32 * warps)
     places = torch.cuda.get_device_properties(device).multi_processor_count
     return f"{parts} parts, {places} multiprocessors" if parts > places else None
 
@@ -163,8 +162,8 @@ def launch(
     """
     logps = job.old.new_empty(job.old.shape)
     values, constants = arguments(job, out, logps)
-    L = lanes(job.logits.element_size(), warps)
-    parts = triton.cdiv(job.V, K * L)
+    shape = tile(job, out, K, warps, registers, wave)
+    parts = triton.cdiv(job.V, shape["K"] * shape["N"] * shape["W"])
     # Zeroed by one small kernel, which a graph captures like any other.
     work = torch.zeros(1 + job.rows * (parts + 1), dtype=torch.int64, device=out.device)
     together = job.logits.is_cuda if together is None else together
@@ -174,6 +173,6 @@ def launch(
                 work[:1].zero_()
             counter_kernel[(job.rows * parts,)](
                 *values, work, work[1:], looks, **constants, PARTS=parts, SLOTS=triton.next_power_of_2(parts + 1),
-                PUBLISH=publish, CONSUME=consume, K=K, L=L, **options(warps, registers, wave),
+                PUBLISH=publish, CONSUME=consume, **shape,
             )  # fmt: skip
     return logps

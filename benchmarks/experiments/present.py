@@ -4,7 +4,7 @@ from unittest import mock
 
 import torch
 
-from benchmarks.experiments.common import WAVE, Job, lanes, options
+from benchmarks.experiments.common import WAVE, Job, tile_shape
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.kernels import launch as package
 from grpo_kernels.plan import Plan
@@ -19,7 +19,10 @@ def launch(
     """
     inputs = Inputs(job.ids, job.mask, job.old, adv=job.adv[:, None], count=job.count)
     coefs = Coefs(temperature=job.temperature, w_factor=1.0 / job.ids.shape[0], term=tuple(job.clip))
-    shape = {"K": K, "L": lanes(job.logits.element_size(), warps), **options(warps, registers, wave)}
-    own = package.tile_shape(job.V, job.logits.element_size(), wave=wave)
-    with mock.patch.object(package, "tile_shape", lambda *_: shape if K else own):
+    own = package.tile_shape
+
+    def shape(V: int, itemsize: int, vector: int) -> dict[str, int]:
+        return tile_shape(itemsize, vector, K, warps, registers, wave) if K else own(V, itemsize, vector, wave=wave)
+
+    with mock.patch.object(package, "tile_shape", shape):
         return package.loss(job.logits, out, inputs, coefs, Plan(term="clipped"), False)[0]
