@@ -4,5 +4,6 @@ Read in this order: `cases` (what is measured, on which data), `baselines` and `
 measured), `oracle` (nobody's speed is reported before its result has been checked), `measure` (time and
 memory), `suite` (the loop over all of it), `report` (table, JSON, CSV), `plots` (PNG), `environment`
 (where). `test_small` is a small set for pytest-benchmark: `python -m pytest benchmarks --benchmark-only`.
-`compile_report` and `traffic_report` stand apart: what is known of the kernels without a GPU.
+`compile_report` and `traffic_report` stand apart: what is known of the kernels without a GPU; and `experiments`: other
+ways to write the loss kernel.
 """

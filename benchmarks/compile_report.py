@@ -64,7 +64,7 @@ _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas")
 
 
 class Launch(NamedTuple):
@@ -76,7 +76,7 @@ class Launch(NamedTuple):
     options: dict
 
 
-class _Recorder:
+class Recorder:
     def __init__(self, kernel, launches: list, label: str) -> None:
         self.kernel, self.launches, self.label = kernel, launches, label
 
@@ -95,7 +95,7 @@ def recording(launches: list, label: str, wave: int) -> Iterator[None]:
     shapes = ("tile_shape", "block_shape")
     saved = {name: getattr(launch, name) for name in (*KERNELS, *shapes)}
     for name in KERNELS:
-        setattr(launch, name, _Recorder(saved[name], launches, label))
+        setattr(launch, name, Recorder(saved[name], launches, label))
     for name in shapes:
         setattr(launch, name, functools.partial(saved[name], wave=wave))
     try:
@@ -161,11 +161,11 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         launch.threshold(segments.float(), segments.float(), 0.5)
     seen = {}
     for each in launches:
-        seen.setdefault((each.kernel, str(_signature(each))), each)
+        seen.setdefault((each.kernel, str(signature(each))), each)
     return list(seen.values())
 
 
-def _signature(each: Launch) -> tuple[dict, dict, dict]:
+def signature(each: Launch) -> tuple[dict, dict, dict]:
     """(types, constants, alignment hints) as Triton's own launcher would derive them."""
     types, constants, hints = {}, {}, {}
     parameters = inspect.signature(each.kernel.fn).parameters
@@ -188,16 +188,28 @@ def _signature(each: Launch) -> tuple[dict, dict, dict]:
     return types, constants, hints
 
 
-def compile_launch(each: Launch, target_name: str) -> dict:
-    """Compile one launch for one target; a flat dict of what was found."""
-    target = TARGETS[target_name]
-    options = dict(each.options)
-    compiled = triton.compile(ASTSource(each.kernel, *_signature(each)), target=target, options=options)
+def compiled_for(each: Launch, target_name: str):
+    """A launch as Triton compiles it for a target."""
+    source = ASTSource(each.kernel, *signature(each))
+    return triton.compile(source, target=TARGETS[target_name], options=dict(each.options))
+
+
+def machine_code_of(each: Launch, target_name: str) -> dict:
+    """What the machine code of a launch holds, the loops apart."""
+    target, options = TARGETS[target_name], each.options
+    compiled = compiled_for(each, target_name)
     row = {"kernel": each.label, "target": target_name, **each.options}
     binary, read = ("amdgcn", machine_code.amd) if target.backend == "hip" else ("cubin", machine_code.nvidia)
     row |= {**read(compiled.asm[binary]), "shared": compiled.metadata.shared}
     row["resident_programs"] = machine_code.resident_programs(target, row["registers"], options["num_warps"])
     row["resident_warps"] = row["resident_programs"] * options["num_warps"]
+    return row
+
+
+def compile_launch(each: Launch, target_name: str) -> dict:
+    """The same as a flat dict, with the passes over a row in place of the loops."""
+    target, options = TARGETS[target_name], each.options
+    row = machine_code_of(each, target_name)
     loops, x = row.pop("loops"), each.arguments.get("logits", each.arguments.get("grad"))
     passes, rests = ({}, {}) if x is None else _row_passes(loops, x.element_size())
     tile = each.arguments.get("K", 0) * each.arguments.get("W", 0)
@@ -272,7 +284,7 @@ def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> li
     jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
         for each in record_launches(V, dtype, TARGETS[target].warp_size):
-            jobs.setdefault((target, V, each.kernel, str(_signature(each))), each)
+            jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(lambda job: {"V": job[0][1], **compile_launch(job[1], job[0][0])}, jobs.items()))
 
