@@ -72,7 +72,7 @@ def cluster_kernel(
         zero_piece(dst, at_2, V)
     else:
         factor = -g / total
-        d_token = slope_at(x_token, top, scale, None, factor, 0.0, g, False)
+        d_token = g + slope_at(x_token, top, scale, None, factor, 0.0, False)
         write_piece(dst, at, kept, factor, token, d_token, V)
         write_piece(dst, at_2, kept_2, factor, token, d_token, V)
 

@@ -138,7 +138,7 @@ def counter_kernel(
             d = kept * (slope * tl.exp2((top - row_top) * scale))
             tl.store(dst + at, d.to(dst.dtype.element_ty), mask=at < V)
             tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-            d_token = slope_at(x_token, row_top, scale, None, slope, 0.0, g, False)
+            d_token = g + slope_at(x_token, row_top, scale, None, slope, 0.0, False)
             mine = (token >= start) & (token < start + K * N * W) & (token < V)
             tl.store(dst + token, d_token.to(dst.dtype.element_ty), mask=mine)
 
