@@ -26,17 +26,18 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Time and memory of the GRPO loss (forward + backward) and of log-probs alone, as multiples "
-        "of a copy of the logits. Nothing that differs from float64 gets a time.",
+        "of a copy of the logits; and of the loss from hidden states and a head, as multiples of the head's three "
+        "products. Nothing that differs from float64 gets a time.",
     )
     parser.add_argument("--suite", choices=SUITE_NAMES, help="set of cases (default: gpu; without a GPU that is cpu)")
-    parser.add_argument("--shapes", nargs="+", type=shape, metavar="BxTxV", help="these shapes instead of a suite")
+    parser.add_argument("--shapes", nargs="+", type=shape, metavar="BxT[xH]xV", help="these shapes, not a suite")
     parser.add_argument("--masked", type=float, default=0.0, help="with --shapes: share of padding, at most 0.5")
     parser.add_argument(
         "--zero-advantage", type=float, default=0.0, help="with --shapes: share of sequences with A = 0; beta is 0 then"
     )
     parser.add_argument("--objective", choices=OBJECTIVES, default="token", help="with --shapes: whose ratio")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="only these (default: all; shapes: fp32 bf16)")
-    parser.add_argument("--modes", nargs="+", choices=MODES, help="only these (default: all; cpu: loss logprobs)")
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="only these (default: all; cpu: all but inplace)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where to run (default: cuda if there is one)")
     parser.add_argument("--compile", choices=COMPILE_WHEN, default="auto", help="where torch.compile takes part")
     parser.add_argument(
@@ -66,7 +67,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def shape(text: str) -> tuple[int, int, int]:
+def shape(text: str) -> tuple[int, int, int, int]:
     try:
         return parse_shape(text)
     except ValueError as error:
@@ -78,7 +79,11 @@ def choose_cases(arguments: argparse.Namespace, device: torch.device) -> tuple[s
     if arguments.shapes:
         what = {key: getattr(arguments, key) for key in ("masked", "zero_advantage", "objective")}
         names = arguments.dtypes or DTYPES
-        return None, [Case(*s, DTYPES[name], compiled=True, **what) for s in arguments.shapes for name in names]
+        return None, [
+            Case(*sizes, DTYPES[name], compiled=True, hidden=hidden, **what)
+            for *sizes, hidden in arguments.shapes
+            for name in names
+        ]
     name, cases = suite(arguments.suite or "gpu", device)
     return name, [case for case in cases if not arguments.dtypes or DTYPE_NAMES[case.dtype] in arguments.dtypes]
 
@@ -120,7 +125,7 @@ def run(
     per_row = SECONDS_PER_ROW[device.type] if arguments.seconds is None else arguments.seconds
     minutes = minutes if arguments.minutes is None else arguments.minutes
     budget = Budget(None if minutes is None else 60 * minutes, per_row)
-    modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["loss", "logprobs"])
+    modes = arguments.modes or (list(MODES) if device.type == "cuda" else ["loss", "logprobs", "linear"])
     names = [case.name for case in cases]
     rows: list[Row] = []
     for block in run_suite(cases, modes, who, device, seconds=budget, seed=arguments.seed):

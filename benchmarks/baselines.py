@@ -6,6 +6,7 @@ To add one, write its functions and an `Implementation` in `baselines_peers.impl
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,11 +19,12 @@ from grpo_kernels import fused_grpo_loss, token_logprobs
 
 
 class Outcome(NamedTuple):
-    """What a call computed: loss and gradient, or log-probs."""
+    """What a call computed: loss and gradient (of logits, or of hidden states and head), or log-probs."""
 
     loss: Tensor | None = None  # 0-d
     grad: Tensor | None = None  # (B, T+1, V), in the logits' dtype
     logps: Tensor | None = None  # (B, T)
+    grads: tuple[Tensor, Tensor] | None = None  # (B, T, H) and (V, H), in their dtype
 
 
 Call = Callable[[Inputs, Tensor], Outcome]  # (inputs, the logits to work on) → outcome
@@ -34,13 +36,16 @@ class Implementation:
 
     Attributes:
         calls: mode → function. The logits it is given are `inputs.logits`, or in mode "inplace" a
-            copy of them that it may overwrite. A mode that is not there has no row.
+            copy of them that it may overwrite; in "linear" there are none, but hidden states and weight
+            in `inputs`. A mode that is not there has no row.
         missing: (case, device) → why it cannot run that there, or None.
+        missing_linear: the same of mode "linear".
     """
 
     name: str
     calls: Mapping[str, Call]
     missing: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    missing_linear: Callable[[Case, torch.device], str | None] = lambda case, device: None
 
 
 # --- grpo_kernels -------------------------------------------------------------------------------------
@@ -109,7 +114,11 @@ def eager_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
 def logps_of_logits(x: Tensor, ids: Tensor) -> Tensor:
     """Over all T+1 positions: slicing the last one off first would cost the backward one more copy."""
     ids = torch.nn.functional.pad(ids, (0, 1))
-    return torch.log_softmax(x.float(), dim=-1).gather(-1, ids[..., None])[:, :-1, 0]
+    return logps_of_ids(x, ids)[:, :-1]
+
+
+def logps_of_ids(x: Tensor, ids: Tensor) -> Tensor:
+    return torch.log_softmax(x.float(), dim=-1).gather(-1, ids[..., None])[..., 0]
 
 
 def loss_of_logps(inputs: Inputs, lp: Tensor) -> Tensor:
@@ -128,5 +137,10 @@ def loss_of_logps(inputs: Inputs, lp: Tensor) -> Tensor:
     return ((per_token * mask).sum(1) / tokens).mean()
 
 
-OURS = Implementation("grpo_kernels", {"loss": ours, "inplace": ours_inplace, "logprobs": our_logprobs})
-EAGER = Implementation("eager PyTorch", {"loss": eager, "logprobs": eager_logprobs})
+def missing_module(module: str, package: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a peer that does not fit the installed torch may raise anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return f"pip install {package} (not importable: {reason})"
+    return None

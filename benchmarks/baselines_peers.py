@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import EAGER, OURS, Implementation, Outcome, logps_of_logits, loss_of_logps
+from benchmarks.baselines import (
+    Implementation,
+    Outcome,
+    eager,
+    eager_logprobs,
+    logps_of_logits,
+    loss_of_logps,
+    missing_module,
+    our_logprobs,
+    ours,
+    ours_inplace,
+)
+from benchmarks.baselines_linear import (
+    eager_linear,
+    liger_linear,
+    liger_linear_missing,
+    ours_linear,
+    trl_linear,
+    trl_linear_missing,
+)
 from benchmarks.cases import EPSILON, Case, Inputs
 
 COMPILE_WHEN = ("auto", "all", "none")
-
-
-def missing_module(module: str, package: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # a peer that does not fit the installed torch may raise anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return f"pip install {package} (not importable: {reason})"
-    return None
 
 
 # --- torch.compile of the eager loss --------------------------------------------------------------------
@@ -160,6 +169,12 @@ def liger_missing(case: Case, device: torch.device) -> str | None:
 # --- all of them ----------------------------------------------------------------------------------------
 
 
+OURS = Implementation(
+    "grpo_kernels", {"loss": ours, "inplace": ours_inplace, "logprobs": our_logprobs, "linear": ours_linear}
+)
+EAGER = Implementation("eager PyTorch", {"loss": eager, "logprobs": eager_logprobs, "linear": eager_linear})
+
+
 def implementations(compile_when: str = "auto") -> tuple[Implementation, ...]:
     """In the order of the report.
 
@@ -173,10 +188,16 @@ def implementations(compile_when: str = "auto") -> tuple[Implementation, ...]:
         Implementation(
             "torch.compile", {"loss": compiled.loss, "logprobs": compiled.logprobs}, missing=compiled.missing
         ),
-        Implementation("TRL kernel", {"loss": trl, "logprobs": trl_logprobs}, missing=trl_missing),
+        Implementation(
+            "TRL kernel",
+            {"loss": trl, "logprobs": trl_logprobs, "linear": trl_linear},
+            missing=trl_missing,
+            missing_linear=trl_linear_missing,
+        ),
         Implementation(
             "Liger-Kernel",
-            {"loss": liger, "inplace": liger_inplace, "logprobs": liger_logprobs},
+            {"loss": liger, "inplace": liger_inplace, "logprobs": liger_logprobs, "linear": liger_linear},
             missing=liger_missing,
+            missing_linear=liger_linear_missing,
         ),
     )

@@ -14,6 +14,7 @@ MODES: dict[str, str] = {
     "loss": "forward + backward",
     "inplace": "forward + backward in place",
     "logprobs": "log-probs only",
+    "linear": "hidden states + head, forward + backward",
 }
 OBJECTIVES: dict[str, str] = {
     "token": "grpo: a ratio per token",
@@ -26,7 +27,10 @@ DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class Case:
-    """B sequences of T tokens over V words: logits (B, T+1, V) as a causal model returns them."""
+    """B sequences of T tokens over V words: logits (B, T+1, V) as a causal model returns them.
+
+    With ``hidden``: hidden states (B, T, H), and a head (V, H) that makes the logits of them.
+    """
 
     batch: int
     length: int
@@ -37,15 +41,18 @@ class Case:
     objective: str = "token"  # whose ratio is clipped: one of OBJECTIVES
     compiled: bool = False  # torch.compile takes part: it compiles anew for every shape, which takes long
     model: str = ""  # whose vocabulary it is
+    hidden: int = 0  # H
 
     @property
     def name(self) -> str:
-        return f"{self.batch}x{self.length}x{self.vocab} {self._what}"
+        sizes = (self.batch, self.length, *[self.hidden] * (self.hidden > 0), self.vocab)
+        return f"{'x'.join(map(str, sizes))} {self._what}"
 
     @property
     def label(self) -> str:
         """Short, with the model in place of V, and N = B·T."""
-        return f"{self.model or f'V={self.vocab}'} {self.batch * self.length} {self._what}"
+        head = f" H={self.hidden}" if self.hidden else ""
+        return f"{self.model or f'V={self.vocab}'} {self.batch * self.length}{head} {self._what}"
 
     @property
     def _what(self) -> str:
@@ -63,13 +70,24 @@ class Case:
     @property
     def modes(self) -> tuple[str, ...]:
         """Log-probs know neither advantages nor objectives."""
+        if self.hidden:
+            return ("linear",)
         plain = self.zero_advantage == 0 and self.objective == "token"
-        return tuple(mode for mode in MODES if plain or mode != "logprobs")
+        return tuple(mode for mode in MODES if mode != "linear" and (plain or mode != "logprobs"))
 
     @property
     def logits_bytes(self) -> int:
-        """Of the logits that a copy moves twice; the last position, never scored, included."""
-        return self.batch * (self.length + 1) * self.vocab * self.dtype.itemsize
+        """Of the logits that a copy moves twice; the last position, never scored, included.
+
+        With ``hidden``: of those that a head would make.
+        """
+        rows = self.length + (not self.hidden)
+        return self.batch * rows * self.vocab * self.dtype.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of the gradients of hidden states and head, which every implementation hands back."""
+        return (self.batch * self.length + self.vocab) * self.hidden * self.dtype.itemsize
 
     @property
     def lengths(self) -> list[int]:
@@ -91,6 +109,8 @@ class Case:
         once, for a loss whose ratio is the sequence's twice: no row's gradient is known before the last
         row of its sequence has been read, and a sequence is too large to be kept on the chip.
         """
+        if mode == "linear":  # its time is that of the head's products
+            return 0
         lengths = self.lengths if mode == "logprobs" else [n for n, a in zip(self.lengths, self.has_advantage) if a]
         read = sum(lengths) * self.vocab * self.dtype.itemsize
         if mode == "logprobs":
@@ -103,37 +123,45 @@ class Inputs:
     """What every implementation is given. Nobody may write to it."""
 
     case: Case
-    logits: Tensor  # (B, T+1, V)
+    logits: Tensor | None  # (B, T+1, V); None with hidden states
     completion_ids: Tensor  # (B, T) int64
     advantages: Tensor  # (B,) fp32
     old_logps: Tensor  # (B, T) fp32
     ref_logps: Tensor | None  # (B, T) fp32; None where β = 0
     mask: Tensor  # (B, T) int64
+    hidden: Tensor | None = None  # (B, T, H)
+    weight: Tensor | None = None  # (V, H)
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Logits of a sharp model, targets with 5% to 88% probability, ratios near 1.
-
-    One token in 32 has the ratio e^0.5, so that the clip is checked; those with A > 0 have no policy
-    gradient. No other token is clipped: an implementation that skips rows without a gradient gains at
-    most 2%. Where the ratio is the sequence's, the third of every four sequences has the ratio e^0.5.
-    """
+    """Logits of a sharp model, targets with 5% to 88% probability, ratios as `around` has them."""
     B, T, V = case.batch, case.length, case.vocab
     generator = torch.Generator(device).manual_seed(seed)
-
-    def uniform(*shape: int, low: float, high: float) -> Tensor:
-        return torch.zeros(shape, device=device).uniform_(low, high, generator=generator)
-
     logits = torch.randn(B, T + 1, V, device=device, dtype=case.dtype, generator=generator).mul_(2)
     ids = torch.randint(V, (B, T), device=device, generator=generator)
     # log Σ exp of V normal logits with σ = 2 is about log V + σ²/2.
-    target = math.log(V) + 2 + uniform(B, T, low=-3.0, high=2.0)
+    target = math.log(V) + 2 + torch.zeros(B, T, device=device).uniform_(-3.0, 2.0, generator=generator)
     logits[:, :T].scatter_(-1, ids[..., None], target[..., None].to(case.dtype))
 
     lp = torch.zeros(B, T, device=device)
     for b, start, stop in row_chunks(case):
         chunk = logits[b : b + 1, start:stop].double()
         lp[b, start:stop] = token_logprobs(chunk, ids[b : b + 1, start:stop]).logps[0]
+    return around(case, ids, lp, generator, logits=logits)
+
+
+def around(case: Case, ids: Tensor, lp: Tensor, generator: torch.Generator, logits=None, **head: Tensor) -> Inputs:
+    """Inputs of log-probs ``lp``.
+
+    One token in 32 has the ratio e^0.5, so that the clip is checked; those with A > 0 have no policy
+    gradient. No other token is clipped: an implementation that skips rows without a gradient gains at
+    most 2%. Where the ratio is the sequence's, the third of every four sequences has the ratio e^0.5.
+    """
+    B, T, device = case.batch, case.length, ids.device
+
+    def uniform(*shape: int, low: float, high: float) -> Tensor:
+        return torch.zeros(shape, device=device).uniform_(low, high, generator=generator)
+
     near = lp + uniform(B, T, low=-0.1, high=0.1)
     if case.objective == "sequence":
         far = (torch.arange(B, device=device) % 4 == 2)[:, None]
@@ -148,6 +176,7 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         old_logps=torch.where(far, lp - 0.5, near),
         ref_logps=lp + uniform(B, T, low=-0.3, high=0.3) if case.beta else None,
         mask=(torch.arange(T, device=device) < lengths[:, None]).long(),
+        **head,
     )
 
 
@@ -168,16 +197,17 @@ def row_chunks(case: Case) -> list[tuple[int, int, int]]:
     ]
 
 
-def parse_shape(text: str) -> tuple[int, int, int]:
-    """(B, T, V) of "BxTxV".
+def parse_shape(text: str) -> tuple[int, int, int, int]:
+    """(B, T, V, H) of "BxTxV", with H = 0, or "BxTxHxV".
 
     Raises:
-        ValueError: the text is not three positive integers with x between them.
+        ValueError: the text is not three or four positive integers with x between them.
     """
     parts = text.lower().replace("×", "x").split("x")
-    if len(parts) != 3 or not all(p.isdecimal() and int(p) > 0 for p in parts):
-        raise ValueError(f"{text!r} is not a shape; wanted BxTxV, e.g. 4x128x32000")
-    return tuple(int(p) for p in parts)
+    if len(parts) not in (3, 4) or not all(p.isdecimal() and int(p) > 0 for p in parts):
+        raise ValueError(f"{text!r} is not a shape; wanted BxTxV, e.g. 4x128x32000, or with a head BxTxHxV")
+    batch, length, *hidden, vocab = map(int, parts)
+    return batch, length, vocab, hidden[0] if hidden else 0
 
 
 QWEN, LLAMA, GEMMA, GPT2 = 151936, 128256, 262144, 50257  # vocabularies
@@ -196,11 +226,13 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case(2, 8, 512, BF16, masked=0.25),
         Case(4, 8, 512, FP32, **HALF_ZERO),
         Case(4, 8, 512, BF16, **SEQUENCE),
+        Case(4, 8, 512, FP32, hidden=16),
     ),
     "quick-cpu": (
         *(_case(4, 128, 32000, dtype) for dtype in (FP32, BF16)),
         *(_case(2, 128, vocab, BF16) for vocab in (32000, GPT2)),
         *(_case(4, 128, 32000, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
+        _case(2, 64, 32000, FP32, hidden=512),
     ),
     "cpu": (
         *(
@@ -209,18 +241,22 @@ SUITES: dict[str, tuple[Case, ...]] = {
             for dtype in (FP32, BF16)
         ),
         *(_case(4, 128, 32000, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
+        *(_case(4, 128, 32000, FP32, hidden=2048, **what) for what in ({}, SEQUENCE)),
     ),
     "quick-gpu": (
         _case(8, 1024, QWEN, BF16),
         _case(8, 1024, GPT2, BF16),
         _case(2, 1024, QWEN, BF16),
         *(_case(8, 1024, QWEN, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
+        _case(8, 1024, QWEN, BF16, hidden=4096),
     ),
     # The most quoted first: what the time budget no longer reaches is left out.
     "gpu": (
         _case(8, 1024, QWEN, BF16, compiled=True),
         _case(8, 1024, LLAMA, BF16, compiled=True),
         _case(8, 1024, QWEN, BF16, **SEQUENCE, compiled=True),
+        _case(8, 1024, QWEN, BF16, hidden=4096),
+        _case(16, 1024, QWEN, BF16, hidden=4096),
         _case(8, 1024, GEMMA, BF16),
         _case(8, 1024, GPT2, BF16),
         _case(8, 1024, QWEN, FP32, compiled=True),

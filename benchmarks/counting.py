@@ -5,7 +5,7 @@ have no data, so whatever would make the host wait for a device cannot work on t
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_kernels import ops
+from grpo_kernels import linear_ops, ops
 
 
 class Launch:
@@ -130,9 +130,10 @@ def _patched(owner, name: str, value) -> Iterator[None]:
 def bare_ops() -> Iterator[None]:
     """The custom ops as plain functions: on ``meta`` tensors torch would run their fakes instead."""
     with contextlib.ExitStack() as patches:
-        for name, op in list(vars(ops).items()):
-            if isinstance(op, torch.library.CustomOpDef):
-                patches.enter_context(_patched(ops, name, op._init_fn))
+        for module in (ops, linear_ops):
+            for name, op in list(vars(module).items()):
+                if isinstance(op, torch.library.CustomOpDef):
+                    patches.enter_context(_patched(module, name, op._init_fn))
         yield
 
 
@@ -141,9 +142,15 @@ class HostSync(AssertionError):
 
 
 class _NoTensorsFromNumbers(TorchFunctionMode):
-    """torch.tensor(number, device=...) copies from the host, and no dispatcher sees it."""
+    """torch.tensor(number, device=...) copies from the host, and Tensor.tolist to it; no dispatcher sees them."""
+
+    def __init__(self, answer) -> None:
+        super().__init__()
+        self.answer = answer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.tolist and args[0].is_meta:
+            return self.answer(func)
         result = func(*args, **(kwargs or {}))
         if func in (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor) and result.is_meta:
             raise HostSync(f"{func.__name__}: a tensor built from host data on the device")
@@ -151,15 +158,29 @@ class _NoTensorsFromNumbers(TorchFunctionMode):
 
 
 class Device(TorchDispatchMode):
-    """Notes what torch itself launches on ``meta`` tensors, and refuses whatever syncs with the host."""
+    """Notes what torch itself launches on ``meta`` tensors, and refuses whatever syncs with the host.
+
+    Args:
+        answers: what the host is told, in turn, where it may ask: a list for ``tolist``; for ``nonzero`` None,
+            which stands for all of them.
+    """
 
     _FREE = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias")
     _SYNC = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "equal", "is_nonzero")
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Sequence[list | None] = ()) -> None:
         super().__init__()
         self.ops: list[tuple[str, int]] = []  # name, elements of the largest tensor in or out
-        self._numbers = _NoTensorsFromNumbers()
+        self.waits = 0  # times that the host asked
+        self._answers = iter(answers)
+        self._numbers = _NoTensorsFromNumbers(self._answer)
+
+    def _answer(self, func):
+        self.waits += 1
+        try:
+            return next(self._answers)
+        except StopIteration:
+            raise HostSync(f"{func}: the host would wait for the device") from None
 
     def __enter__(self):
         self._numbers.__enter__()
@@ -174,7 +195,10 @@ class Device(TorchDispatchMode):
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         by_mask = name.startswith("index") and any(x.dtype in (torch.bool, torch.uint8) for x in given[1:])
         if any(x.is_meta for x in given) and (name in self._SYNC or by_mask):
-            raise HostSync(f"{func}: the host would wait for the device")
+            self._answer(func)
+            if name != "nonzero":
+                raise HostSync(f"{func}: the host would wait for the device")
+            return torch.nonzero_static(given[0], size=given[0].numel())
         result = func(*args, **(kwargs or {}))
         tensors = given + [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         if len({x.is_meta for x in tensors}) == 2:

@@ -61,9 +61,9 @@ class Oracle:
         self.inputs = inputs
         case = inputs.case
         self.logps = self._compute_logps()
-        self.loss, self.dlogps = self._compute_loss(self.logps)
+        self.loss, self.dlogps = loss_and_slopes(inputs, self.logps)
         moved = FP32_TOLERANCE * self.logps.abs().clamp(min=1)
-        others = [self._compute_loss(self.logps + sign * moved)[1] for sign in (1, -1)]
+        others = [loss_and_slopes(inputs, self.logps + sign * moved)[1] for sign in (1, -1)]
         self.slack = torch.stack([(other - self.dlogps).abs() for other in others]).amax(0)
         keep = case.batch * case.length * case.vocab * 8 <= CACHE_BYTES
         self._truth: list[Truth] | None = list(self._compute()) if keep else None
@@ -79,16 +79,16 @@ class Oracle:
         return max(verdicts, key=lambda v: float("inf") if v.error != v.error else v.error)
 
     def _check_logps(self, outcome: Outcome) -> list[Verdict]:
-        got = _demand("logps", outcome.logps, self.inputs.completion_ids.shape).double()
+        got = demand("logps", outcome.logps, self.inputs.completion_ids.shape).double()
         mask = self.inputs.mask.bool()
         error = (got - self.logps).abs() / (FP32_TOLERANCE * self.logps.abs().clamp(min=1))
-        return [Verdict(_largest(error[mask]), "log-probs")]
+        return [Verdict(largest(error[mask]), "log-probs")]
 
     def _check_loss(self, outcome: Outcome) -> list[Verdict]:
         """dlogits = g·(onehot − p), g = dloss/dlogps: what is tolerated of an entry depends on it, on what
         is tolerated of g and, through 1 − p at the target, on g. Rows without a gradient must be exactly 0."""
-        grad = _demand("grad", outcome.grad, self.inputs.logits.shape)
-        worst = [_largest(grad[:, -1].abs().double() / 1e-300)]
+        grad = demand("grad", outcome.grad, self.inputs.logits.shape)
+        worst = [largest(grad[:, -1].abs().double() / 1e-300)]
         for t in self.truth():
             ids = self.inputs.completion_ids[t.b, t.start : t.stop, None]
             g = self.dlogps[t.b, t.start : t.stop, None].abs()
@@ -96,10 +96,10 @@ class Oracle:
             allowed = t.grad.abs().mul_(ROUNDING[grad.dtype] + slack).add_(TAIL * g)
             allowed.scatter_add_(1, ids, FP32_TOLERANCE * g)
             error = (grad[t.b, t.start : t.stop].double() - t.grad).abs_()
-            worst.append(_largest(error.div_(allowed.clamp_(min=1e-300))))
-        got = _demand("loss", outcome.loss, torch.Size()).double()
-        largest = torch.tensor(worst).amax().item()  # amax keeps a NaN
-        return [Verdict(((got - self.loss).abs() / FP32_TOLERANCE).item(), "loss"), Verdict(largest, "gradient")]
+            worst.append(largest(error.div_(allowed.clamp_(min=1e-300))))
+        got = demand("loss", outcome.loss, torch.Size()).double()
+        worst_of_all = torch.tensor(worst).amax().item()  # amax keeps a NaN
+        return [Verdict(((got - self.loss).abs() / FP32_TOLERANCE).item(), "loss"), Verdict(worst_of_all, "gradient")]
 
     def truth(self) -> Iterator[Truth]:
         return iter(self._truth) if self._truth is not None else self._compute()
@@ -117,22 +117,6 @@ class Oracle:
                 logps[b, start:stop] = self._rows(b, start, stop)[1][0]
         return logps
 
-    def _compute_loss(self, logps: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss, dloss/dlogps)"""
-        inputs, logps = self.inputs, logps.clone().requires_grad_()
-        loss = policy_loss(
-            logps,
-            inputs.advantages,
-            old_logps=inputs.old_logps,
-            ref_logps=inputs.ref_logps,
-            completion_mask=inputs.mask,
-            loss_type="grpo",
-            importance_sampling_level=inputs.case.objective,
-            beta=inputs.case.beta,
-            epsilon=EPSILON,
-        ).loss
-        return loss.detach(), torch.autograd.grad(loss, logps)[0]
-
     def _compute(self) -> Iterator[Truth]:
         for b, start, stop in row_chunks(self.inputs.case):
             x, logps = self._rows(b, start, stop)
@@ -140,12 +124,29 @@ class Oracle:
             yield Truth(b, start, stop, grad[0])
 
 
-def _demand(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor:
+def loss_and_slopes(inputs: Inputs, logps: Tensor) -> tuple[Tensor, Tensor]:
+    """(loss, dloss/dlogps)"""
+    logps = logps.clone().requires_grad_()
+    loss = policy_loss(
+        logps,
+        inputs.advantages,
+        old_logps=inputs.old_logps,
+        ref_logps=inputs.ref_logps,
+        completion_mask=inputs.mask,
+        loss_type="grpo",
+        importance_sampling_level=inputs.case.objective,
+        beta=inputs.case.beta,
+        epsilon=EPSILON,
+    ).loss
+    return loss.detach(), torch.autograd.grad(loss, logps)[0]
+
+
+def demand(name: str, tensor: Tensor | None, shape: torch.Size) -> Tensor:
     if tensor is None or tensor.shape != shape:
         got = None if tensor is None else tuple(tensor.shape)
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {got}")
     return tensor
 
 
-def _largest(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
     return x.amax().item() if x.numel() else 0.0

@@ -21,10 +21,12 @@ LEGEND = (
     "masked and skipped rows are not read, the gradient is written everywhere), over the time. % copy: "
     "that as a share of the copy's bandwidth. memory: peak above the inputs, as a multiple of the logits, "
     "the gradient included. A=0: sequences without advantage, there with beta = 0 for everyone. Every time "
-    "comes from an implementation whose result was checked in this run against float64; ms is the median."
+    "comes from an implementation whose result was checked in this run against float64; ms is the median. "
+    "From hidden states: x GEMMs is the time as a multiple of the head's three matrix products alone, in the "
+    "same rounds; MiB the peak above the inputs, beyond that without the gradients of hidden states and weight."
 )
 SHORT_STATUS = {MISSING: "-", OOM: "OOM", WRONG: "wrong", ERROR: "error"}
-SHORT_MODES = {"loss": "fwd+bwd", "inplace": "inplace", "logprobs": "logp"}
+SHORT_MODES = {"loss": "fwd+bwd", "inplace": "inplace", "logprobs": "logp", "linear": "head"}
 
 
 def header(environment: dict[str, object]) -> str:
@@ -47,6 +49,8 @@ def header(environment: dict[str, object]) -> str:
 def table(rows: Sequence[Row]) -> str:
     """One case in one mode."""
     first = rows[0]
+    if first.mode == "linear":
+        return linear_table(rows)
     lines = [shorten(f"{first.case}{f' ({first.model})' if first.model else ''}: {MODES[first.mode]}", WIDTH)]
     copy_ms = next((row.copy_ms for row in rows if row.copy_ms is not None), None)
     if copy_ms is not None:
@@ -56,6 +60,34 @@ def table(rows: Sequence[Row]) -> str:
         titles = f"{'x copy':>7}{'GB/s':>8}{'% copy':>7}{'memory':>8}{'vs eager':>9}"
         lines.insert(1, f"  {'':<14}{'ms':>9}  {'p20-p80':<13}{titles}")
     return "\n".join(lines + [line(row) for row in rows])
+
+
+def linear_table(rows: Sequence[Row]) -> str:
+    """One case from hidden states."""
+    first = rows[0]
+    lines = [shorten(f"{first.case}{f' ({first.model})' if first.model else ''}: {MODES[first.mode]}", WIDTH)]
+    if any(row.status == OK for row in rows):
+        lines.append(f"  {'':<14}{'ms':>9}  {'p20-p80':<13}{'x GEMMs':>8}{'MiB':>10}{'beyond':>9}{'vs eager':>9}")
+    products_ms = next((row.products_ms for row in rows if row.products_ms is not None), None)
+    if products_ms is not None:
+        lines.append(f"  {'three products':<14}{products_ms:>9.3f}{'':<15}{1:>8.2f}")
+    return "\n".join(lines + [linear_line(row) for row in rows])
+
+
+def linear_line(row: Row) -> str:
+    if row.status != OK:
+        return line(row)
+    sizes = (row.extra_bytes, row.beyond_gradients_bytes)
+    memory, beyond = ("n/a" if size is None else f"{size / 2**20:.0f}" for size in sizes)
+    speedup = "" if row.speedup_over_eager is None else f"{row.speedup_over_eager:.2f}x"
+    return (
+        f"  {row.implementation:<14}{row.median_ms:>9.3f}  {spread(row):<13}{row.products_multiple:>8.2f}"
+        f"{memory:>10}{beyond:>9}{speedup:>9}"
+    )
+
+
+def spread(row: Row) -> str:
+    return "-".join(f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}" for ms in (row.p20_ms, row.p80_ms))
 
 
 def summary(rows: Sequence[Row], name: str = "grpo_kernels") -> str:
@@ -77,7 +109,10 @@ def _summary_line(mode: str, block: Mapping[str, Row], own: Row, others: Sequenc
     start = f"{shorten(own.label.replace('masked', 'mask'), 26):<27}{SHORT_MODES[mode]:<8}"
     if own.status != OK:
         return shorten(f"{start}  {own.status}", WIDTH)
-    text = f"{start}{own.copy_multiple:>6.2f}{own.share_of_copy_bandwidth:>7.0%}"
+    if mode == "linear":
+        text = f"{start}{'':>13}"
+    else:
+        text = f"{start}{own.copy_multiple:>6.2f}{own.share_of_copy_bandwidth:>7.0%}"
     for other in others:
         row = block.get(other)
         if row is None:
@@ -93,11 +128,10 @@ def line(row: Row) -> str:
     if row.status != OK:
         reason = f"{row.status}: {row.detail}" if row.detail else row.status
         return shorten(f"  {row.implementation:<14}  {reason}", WIDTH)
-    spread = "-".join(f"{ms:.0f}" if ms >= 100 else f"{ms:#.3g}" for ms in (row.p20_ms, row.p80_ms))
     memory = "n/a" if row.extra_per_logits is None else f"{row.extra_per_logits:.2f}x"
     speedup = "" if row.speedup_over_eager is None else f"{row.speedup_over_eager:.2f}x"
     return (
-        f"  {row.implementation:<14}{row.median_ms:>9.3f}  {spread:<13}{row.copy_multiple:>7.2f}"
+        f"  {row.implementation:<14}{row.median_ms:>9.3f}  {spread(row):<13}{row.copy_multiple:>7.2f}"
         f"{row.gigabytes_per_second:>8.1f}{row.share_of_copy_bandwidth:>7.0%}{memory:>8}{speedup:>9}"
     )
 

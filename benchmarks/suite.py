@@ -11,6 +11,7 @@ from torch import Tensor
 
 from benchmarks.baselines import Implementation
 from benchmarks.cases import DTYPE_NAMES, Case, Inputs, make_inputs
+from benchmarks.linear_data import LinearOracle, Products, make_linear_inputs
 from benchmarks.measure import (
     Timed,
     first_line,
@@ -35,6 +36,7 @@ class Row:
     batch: int
     length: int
     vocab: int
+    hidden: int  # 0: logits are given
     dtype: str
     masked: float
     zero_advantage: float
@@ -58,6 +60,9 @@ class Row:
     speedup_over_eager: float | None = None
     extra_bytes: int | None = None  # peak memory above the inputs, gradient included
     extra_per_logits: float | None = None  # the same as a multiple of logits_bytes
+    products_ms: float | None = None  # mode "linear": median of the head's three products alone, in the same rounds
+    products_multiple: float | None = None  # median_ms / products_ms
+    beyond_gradients_bytes: int | None = None  # extra_bytes without the gradients of hidden states and weight
 
 
 class Budget:
@@ -134,34 +139,44 @@ def new_rows(case: Case, mode: str, implementations: Sequence[Implementation]) -
     return [new_row(case, mode, i.name) for i in implementations if mode in i.calls]
 
 
-def prepare(case: Case, device: torch.device, seed: int) -> tuple[Inputs, Oracle, Tensor]:
-    """Inputs, the truth about them, and a buffer as large as the logits that may be overwritten."""
+def prepare(
+    case: Case, device: torch.device, seed: int
+) -> tuple[Inputs, Oracle, Tensor] | tuple[Inputs, LinearOracle, Products]:
+    """Inputs, the truth about them, and a buffer as large as the logits that may be overwritten.
+
+    With hidden states in its place the head's products alone.
+    """
+    if case.hidden:
+        inputs = make_linear_inputs(case, device, seed)
+        return inputs, LinearOracle(inputs), Products(inputs)
     inputs = make_inputs(case, device, seed)
     return inputs, Oracle(inputs), torch.empty_like(inputs.logits)
 
 
 def run_mode(
     inputs: Inputs,
-    oracle: Oracle,
-    scratch: Tensor,
+    oracle: Oracle | LinearOracle,
+    scratch: Tensor | Products,
     mode: str,
     implementations: Sequence[Implementation],
     device: torch.device,
     seconds: float,
 ) -> list[Row]:
-    """Rows of one case in one mode; `scratch` is the buffer that may be overwritten."""
+    """Rows of one case in one mode; `scratch` is the third of what `prepare` gives."""
 
     def refill() -> None:
         scratch.copy_(inputs.logits)
 
     rows: list[Row] = []
-    subjects: dict[str, Timed] = {"copy": Timed(refill)}
+    yardstick = "products" if mode == "linear" else "copy"
+    subjects: dict[str, Timed] = {yardstick: Timed(scratch if mode == "linear" else refill)}
     for implementation in implementations:
         if mode not in implementation.calls:
             continue
         row = new_row(inputs.case, mode, implementation.name)
         rows.append(row)
-        if reason := implementation.missing(inputs.case, device):
+        missing = implementation.missing_linear if mode == "linear" else implementation.missing
+        if reason := missing(inputs.case, device):
             row.status, row.detail = MISSING, reason
             continue
         subject = bind(implementation, mode, inputs, scratch, refill)
@@ -171,9 +186,9 @@ def run_mode(
     if len(subjects) == 1:
         return rows
     timings = time_all(subjects, device, seconds)
-    copy = timings["copy"]
-    if isinstance(copy, str):
-        raise RuntimeError(f"a copy between two allocated buffers ran out of memory: {copy}")
+    yard = timings[yardstick]
+    if isinstance(yard, str):
+        raise RuntimeError(f"{yardstick}, with everything allocated, ran out of memory: {yard}")
     for row in rows:
         timing = timings.get(row.implementation)
         if isinstance(timing, str):
@@ -181,7 +196,10 @@ def run_mode(
         elif timing is not None:
             row.median_ms, row.p20_ms, row.p80_ms = timing.median, timing.p20, timing.p80
             row.repetitions = timing.repetitions
-            row.copy_ms, row.copy_multiple = copy.median, timing.median / copy.median
+            if mode == "linear":
+                row.products_ms, row.products_multiple = yard.median, timing.median / yard.median
+                continue
+            row.copy_ms, row.copy_multiple = yard.median, timing.median / yard.median
             row.gigabytes_per_second = row.minimum_bytes / timing.median / 1e6
             row.share_of_copy_bandwidth = row.minimum_bytes / (2 * row.logits_bytes) / row.copy_multiple
     eager_ms = next((row.median_ms for row in rows if row.implementation.startswith("eager")), None)
@@ -191,14 +209,14 @@ def run_mode(
     return rows
 
 
-def bind(implementation: Implementation, mode: str, inputs: Inputs, scratch: Tensor, refill: Callable) -> Timed:
+def bind(implementation: Implementation, mode: str, inputs: Inputs, scratch: object, refill: Callable) -> Timed:
     call = implementation.calls[mode]
     if mode == "inplace":
         return Timed(lambda: call(inputs, scratch), prepare=refill)
     return Timed(lambda: call(inputs, inputs.logits))
 
 
-def check(row: Row, subject: Timed, oracle: Oracle, device: torch.device) -> bool:
+def check(row: Row, subject: Timed, oracle: Oracle | LinearOracle, device: torch.device) -> bool:
     """Compares one call with the truth and measures the memory of another. False: no speed for this row."""
     try:
         if subject.prepare is not None:
@@ -219,6 +237,8 @@ def check(row: Row, subject: Timed, oracle: Oracle, device: torch.device) -> boo
         return False
     if row.extra_bytes is not None:
         row.extra_per_logits = row.extra_bytes / row.logits_bytes
+        if row.mode == "linear":
+            row.beyond_gradients_bytes = max(row.extra_bytes - oracle.inputs.case.gradient_bytes, 0)
     return True
 
 
@@ -229,6 +249,7 @@ def new_row(case: Case, mode: str, implementation: str) -> Row:
         batch=case.batch,
         length=case.length,
         vocab=case.vocab,
+        hidden=case.hidden,
         dtype=DTYPE_NAMES[case.dtype],
         masked=case.masked,
         zero_advantage=case.zero_advantage,

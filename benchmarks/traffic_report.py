@@ -29,6 +29,7 @@ import torch
 import triton
 from torch.utils._pytree import tree_map_only
 
+from benchmarks import linear_traffic
 from benchmarks.counting import Device, Launch, bare_ops, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.variants import LEVELS, LOSS_TYPES, TERMS
@@ -227,17 +228,22 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these rows")
     args = parser.parse_args(argv)
     chosen = [case for case in cases() if not args.case or case.name.strip() in args.case]
-    if not chosen:
-        parser.error(f"no such case; there are: {', '.join(case.name.strip() for case in cases())}")
-    rows = [count(case) for case in chosen]
+    heads = [case for case in linear_traffic.CASES if not args.case or case.name in args.case]
+    if not chosen and not heads:
+        names = [case.name.strip() for case in (*cases(), *linear_traffic.CASES)]
+        parser.error(f"no such case; there are: {', '.join(names)}")
+    rows, of_heads = [count(case) for case in chosen], [linear_traffic.count(case) for case in heads]
     versions = {"torch": torch.__version__, "triton": triton.__version__}
-    print(textwrap.fill(f"torch {torch.__version__}, Triton {triton.__version__}. {LEGEND}", 80) + "\n")
-    print("\n".join(table(rows)))
-    bad = sum(bool(row["broken"]) for row in rows)
-    print(f"\n{bad} of {len(rows)} break a law" if bad else f"\nAll {len(rows)} keep the law.")
+    print(f"torch {torch.__version__}, Triton {triton.__version__}.")
+    for found, legend, lines in ((rows, LEGEND, table), (of_heads, linear_traffic.LEGEND, linear_traffic.table)):
+        if found:
+            print("\n" + textwrap.fill(legend, 80) + "\n")
+            print("\n".join(lines(found)))
+    bad, total = sum(bool(row["broken"]) for row in (*rows, *of_heads)), len(rows) + len(of_heads)
+    print(f"\n{bad} of {total} break a law" if bad else f"\nAll {total} keep the law.")
     if args.json:
         with open(args.json, "w") as file:
-            json.dump({**versions, "rows_of_logits": B * T, "V": V, "rows": rows}, file, indent=1)
+            json.dump({**versions, "rows_of_logits": B * T, "V": V, "rows": rows, "heads": of_heads}, file, indent=1)
     return int(bool(bad))
 
 

@@ -68,7 +68,7 @@ def fused_linear_grpo_loss(
         logit_scale: factor of the logits (Cohere), or the inverse of their divisor (Granite); above 0.
         softcap: bound of the logits (Gemma); None: none.
         chunk_bytes: bytes of logits at a time. None: GRPO_KERNELS_CHUNK_BYTES, or else 1 GiB, and at most
-            4096 rows. The result does not depend on it beyond rounding.
+            4096 rows; on a CPU 32 MiB, and at least 256 rows. The result does not depend on it beyond rounding.
         num_rows: how many rows are read, if known; it must be right, which is checked on the CPU alone. With
             a mask, ``skip_zero_advantage`` or ``cu_seqlens`` the host otherwise waits for the device once, to
             count them; objectives that depend on whole sequences then wait a second time, for their lengths,
@@ -174,5 +174,5 @@ def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.T
 
 
 def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> Options:
-    height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size())
+    height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size(), weight.device.type == "cpu")
     return Options(height, check_count(num_rows), bool(in_fp32), backend)

@@ -63,7 +63,8 @@ class _Fused(torch.autograd.Function):
 def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str) -> Tensor:
     """x · up in this dtype; in place where nobody needs x any more."""
     if x.dtype != dtype:
-        return torch.mul(x, up).to(dtype) if not is_one(up) else x.to(dtype)
+        # into the dtype at once: as large as a weight, one more in fp32 would count
+        return x.to(dtype) if is_one(up) else torch.mul(x, up, out=x.new_empty(x.shape, dtype=dtype))
     if x.numel() == 0 or (not again and is_one(up)):
         return x
     rows = x.view(1, -1, x.shape[-1])

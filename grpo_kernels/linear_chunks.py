@@ -58,16 +58,16 @@ class Rows:
         full = x.new_zeros(shape.numel()).index_copy_(0, self.index, x).view(shape)
         return full if self.idle is None else full.masked_fill_(self.idle, torch.nan)
 
-    def sequence_ends(self) -> list[int]:
-        """Where among the tokens read each sequence ends; the host waits for the device."""
+    def bounds(self) -> tuple[Tensor, list[int]]:
+        """(B+1,) where among the tokens read each sequence begins, and the last ends; for the host too, which waits."""
         inputs = self.inputs
         B, T = inputs.sequences, inputs.ids.shape[1]
+        cu = inputs.cu if inputs.cu is not None else torch.arange(B + 1, device=inputs.ids.device) * T
         if self.index is None and inputs.cu is None:
-            return [(k + 1) * T for k in range(B)]
-        ends = inputs.cu[1:] if inputs.cu is not None else torch.arange(1, B + 1, device=inputs.ids.device) * T
+            return cu.int(), [k * T for k in range(B + 1)]
         if self.index is not None:
-            ends = torch.searchsorted(self.index, ends.to(self.index.dtype))
-        return ends.tolist()
+            cu = torch.searchsorted(self.index, cu.to(self.index.dtype))
+        return cu.int(), cu.tolist()
 
 
 def row_chunks(
@@ -105,23 +105,22 @@ def sequence_chunks(
     """`row_chunks` of an objective whose tokens depend on the rest of their sequence, and on nothing else."""
     plan = plan._replace(skip=False)
     adv = advantages(inputs, coefs, plan)
-    ends = rows.sequence_ends()
+    on_device, bounds = rows.bounds()
     height = head.buffer.shape[0]
     logps, entropies = _empty(rows, head, entropy)
     of_tokens = {name: rows.per_token(getattr(inputs, name)) for name in ("ids", "old", "ref", "sampling")}
     of_either = {name: x if _per_sequence(x, inputs) else rows.per_token(x) for name, x in
                  (("adv", adv), ("is_weight", inputs.is_weight), ("temperature", inputs.temperature))}  # fmt: skip
-    for first, last in _groups(ends, height):  # sequences
-        start, end = ends[first - 1] if first else 0, ends[last - 1]
+    for first, last in _groups(bounds[1:], height):  # sequences
+        start, end = bounds[first], bounds[last]
         if start == end:
             continue
-        bounds = torch.tensor([start, *ends[first:last]], dtype=torch.int32) - start
         part = Inputs(
             **{name: None if x is None else x[None, start:end] for name, x in of_tokens.items()},
             **{name: x if x is None else x[first:last] if x.dim() == 2 else x[None, start:end]
                for name, x in of_either.items()},
             count=inputs.count if inputs.count is None or inputs.count.dim() == 0 else inputs.count[first:last],
-            loss_scale=inputs.loss_scale, tokens=inputs.tokens, cu=bounds.to(head.weight.device, non_blocking=True),
+            loss_scale=inputs.loss_scale, tokens=inputs.tokens, cu=on_device[first : last + 1] - start,
         )  # fmt: skip
         part = part._replace(segments=run.segments(None, part.cu, end - start)[0])
         pieces = list(_pieces(start, end, height))

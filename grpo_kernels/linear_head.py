@@ -13,14 +13,23 @@ from torch import Tensor
 
 CHUNK_BYTES = 1 << 30
 CHUNK_ROWS = 4096
+# On a CPU fewer rows suffice, and leave the logits nearer to the cache: but each chunk reads the weight twice, and
+# reads and writes its gradient, which shows where a chunk has fewer rows than these.
+CPU_BYTES = 1 << 25
+CPU_ROWS = 256
 _SLAB = 1 << 22  # elements that are converted to fp32 at a time
 
 
-def chunk_rows(chunk_bytes: int | None, V: int, itemsize: int) -> int:
-    """Rows of logits at a time: what fits ``chunk_bytes``, else GRPO_KERNELS_CHUNK_BYTES, else 1 GiB and 4096 rows."""
+def chunk_rows(chunk_bytes: int | None, V: int, itemsize: int, on_cpu: bool = False) -> int:
+    """Rows of logits at a time: what fits ``chunk_bytes``, else GRPO_KERNELS_CHUNK_BYTES.
+
+    Without either what fits 1 GiB, at most 4096 rows; on a CPU what fits 32 MiB, and at least 256 of them.
+    """
     setting = os.environ.get("GRPO_KERNELS_CHUNK_BYTES", "")
     if chunk_bytes is None and not setting:
         rows = min(CHUNK_ROWS, CHUNK_BYTES // (V * itemsize))
+        if on_cpu:
+            rows = min(rows, max(CPU_ROWS, CPU_BYTES // (V * itemsize)))
         return max(1, rows // 128 * 128 or rows)
     if chunk_bytes is None:
         if not setting.isdigit():
@@ -107,7 +116,7 @@ def accumulate(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:
     """total (V, H) = dzᵀ·h, or += where it is not the first; products of half precision add up in fp32."""
     if total.dtype == dz.dtype:
         torch.addmm(total, dz.T, h, beta=0 if first else 1, out=total)  # β = 0: what stood there is not read
-    elif dz.is_cuda:
+    elif dz.device.type != "cpu":
         if first:
             torch.mm(dz.T, h, out_dtype=total.dtype, out=total)
         else:

@@ -9,8 +9,8 @@ import torch
 
 from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.baselines import EAGER, OURS, Implementation, Outcome, eager, eager_logprobs, ours
-from benchmarks.baselines_peers import implementations
+from benchmarks.baselines import Implementation, Outcome, eager, eager_logprobs, ours
+from benchmarks.baselines_peers import EAGER, OURS, implementations
 from benchmarks.cases import MODES, SUITES, Case, parse_shape
 from benchmarks.measure import Timing
 from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Budget, Row, new_rows, run_suite
@@ -91,6 +91,7 @@ def test_command_fails_if_ours_is_wrong(capsys):
     [
         ["--shapes", "2x5"],
         ["--shapes", "2x0x97"],
+        ["--shapes", "2x5x3x97x1"],
         ["--suite", "cpu", "--shapes", "2x5x97"],
         ["--threads", "0"],
         ["--minutes", "0"],
@@ -128,7 +129,8 @@ def test_gpu_suite_on_a_cpu_is_the_cpu_suite(capsys, monkeypatch):
 
 
 def test_parse_shape():
-    assert parse_shape("4x128x32000") == parse_shape("4×128×32000") == (4, 128, 32000)
+    assert parse_shape("4x128x32000") == parse_shape("4×128×32000") == (4, 128, 32000, 0)
+    assert parse_shape("4x128x2048x32000") == (4, 128, 32000, 2048)
     with pytest.raises(ValueError, match="wanted BxTxV"):
         parse_shape("4,128,32000")
 
@@ -295,6 +297,8 @@ def test_report_is_at_most_80_columns_wide():
                 row.copy_multiple = 12.5
                 row.gigabytes_per_second, row.share_of_copy_bandwidth = 4321.0, 0.08
                 row.speedup_over_eager, row.extra_per_logits = 123.45, 12.34
+                row.products_ms, row.products_multiple = 100.0, 12.34
+                row.extra_bytes, row.beyond_gradients_bytes = 100 << 30, 90 << 30
             block[-1].status, block[-1].detail = OOM, "Tried to allocate " * 9
             rows += block
             assert max(map(len, report.table(block).splitlines())) <= 80

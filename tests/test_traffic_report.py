@@ -10,8 +10,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from benchmarks import traffic_report
-from counting import interpreted
+from benchmarks import linear_traffic, traffic_report
+from counting import HostSync, interpreted
+from grpo_kernels import linear_chunks, linear_head
 from grpo_kernels.kernels import launch, rows
 from grpo_kernels.variants import LOSS_TYPES
 
@@ -33,6 +34,15 @@ def test_every_objective_keeps_the_law(report):
     cases = {row["case"]: row for row in found["rows"]}
     assert set(LOSS_TYPES) <= set(cases) and len(cases) == len(list(traffic_report.cases()))
     assert not any(row["broken"] for row in found["rows"]) and "BROKEN" not in text
+
+
+def test_every_head_keeps_the_law(report):
+    text, found = report
+    heads = {row["case"]: row for row in found["heads"]}
+    assert list(heads) == [case.name for case in linear_traffic.CASES]
+    assert not any(row["broken"] for row in heads.values())
+    assert heads["head: grpo"]["products"] == 3 and heads["head: gspo, a mask"]["waits"] == 2
+    assert f"All {len(found['rows']) + len(heads)} keep the law." in text
 
 
 def test_the_table_is_narrow_and_says_what_it_cannot_know(report):
@@ -99,10 +109,30 @@ def launches_many_small_ones(monkeypatch):
     monkeypatch.setattr(launch, "total_kernel", Twice(Twice(Twice(launch.total_kernel))))
 
 
+def multiplies_in_fp32(monkeypatch):
+    monkeypatch.setattr(linear_head, "accumulate", lambda total, dz, h, first: total.add_(dz.float().T @ h.float()))
+
+
+def projects_twice(monkeypatch):
+    logits = linear_head.Head.logits
+    monkeypatch.setattr(linear_head.Head, "logits", lambda self, h: (logits(self, h), logits(self, h))[1])
+
+
+@interpreted
+def test_a_host_that_asks_once_more_is_noticed(monkeypatch):
+    empty = linear_chunks._empty
+    monkeypatch.setattr(linear_chunks, "_empty", lambda rows, *a: (rows.inputs.ids.sum().tolist(), empty(rows, *a))[1])
+    with pytest.raises(HostSync, match="the host would wait"):
+        traffic_report.main(["--case", "head: grpo"])
+
+
 @interpreted
 @pytest.mark.parametrize(
     ("case", "defect", "says"),
     [
+        ("head: grpo", multiplies_in_fp32, ["1 other, law 0", "aten._to_copy.default on a chunk's logits"]),
+        ("head: gspo", projects_twice, ["4 products, law 3"]),
+        ("head: log-probs only", launches_twice, ["2 launches, law 1"]),
         ("log-probs only", reads_twice, ["issued reads 2.000, law 1"]),
         ("grpo", reads_twice, ["issued reads 3.000, law 2"]),
         ("log-probs only", launches_twice, ["read 2.000, law 1", "2 launches over the logits, law 1"]),
