@@ -51,9 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def compile_all(arguments: argparse.Namespace) -> int:
     print(textwrap.fill(f"Triton {triton.__version__}. {compiled.LEGEND}", 80))
     rows = []
-    wanted = compiled.report(
-        arguments.vocab, arguments.dtype, arguments.target, arguments.only, arguments.cubins
-    )
+    wanted = compiled.report(arguments.vocab, arguments.dtype, arguments.target, arguments.only, arguments.cubins)
     for (target, V, dtype), block in itertools.groupby(wanted, lambda row: (row["target"], row["V"], row["dtype"])):
         print(f"\n{target}, V = {V}, {dtype}\n{compiled.TITLES}", flush=True)
         for row in block:

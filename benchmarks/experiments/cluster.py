@@ -14,9 +14,19 @@ from pathlib import Path
 import torch
 
 from benchmarks.experiments import precompiled
-from benchmarks.experiments.common import Job, arguments, is_live, logp_of, on, options, row_numbers, slope_of
+from benchmarks.experiments.common import (
+    Job,
+    arguments,
+    is_live,
+    logp_of,
+    on,
+    options,
+    row_numbers,
+    slope_of,
+    token_slope,
+)
 from grpo_kernels.jit import jit, tl, triton
-from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, slope_at, tile_at
+from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, tile_at
 from grpo_kernels.kernels.rows import kernel, row_at
 
 OLDEST_TRITON = (3, 8)
@@ -72,7 +82,7 @@ def cluster_kernel(
         zero_piece(dst, at_2, V)
     else:
         factor = -g / total
-        d_token = g + slope_at(x_token, top, scale, None, factor, 0.0, False)
+        d_token = token_slope(x_token, top, total, scale, g)
         write_piece(dst, at, kept, factor, token, d_token, V)
         write_piece(dst, at_2, kept_2, factor, token, d_token, V)
 

@@ -116,5 +116,11 @@ def join(top, total, scale):
 
 
 @jit
+def token_slope(x, top, total, scale, g):
+    """The gradient of the token's own entry, as in `write_slope`."""
+    return g * (1.0 - tl.exp2((x - top) * scale) / total)
+
+
+@jit
 def logp_of(x, top, total, scale):
     return ((x - top) * scale - tl.log2(total)) * LN2

@@ -45,9 +45,10 @@ from benchmarks.experiments.common import (
     row_numbers,
     slope_of,
     tile,
+    token_slope,
 )
 from grpo_kernels.jit import jit, tl, triton
-from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, slope_at, tile_at
+from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, tile_at
 from grpo_kernels.kernels.rows import kernel, row_at
 
 MOST_LOOKS = 1 << 17  # at the words, about 0.1 s, before giving up
@@ -134,11 +135,10 @@ def counter_kernel(
         if g == 0.0:
             tl.store(dst + at, tl.zeros([K, N * W], dst.dtype.element_ty), mask=at < V)
         else:
-            slope = -g / row_total
-            d = kept * (slope * tl.exp2((top - row_top) * scale))
+            d = kept * (-g / row_total * tl.exp2((top - row_top) * scale))
             tl.store(dst + at, d.to(dst.dtype.element_ty), mask=at < V)
             tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-            d_token = g + slope_at(x_token, row_top, scale, None, slope, 0.0, False)
+            d_token = token_slope(x_token, row_top, row_total, scale, g)
             mine = (token >= start) & (token < start + K * N * W) & (token < V)
             tl.store(dst + token, d_token.to(dst.dtype.element_ty), mask=mine)
 
