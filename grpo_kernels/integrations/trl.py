@@ -219,6 +219,11 @@ def _log_loss(trainer: GRPOTrainer, mode: str, out: LossOutput, accumulation: fl
     for name in LOGGED:
         if name in metrics:
             logged[name].append(metrics[name])
+    if trainer.importance_sampling_level == "token":  # TRL leaves its extremes out of the log where no token counts
+        none = torch.stack([rank["tokens"] for rank in ranks]).sum() == 0
+        for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
+            if name in metrics:
+                logged[name][-1] = metrics[name].masked_fill(none, torch.nan)
     if trainer._entropy_bonus_enabled:
         policy_loss = torch.stack([rank["policy_loss"] for rank in ranks])
         logged["policy_loss"].append(policy_loss.nanmean() * accumulation)
