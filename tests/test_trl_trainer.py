@@ -105,6 +105,16 @@ class MismatchPerSequence(Mismatch):
     per_sequence = True
 
 
+class OneToken:
+    """Batches of which a single token counts; in front of a trainer class."""
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        out["completion_mask"][1:] = out["completion_mask"][:, 1:] = 0
+        out["num_items_in_batch"] = torch.ones_like(out["num_items_in_batch"])
+        return out
+
+
 def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, **args):
     """(rows of the log without times, weights after the run, the trainer)"""
     args = {"learning_rate": 0.5, "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "beta": 0.0,
@@ -203,6 +213,12 @@ def test_weights_masks_and_tools(loss_type, front, level, saved, tmp_path):
     same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=front, **args), theirs)
 
 
+def test_fewer_tokens_than_batches(saved, tmp_path):
+    theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO)
+    same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO), theirs)
+    assert theirs[0][0]["grad_norm"] > 0
+
+
 @pytest.mark.parametrize("args", [{}, {"loss_type": "grpo", "entropy_coef": 0.02, **MICRO}], ids=["dapo", "grpo"])
 def test_evaluation(args, saved, tmp_path):
     args = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4, "beta": 0.1, **args}
@@ -234,8 +250,9 @@ RANKS = {
     "sequence": {**ITERATED, "loss_type": "grpo", "importance_sampling_level": "sequence", "entropy_coef": 0.05},
     "entropy quantile": {**ITERATED, "loss_type": "bnpo", "top_entropy_quantile": 0.4, "entropy_coef": 0.05},
     "adaptive entropy": {**MICRO, "use_adaptive_entropy": True, "entropy_target": 2.9, "entropy_coef_delta": 0.02},
-    "truncated": {"loss_type": "vespo", "mask_truncated_completions": True, "per_device_train_batch_size": 2},
-}
+    "truncated": {"loss_type": "vespo", "mask_truncated_completions": True, "per_device_train_batch_size": 2,
+                  "ddp_find_unused_parameters": True},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +352,8 @@ def test_path(saved, tmp_path, monkeypatch):
     assert make(saved, tmp_path, loss_path="logits")._seam.head is None
     for name, value in (("is_deepspeed_zero3_enabled", lambda: True), ("find_head", not_understood)):
         monkeypatch.setattr(fused, name, value)
-        assert make(saved, tmp_path)._seam.head is None
+        with pytest.warns(UserWarning, match="The loss goes through logits, since"):
+            assert make(saved, tmp_path)._seam.head is None
         with pytest.raises(ValueError, match=r"loss_path='linear': (DeepSpeed|the head).*Use loss_path='logits'"):
             make(saved, tmp_path, loss_path="linear")
         monkeypatch.undo()

@@ -151,6 +151,9 @@ def _compute_loss(self, model, inputs):
     accumulation = self.current_gradient_accumulation_steps if mode == "train" else 1
     parts = self.accelerator.num_processes * (self.args.steps_per_generation if mode == "train" else 1)
     corrects = self.loss_type == "vespo" or (self.use_vllm and self.vllm_importance_sampling_correction)
+    scale, num_items = 1.0 / accumulation, inputs["num_items_in_batch"].clamp(min=1.0) / parts
+    if self.loss_type in GLOBAL_TOKENS and not self._entropy_bonus_enabled:
+        scale = scale * num_items.clamp(min=1.0) / num_items  # TRL divides by less than one token, should it come to it
     masks_off_policy = self.off_policy_mask_threshold is not None
     spans_ranks = self.top_entropy_quantile < 1.0 and self.accelerator.num_processes > 1
     arguments = {
@@ -161,8 +164,8 @@ def _compute_loss(self, model, inputs):
         "importance_weights": inputs.get("importance_sampling_ratio") if corrects else None,
         "sampling_logps": inputs.get("sampling_per_token_logps") if masks_off_policy else None,
         "temperature": self.temperature,
-        "num_items_in_batch": inputs["num_items_in_batch"] / parts,
-        "loss_scale": 1.0 / accumulation,
+        "num_items_in_batch": num_items,
+        "loss_scale": scale,
         "data_group": torch.distributed.group.WORLD if spans_ranks else None,
         "return_entropy": True,
         "config": loss_config(self, _entropy_coef(self)),
@@ -308,6 +311,8 @@ def _find_head(model: nn.Module, loss_path: str) -> Head | None:
     except HeadError as error:
         if loss_path == "linear":
             raise ValueError(f"loss_path='linear': {error} Use loss_path='logits'.") from None
+        warnings.warn(f"The loss goes through logits, since {error} loss_path='logits' says so without this warning.",
+                      stacklevel=5)  # fmt: skip
         return None
 
 
