@@ -16,30 +16,11 @@ import torch
 pytest.importorskip("trl", reason="the drop-in needs TRL 1.16, which needs Python 3.11")
 
 from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    Qwen3MoeConfig,
-)
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.integrations import trl as fused
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch
-from grpo_kernels.trainer.tokenizer import character_tokenizer
-
-ALPHABET = "abcdefghijklmnopqrstuvwxyz 0123456789"
-TIMES = ("step_time", "train_runtime", "_per_second", "total_flos", "eval_runtime", "profiling/")
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-         "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3}  # fmt: skip
-MODELS = {
-    "llama": functools.partial(LlamaConfig, tie_word_embeddings=False),
-    "tied": functools.partial(LlamaConfig, tie_word_embeddings=True),
-    "gemma2": functools.partial(Gemma2Config, head_dim=8, final_logit_softcapping=3.0),
-    "moe": functools.partial(Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
-                             decoder_sparse_step=1, mlp_only_layers=[], output_router_logits=True,
-                             router_aux_loss_coef=0.1),
-}  # fmt: skip
+from trl_runs import ITERATED, MICRO, RANKS, Mismatch, MismatchPerSequence, OneToken, same, save, train, vowels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -59,96 +40,6 @@ def saved(tmp_path_factory):
     return functools.cache(lambda name: save(name, tmp_path_factory.mktemp(name)))
 
 
-def save(name, path):
-    tokenizer = character_tokenizer(ALPHABET)
-    torch.manual_seed(1)
-    ids = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None,
-           "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
-    AutoModelForCausalLM.from_config(MODELS[name](**SIZES, **ids)).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
-
-
-def vowels(completions, **kwargs):
-    return [float(sum(c in "aeiou" for c in text)) for text in completions]
-
-
-def length(completions, **kwargs):
-    return [len(text) / 8 for text in completions]
-
-
-class Mismatch:
-    """Batches as if vLLM had sampled, and a tool had written; in front of a trainer class."""
-
-    per_sequence = False
-
-    def _generate_and_score_completions(self, inputs):
-        out = super()._generate_and_score_completions(inputs)
-        mask, noise = out["completion_mask"], torch.Generator().manual_seed(3)
-        out["tool_mask"] = (torch.rand(mask.shape, generator=noise) < 0.8).long()
-        drift = 0.3 * torch.randn(mask.shape, generator=noise)
-        out["sampling_per_token_logps"] = out["old_per_token_logps"] + drift
-        out["sampling_per_token_logps"][0, 0] = torch.nan  # vLLM could not score it
-        ratio = torch.exp(-drift.masked_fill(mask * out["tool_mask"] == 0, 0.0))
-        out["importance_sampling_ratio"] = ratio[:, :1] if self.per_sequence else ratio
-        return out
-
-    def _compute_loss(self, model, inputs):
-        self.use_vllm = True
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self.use_vllm = False
-
-
-class MismatchPerSequence(Mismatch):
-    per_sequence = True
-
-
-class OneToken:
-    """Batches of which a single token counts; in front of a trainer class."""
-
-    def _generate_and_score_completions(self, inputs):
-        out = super()._generate_and_score_completions(inputs)
-        out["completion_mask"][1:] = out["completion_mask"][:, 1:] = 0
-        out["num_items_in_batch"] = torch.ones_like(out["num_items_in_batch"])
-        return out
-
-
-def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, **args):
-    """(rows of the log without times, weights after the run, the trainer)"""
-    args = {"learning_rate": 0.5, "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "beta": 0.0,
-            "gradient_checkpointing": False, "per_device_train_batch_size": 4, "num_generations": 4,
-            "max_completion_length": 6, "logging_steps": 1, **args}  # fmt: skip
-    config = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=args.pop("bf16", False), report_to="none",
-                        save_strategy="no", seed=5, disable_tqdm=True, **args)  # fmt: skip
-    data = Dataset.from_dict({"prompt": ["ab", "hello 12", "7", "x y z"] * 4})
-    if front:
-        cls = type(cls.__name__, (front, cls), {})
-    held_out = data.select(range(2)) if evaluate else None
-    made = cls(path, [vowels, length], config, train_dataset=data, eval_dataset=held_out, **trainer or {})
-    made.train()
-    if evaluate:
-        made.evaluate()
-    rows = [{k: v for k, v in row.items() if not any(t in k for t in TIMES)} for row in made.state.log_history]
-    return rows, {k: v.detach().clone() for k, v in made.model.state_dict().items()}, made
-
-
-def same(ours, theirs, rtol=1e-4, atol=2e-6):
-    rows, weights, _ = ours
-    wanted, wanted_weights, _ = theirs
-    assert len(rows) == len(wanted)
-    for row, want in zip(rows, wanted):
-        assert row.keys() == want.keys(), row.keys() ^ want.keys()
-        for name, value in want.items():
-            wanted_value = None if value is None else pytest.approx(value, rel=rtol, abs=atol)
-            assert row[name] == wanted_value, (want["step"], name)
-    for name, want in wanted_weights.items():
-        torch.testing.assert_close(weights[name], want, rtol=rtol, atol=10 * atol, msg=lambda m, n=name: f"{n}: {m}")
-
-
-ITERATED = {"num_iterations": 2, "beta": 0.1, "max_steps": 3}
-MICRO = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
 CASES = {
     "defaults": {},
@@ -213,6 +104,20 @@ def test_weights_masks_and_tools(loss_type, front, level, saved, tmp_path):
     same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=front, **args), theirs)
 
 
+@pytest.mark.parametrize("kind", ["lora", "prompt"])
+def test_adapters(kind, saved, tmp_path):
+    """The reference is the model without its adapter."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = {"lora": lambda: peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+              "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")}[kind]  # fmt: skip
+    args = {**ITERATED, **MICRO}
+    theirs = train(GRPOTrainer, saved("llama"), tmp_path, trainer={"peft_config": config()}, **args)
+    for loss_path in ("linear", "logits"):
+        trainer = {"peft_config": config(), "loss_path": loss_path}
+        same(train(FusedGRPOTrainer, saved("llama"), tmp_path, trainer=trainer, **args), theirs)
+    assert theirs[0][0]["grad_norm"] > 0
+
+
 def test_fewer_tokens_than_batches(saved, tmp_path):
     theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO)
     same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO), theirs)
@@ -245,16 +150,6 @@ def test_adamw(saved, tmp_path):
 
 # --- two ranks --------------------------------------------------------------------------------------
 
-RANKS = {
-    "dapo": {**ITERATED, **MICRO},
-    "sequence": {**ITERATED, "loss_type": "grpo", "importance_sampling_level": "sequence", "entropy_coef": 0.05},
-    "entropy quantile": {**ITERATED, "loss_type": "bnpo", "top_entropy_quantile": 0.4, "entropy_coef": 0.05},
-    "adaptive entropy": {**MICRO, "use_adaptive_entropy": True, "entropy_target": 2.9, "entropy_coef_delta": 0.02},
-    "truncated": {"loss_type": "vespo", "mask_truncated_completions": True, "per_device_train_batch_size": 2,
-                  "ddp_find_unused_parameters": True},
-}  # fmt: skip
-
-
 @pytest.fixture(scope="module")
 def ranks(saved, tmp_path_factory):
     """What two data-parallel ranks printed; all checks run in one pair of processes."""
@@ -264,7 +159,7 @@ def ranks(saved, tmp_path_factory):
     env = {**os.environ, "PYTHONPATH": os.pathsep.join((".", "tests")), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    command = [sys.executable, "-m", "test_trl_trainer", saved("llama"), str(tmp_path_factory.mktemp("ranks"))]
+    command = [sys.executable, "-m", "trl_runs", saved("llama"), str(tmp_path_factory.mktemp("ranks"))]
     processes = [subprocess.Popen(command, env={**env, "RANK": r, "LOCAL_RANK": r}, **pipes) for r in "01"]
     try:
         return [process.communicate(timeout=300)[0] for process in processes]
@@ -277,19 +172,6 @@ def ranks(saved, tmp_path_factory):
 @pytest.mark.parametrize("case", RANKS)
 def test_two_ranks(case, ranks):
     assert all(f"passed: {case}\n" in text for text in ranks), "\n".join(text[-5000:] for text in ranks)
-
-
-def main(path, folder):
-    """One of the two ranks."""
-    gc.freeze()
-    for case, args in RANKS.items():
-        theirs = train(GRPOTrainer, path, folder, ddp_backend="gloo", **args)
-        assert theirs[2].accelerator.num_processes == 2
-        for loss_path in ("linear", "logits"):
-            same(train(FusedGRPOTrainer, path, folder, ddp_backend="gloo", trainer={"loss_path": loss_path}, **args),
-                 theirs)  # fmt: skip
-        print(f"passed: {case}", flush=True)
-    torch.distributed.destroy_process_group()
 
 
 # --- patch() ---------------------------------------------------------------------------------------
@@ -323,6 +205,16 @@ def test_patch(saved, tmp_path, monkeypatch):
     assert steps == len(called)
 
 
+def test_a_trainer_from_before_keeps_its_own(saved, tmp_path):
+    made = make(saved, tmp_path, cls=GRPOTrainer)
+    undo = patch()
+    try:
+        made.train()
+    finally:
+        undo()
+    assert "entropy" in made.state.log_history[0]
+
+
 def test_a_subclass_with_its_own_loss_keeps_it(patched, saved, tmp_path):
     class Own(GRPOTrainer):
         def _compute_loss(self, model, inputs):
@@ -342,7 +234,8 @@ def test_a_subclass_with_its_own_loss_keeps_it(patched, saved, tmp_path):
 
 def make(saved, tmp_path, cls=FusedGRPOTrainer, **trainer):
     args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", num_generations=4,
-                      per_device_train_batch_size=4)  # fmt: skip
+                      per_device_train_batch_size=4, max_completion_length=4, max_steps=1, save_strategy="no",
+                      logging_steps=1)  # fmt: skip
     data = Dataset.from_dict({"prompt": ["ab"] * 4})
     return cls(saved("llama"), vowels, args, train_dataset=data, **trainer)
 
@@ -373,7 +266,10 @@ def test_refused(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"Own overrides get_off_policy_mask.*Remove the override"):
         make(saved, tmp_path, cls=Own)
     monkeypatch.setattr(fused.trl, "__version__", "1.15.2")
-    with pytest.warns(UserWarning, match=r"tested with TRL 1.16, and this is 1.15.2"):
+    with pytest.raises(ValueError, match=r"needs TRL 1.16, and this is 1.15.2"):
+        make(saved, tmp_path)
+    monkeypatch.setattr(fused.trl, "__version__", "1.17.0")
+    with pytest.warns(UserWarning, match=r"tested with TRL 1.16, and this is 1.17.0"):
         make(saved, tmp_path)
 
 
@@ -391,6 +287,3 @@ def test_metrics_wait_on_the_device(saved, tmp_path):
     of_the_loss = seen[0].keys() & {*fused.LOGGED, "policy_loss"}
     assert len(of_the_loss) == 8 and all(isinstance(seen[0][name], torch.Tensor) for name in of_the_loss)
 
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

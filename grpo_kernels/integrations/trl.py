@@ -128,6 +128,9 @@ def _get_per_token_logps_and_entropies(
     self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
 ):
     """TRL's own, of its arguments and results, with `linear_token_logprobs`, or `token_logprobs`."""
+    stock = functools.partial(_STOCK["_get_per_token_logps_and_entropies"], self)
+    if not hasattr(self, "_seam"):  # made before patch()
+        return stock(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs)
 
     def score(states: dict, completion_ids: torch.Tensor, mask: torch.Tensor) -> dict:
         score_tokens = token_logprobs if "logits" in states else linear_token_logprobs
@@ -136,13 +139,13 @@ def _get_per_token_logps_and_entropies(
         return {"log_probs": out.logps, "entropy": out.entropy}
 
     model = self._seam.around(model, logits_to_keep, score)
-    return _STOCK["_get_per_token_logps_and_entropies"](
-        self, model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
-    )
+    return stock(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs)
 
 
 def _compute_loss(self, model, inputs):
     """TRL's own, of its inputs, result and metrics."""
+    if not hasattr(self, "_seam"):  # made before patch()
+        return _STOCK["_compute_loss"](self, model, inputs)
     mode = "train" if self.model.training else "eval"
     mask = inputs["completion_mask"]
     if "tool_mask" in inputs:
@@ -277,6 +280,8 @@ def attach(trainer: GRPOTrainer, loss_path: str = "auto") -> None:
     """
     if loss_path not in LOSS_PATHS:
         raise ValueError(f"loss_path must be one of {', '.join(map(repr, LOSS_PATHS))}, got {loss_path!r}.")
+    if Version(trl.__version__) < Version(TESTED):
+        raise ValueError(f"grpo_kernels needs TRL {TESTED}, and this is {trl.__version__}. Upgrade it.")
     if Version(trl.__version__).release[:2] != Version(TESTED).release:
         warnings.warn(f"grpo_kernels is tested with TRL {TESTED}, and this is {trl.__version__}. Compare a run with "
                       "trl.GRPOTrainer's before you rely on it.", stacklevel=4)  # fmt: skip
@@ -330,8 +335,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     def __init__(self, *args, loss_path: str = "auto", **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        if not hasattr(self, "_seam"):  # patch() may have been there
-            attach(self, loss_path)
+        attach(self, loss_path)
 
     _compute_loss = _compute_loss
     _get_per_token_logps_and_entropies = _get_per_token_logps_and_entropies
@@ -341,7 +345,7 @@ class FusedGRPOTrainer(GRPOTrainer):
 def patch(loss_path: str = "auto") -> Callable[[], None]:
     """Makes every `trl.GRPOTrainer` made from now on, subclasses included, compute its loss as `FusedGRPOTrainer`.
 
-    A subclass that overrides `_compute_loss` keeps its own.
+    A subclass that overrides `_compute_loss` keeps its own, and so does a trainer that was made before.
 
     Args:
         loss_path: as in `FusedGRPOTrainer`.
