@@ -22,9 +22,11 @@ from transformers import (
     PhiConfig,
 )
 
+from grpo_kernels.integrations import head
+from grpo_kernels.integrations.head import Head
 from grpo_kernels.trainer import __main__ as entry
-from grpo_kernels.trainer import cli, head, loop
-from grpo_kernels.trainer.head import Head, find_head
+from grpo_kernels.trainer import cli, loop
+from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import addition

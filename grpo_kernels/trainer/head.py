@@ -1,78 +1,22 @@
-"""The language-model head of a transformers model, for the losses that take hidden states."""
+"""The head of the policy, for `--loss-path linear`."""
 
-from dataclasses import asdict, dataclass
-
-import torch
-from torch import nn
 from transformers import PreTrainedModel
 
+from grpo_kernels.integrations import head
+from grpo_kernels.integrations.head import Head, HeadError
 from grpo_kernels.trainer.options import OptionError
 
-PROBE = 8  # tokens that a model's own logits are compared on
-TOLERANCE = 0.02  # of the largest logit; bf16 rounds it by 0.004
 
-
-@dataclass(frozen=True)
-class Head:
-    """logits = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap), of the hidden states of ``body(model)``."""
-
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-    def arguments(self, model: PreTrainedModel, hidden: torch.Tensor) -> dict[str, torch.Tensor | float | None]:
-        """Of `fused_linear_grpo_loss` and `linear_token_logprobs`; weights in the dtype of the hidden states."""
-        head = model.get_output_embeddings()
-        weight, bias = (None if x is None else x.to(hidden.dtype) for x in (head.weight, head.bias))
-        return {"hidden": hidden, "weight": weight, "bias": bias, **asdict(self)}
-
-    def logits(self, model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor:
-        z = self.logit_scale * model.get_output_embeddings()(hidden)
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-
-def body(model: PreTrainedModel) -> nn.Module:
-    """What makes the hidden states that the head is applied to."""
-    return model.base_model
-
-
-def find_head(model: PreTrainedModel) -> Head:
-    """The head of a causal model, by the names that transformers has for scales and caps, and tried out.
+def find_head(policy: PreTrainedModel) -> Head:
+    """`grpo_kernels.integrations.head.find_head`, with the flag to blame.
 
     Raises:
-        OptionError: hidden states and head do not give the model's own logits.
+        OptionError: hidden states and head do not give the policy's own logits.
     """
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    head = Head(float(scale), getattr(config, "final_logit_softcapping", None))  # Gemma
-    if body(model) is model:
-        raise _not_understood(model, "it has no body that stops at the hidden states (base_model)")
-    if type(model.get_output_embeddings()) is not nn.Linear:
-        kind = type(model.get_output_embeddings()).__name__
-        raise _not_understood(model, f"the output embedding is a {kind}, not a torch.nn.Linear")
-    training = model.training
     try:
-        error = _error(model.eval(), head)
-    finally:
-        model.train(training)
-    if not error <= TOLERANCE:
-        raise _not_understood(model, f"{head} is off by {error:.2g} of the model's largest logit")
-    return head
-
-
-@torch.no_grad()
-def _error(model: PreTrainedModel, head: Head) -> float:
-    """Of the logits of a few tokens, in units of the largest."""
-    ids = (torch.arange(PROBE, device=model.device) % model.config.get_text_config().vocab_size)[None]
-    hidden = getattr(body(model)(input_ids=ids), "last_hidden_state", None)
-    if hidden is None:
-        return torch.inf
-    want = model(input_ids=ids).logits.float()
-    return ((head.logits(model, hidden).float() - want).abs().max() / want.abs().max()).item()
-
-
-def _not_understood(model: PreTrainedModel, why: str) -> OptionError:
-    return OptionError(
-        f"--loss-path linear: the head of {type(model).__name__} is not understood: {why}. Use --loss-path logits; "
-        "where its logits do not fit, with a smaller --batch-size."
-    )
+        return head.find_head(policy)
+    except HeadError as error:
+        raise OptionError(
+            f"--loss-path linear: {error} Use --loss-path logits; where its logits do not fit, with a smaller "
+            "--batch-size."
+        ) from None

@@ -29,8 +29,9 @@ from grpo_kernels import (
     linear_token_logprobs,
     token_logprobs,
 )
+from grpo_kernels.integrations.head import Head, body
 from grpo_kernels.metrics import combine
-from grpo_kernels.trainer.head import Head, body, find_head
+from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.options import Options
 from grpo_kernels.trainer.task import Problem, Task
 
