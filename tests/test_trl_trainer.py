@@ -217,6 +217,8 @@ def test_a_trainer_from_before_keeps_its_own(saved, tmp_path):
 
 def test_a_subclass_with_its_own_loss_keeps_it(patched, saved, tmp_path):
     class Own(GRPOTrainer):
+        get_off_policy_mask = None  # its own business
+
         def _compute_loss(self, model, inputs):
             ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
             mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
@@ -260,11 +262,10 @@ def test_refused(saved, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="loss_path must be one of 'auto', 'linear', 'logits', got 'fast'"):
         make(saved, tmp_path, loss_path="fast")
 
-    class Own(FusedGRPOTrainer):
-        get_off_policy_mask = staticmethod(lambda **kwargs: 1)
-
-    with pytest.raises(ValueError, match=r"Own overrides get_off_policy_mask.*Remove the override"):
-        make(saved, tmp_path, cls=Own)
+    for name in ("get_off_policy_mask", "_get_per_token_logps_and_entropies"):
+        own = type("Own", (FusedGRPOTrainer,), {name: lambda *args, **kwargs: None})
+        with pytest.raises(ValueError, match=rf"Own overrides {name}.*Remove the override"):
+            make(saved, tmp_path, cls=own)
     monkeypatch.setattr(fused.trl, "__version__", "1.15.2")
     with pytest.raises(ValueError, match=r"needs TRL 1.16, and this is 1.15.2"):
         make(saved, tmp_path)

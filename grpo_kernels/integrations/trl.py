@@ -285,8 +285,11 @@ def attach(trainer: GRPOTrainer, loss_path: str = "auto") -> None:
     if Version(trl.__version__).release[:2] != Version(TESTED).release:
         warnings.warn(f"grpo_kernels is tested with TRL {TESTED}, and this is {trl.__version__}. Compare a run with "
                       "trl.GRPOTrainer's before you rely on it.", stacklevel=4)  # fmt: skip
-    for name in _OWN_MATHS:
-        if getattr(type(trainer), name) is not getattr(GRPOTrainer, name):
+    own = {name: getattr(GRPOTrainer, name) for name in _OWN_MATHS}
+    own["_get_per_token_logps_and_entropies"] = _get_per_token_logps_and_entropies
+    fused = isinstance(trainer, FusedGRPOTrainer) or type(trainer)._compute_loss is _compute_loss
+    for name, method in own.items():
+        if fused and getattr(type(trainer), name) is not method:
             raise ValueError(
                 f"{type(trainer).__name__} overrides {name}, which the fused loss does not call. Remove the override, "
                 "or use trl.GRPOTrainer."
