@@ -228,7 +228,8 @@ def _tile(V: int, *tensors: torch.Tensor) -> dict[str, int]:
 
 
 def _cap(coefs: Coefs) -> Cap | None:
-    return Cap(coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
+    bound = coefs.softcap
+    return Cap(bound, coefs.logit_scale / bound, 1.0 / bound) if bound < torch.inf else None
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:
