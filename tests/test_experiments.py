@@ -258,7 +258,7 @@ def test_the_table_fits_80_columns(compiled):
 
 
 def test_the_documented_table_is_what_is_printed(compiled):
-    text = (Path(__file__).resolve().parents[1] / "docs" / "performance.md").read_text()
+    text = (Path(__file__).resolve().parents[1] / "docs" / "candidates.md").read_text()
     block = next(block for block in text.split("```") if "interleaved K4" in block)
     if f"Triton {triton.__version__}" not in text.split("interleaved K4")[0].rsplit("\n\n", 2)[-2]:
         pytest.skip("the page is about another Triton, which compiles to other machine code")

@@ -7,7 +7,7 @@
         the new row's log-probability and slope; it is the old row now
 
 Reads and writes are always in flight together, and the reduction between the passes stalls a program once per row, not
-twice. The price is cache: a row is read for the second time one whole row later, see docs/performance.md. The new
+twice. The price is cache: a row is read for the second time one whole row later, see docs/candidates.md. The new
 row's tile is loaded first, since no load may be moved up over a store that might hit the same address.
 """
 
