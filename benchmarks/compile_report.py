@@ -148,7 +148,6 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     run("full sequence", full._replace(sampling=token, threshold=one, gate=token),
         full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
     run("softcap", weighted, Plan(term="clipped"), softcap=30.0)
-    run("softcap full", full, full_plan, entropy=True, softcap=30.0)
     run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True))
     run("packed", packed, full_plan._replace(scale_rewards="none"), entropy=True)
     run("packed sequence", packed, Plan(term="clipped", level="sequence"))
