@@ -15,17 +15,19 @@ import triton
 from benchmarks import machine_code
 from benchmarks.compile_report import KERNELS, PASSES, TARGETS, _row_cost, _row_passes, defects
 
+COMPILED = ("sm_90", "gfx942")
+
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     """(text, rows) of the report, from processes of their own: here the kernels are interpreted.
 
-    In bf16 for every target, in fp32 for one; `make compile-report` has them all.
+    In bf16 for two targets, which takes a minute; `make compile-report` has them all.
     """
     folder = tmp_path_factory.mktemp("report")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     text, rows = "", []
-    for dtype, targets in (("bf16", TARGETS), ("fp32", ["sm_90"])):
+    for dtype, targets in (("bf16", COMPILED),):
         file = folder / f"{dtype}.json"
         done = subprocess.run(
             [sys.executable, "-m", "benchmarks.compile_report", "--json", str(file), "--dtype", dtype,
@@ -45,7 +47,7 @@ def row_kernels(report):
 
 def test_every_kernel_for_every_target(report):
     found = {(row["target"], row["kernel"].split()[0]) for row in report[1]}
-    assert found == {(target, kernel) for target in TARGETS for kernel in KERNELS}
+    assert found == {(target, kernel) for target in COMPILED for kernel in KERNELS}
 
 
 def test_no_defects(report):
@@ -70,7 +72,7 @@ def test_exponentials_per_element(row_kernels):
 
     A soft cap takes one more in each pass.
     """
-    assert sum(row["capped"] for row in row_kernels) > 8
+    assert sum(row["capped"] for row in row_kernels) == 3 * len(COMPILED)
     for row in row_kernels:
         if row["capped"]:
             assert row["ex2_per_element"] <= 4.25, row
@@ -97,7 +99,7 @@ def test_the_documented_rows_are_what_the_report_prints(report):
     if f"Triton {triton.__version__}, V = 151936" not in text:
         pytest.skip("the page is about another Triton, which compiles to other machine code")
     documented = next(block for block in text.split("```") if " spl " in block)
-    compiled = [line for line in documented.splitlines()[1:] if " fp32 " not in line or line.startswith("sm_90")]
+    compiled = [line for line in documented.splitlines()[1:] if " fp32 " not in line and line.startswith(COMPILED)]
     assert set(compiled) <= set(report[0].splitlines())
 
 
