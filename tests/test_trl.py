@@ -104,7 +104,7 @@ def test_parity(loss_type, level, knob, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_parity_on_other_shapes_and_seeds(seed, backend):
     for loss_type in LOSS_TYPES:
         case = make_case(B=3 + seed, T=2 + 4 * seed, V=9 + 40 * seed, seed=seed, spread=1 + seed)
