@@ -4,8 +4,8 @@ Two forms of the loss, with the same maths:
 
 * one launch: the forward writes the gradient beside the log-probabilities (`_OneLaunch`);
 * two launches: log-probabilities now, the gradient from two numbers per row in the backward
-  (`_TwoLaunches`): a loss that depends on more than its own row, a loss per token, and fp16, where
-  rounding before a loss scaler's 65536 would zero most of the gradient.
+  (`_TwoLaunches`): a loss that depends on more than its own row, a loss per token, a vocabulary that is
+  spread over ranks, and fp16, where rounding before a loss scaler's 65536 would zero most of the gradient.
 
 `_FromLogprobs` is the loss of log-probabilities that somebody else has made.
 """
@@ -13,7 +13,7 @@ Two forms of the loss, with the same maths:
 import torch
 from torch import Tensor
 
-from grpo_kernels import ops
+from grpo_kernels import ops, vocab
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import sorted_entropies
@@ -101,12 +101,12 @@ class _TwoLaunches(torch.autograd.Function):
     """Loss whose gradient is written in the backward, upstream gradient included, before rounding."""
 
     @staticmethod
-    def forward(ctx, logits, tensors, coefs, plan, steps, entropy, backend, inplace, data_group):
-        logps, entropies, stats = ops.logprobs_op(logits, tensors, coefs, plan, entropy, backend)
+    def forward(ctx, logits, tensors, coefs, plan, steps, entropy, backend, inplace, data_group, vocab_group):
+        logps, entropies, stats, ids = vocab.logprobs(logits, tensors, coefs, plan, entropy, backend, vocab_group)
         it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, backend, data_group)
         ctx.inplace, saved = inplace, it.save(ctx)
         inputs = Inputs(*tensors)
-        rows = (inputs.ids, inputs.temperature, inputs.cu, inputs.segments)
+        rows = (ids, inputs.temperature, inputs.cu, inputs.segments)
         ctx.save_for_backward(logits, coefs, stats, *saved, *rows)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
@@ -121,7 +121,7 @@ class _TwoLaunches(torch.autograd.Function):
         # masked rows have g = h = 0, which says as much as the mask
         tensors = tuple(Inputs(ids=ids, temperature=temperature, cu=cu, segments=segments))
         grad = write_gradient(logits, tensors, stats, g, h, up, coefs, ctx.backend, ctx.inplace)
-        return grad, *(None,) * 8
+        return grad, *(None,) * 9
 
 
 class _FromLogprobs(torch.autograd.Function):
@@ -154,9 +154,9 @@ class TokenLogprobsFunction(torch.autograd.Function):
     """Log-probabilities and entropies, both differentiable."""
 
     @staticmethod
-    def forward(ctx, logits, ids, mask, temperature, coefs, plan, entropy, backend):
+    def forward(ctx, logits, ids, mask, temperature, coefs, plan, entropy, backend, vocab_group):
         tensors = tuple(Inputs(ids=ids, mask=mask, temperature=temperature))
-        logps, entropies, stats = ops.logprobs_op(logits, tensors, coefs, plan, entropy, backend)
+        logps, entropies, stats, ids = vocab.logprobs(logits, tensors, coefs, plan, entropy, backend, vocab_group)
         ctx.backend, ctx.entropy = backend, entropy
         ctx.save_for_backward(logits, ids, mask, temperature, stats, coefs)
         ctx.set_materialize_grads(False)
@@ -168,11 +168,16 @@ class TokenLogprobsFunction(torch.autograd.Function):
     def backward(ctx, g, h):
         refuse_double_backward()
         logits, ids, mask, temperature, stats, coefs = ctx.saved_tensors
-        g = torch.zeros(ids.shape, device=logits.device) if g is None else g.contiguous()
-        h = h.contiguous() if ctx.entropy and h is not None else None
+        g, h = given_slopes(g, h if ctx.entropy else None, ids)
         tensors = tuple(Inputs(ids=ids, mask=mask, temperature=temperature))
         grad = write_gradient(logits, tensors, stats, g, h, None, coefs, ctx.backend, False)
-        return grad, *(None,) * 7
+        return grad, *(None,) * 8
+
+
+def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂lp and ∂L/∂H as the kernels read them."""
+    g = torch.zeros(ids.shape, device=ids.device) if g is None else g.contiguous()
+    return g, None if h is None else h.contiguous()
 
 
 def write_gradient(logits, tensors, stats, g, h, up, coefs, backend, inplace) -> Tensor:
@@ -185,17 +190,17 @@ def write_gradient(logits, tensors, stats, g, h, up, coefs, backend, inplace) ->
 
 def run_loss(
     logits, inputs: Inputs, coefs: Tensor, plan: Plan, *, entropy: bool, backend: str, inplace: bool, weighted: bool,
-    data_group=None,
+    data_group=None, vocab_group=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, logps, entropies, sums, metrics), differentiable in the logits if they require grad."""
     tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        logps, entropies, _ = ops.logprobs_op(logits.detach(), tensors, coefs, key, entropy, backend)
+        logps, entropies, *_ = vocab.logprobs(logits.detach(), tensors, coefs, key, entropy, backend, vocab_group)
         it = Objective(logps, entropies if entropy else None, tensors, coefs, key, steps, backend, data_group)
         return it.loss, logps, entropies, it.sums, it.metrics
-    if weighted and plan.one_launch and logits.dtype != torch.float16:
+    if weighted and plan.one_launch and logits.dtype != torch.float16 and vocab_group is None:
         return _OneLaunch.apply(logits, tensors, coefs, key, entropy, backend, inplace)
-    return _TwoLaunches.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace, data_group)
+    return _TwoLaunches.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace, data_group, vocab_group)
 
 
 def run_policy_loss(

@@ -252,6 +252,27 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
         )
 
 
+def check_parts(sizes: torch.Tensor) -> None:
+    """Every rank of a vocab_group has a part of the same tokens' logits; [ranks, 2], entries and tokens."""
+    if bool((sizes[:, 1] != sizes[0, 1]).any()):
+        raise ValueError(
+            f"the ranks of vocab_group have logits of {sizes[:, 1].tolist()} tokens. Each must have its part of the "
+            "vocabulary for the same tokens."
+        )
+
+
+def check_vocab_group(group: object) -> object | None:
+    """A process group of more than one rank, or None."""
+    if group is None:
+        return None
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"vocab_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}. From a device mesh: "
+            'mesh.get_group("tp").'
+        )
+    return group if group.size() > 1 else None
+
+
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Ids inside the vocabulary wherever the mask counts them, and a mask of zeros and ones."""
     check_mask_values(mask)

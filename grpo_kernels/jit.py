@@ -48,6 +48,11 @@ def jit(fn=None, **options):
     return triton.jit(fn, **options) if triton is not None else _PlainFunction(fn)
 
 
+def constant(value: float):
+    """A global number that ``@jit`` functions may use."""
+    return tl.constexpr(value) if triton is not None else value
+
+
 def is_interpreted(kernel: object) -> bool:
     """Whether a ``@jit`` function runs in Triton's interpreter (``TRITON_INTERPRET=1`` at import)."""
     return triton is not None and not isinstance(kernel, triton.runtime.JITFunction)
@@ -64,7 +69,9 @@ def _where(condition, a, b):
 
 _TORCH_LANGUAGE = types.SimpleNamespace(
     exp=torch.exp,
+    exp2=torch.exp2,
     log=torch.log,
+    log2=torch.log2,
     sqrt=torch.sqrt,
     abs=torch.abs,
     where=_where,
@@ -105,4 +112,6 @@ def _in_language(fn: types.FunctionType, language: types.SimpleNamespace, transl
     for name in fn.__code__.co_names:
         if name != "tl" and hasattr(names.get(name), "fn"):
             names[name] = translate(names[name])
+        elif triton is not None and isinstance(names.get(name), tl.constexpr):
+            names[name] = names[name].value
     return types.FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)

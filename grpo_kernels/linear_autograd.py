@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from grpo_kernels import linear_ops, ops
-from grpo_kernels.autograd import Objective, backward_may_run_again, is_one, refuse_double_backward, steps_of
+from grpo_kernels.autograd import (
+    Objective,
+    backward_may_run_again,
+    given_slopes,
+    is_one,
+    refuse_double_backward,
+    steps_of,
+)
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.plan import Plan
 
@@ -77,12 +84,12 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
 class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: Options, data_group):
-        logps, entropies = linear_ops.linear_logprobs_op(
+        logps, entropies, stats = linear_ops.linear_logprobs_op(
             hidden, weight, bias, tensors, coefs, plan, entropy, options.height, options.count, options.backend
         )
         it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, options.backend, data_group)
         ctx.wanted, ctx.plan, ctx.options = _wanted(ctx), plan, options
-        ctx.save_for_backward(hidden, weight, bias, coefs, *it.save(ctx), *tensors)
+        ctx.save_for_backward(hidden, weight, bias, coefs, stats, *it.save(ctx), *tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -90,17 +97,17 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, *_):
         refuse_double_backward()
-        hidden, weight, bias, coefs, *rest = ctx.saved_tensors
+        hidden, weight, bias, coefs, stats, *rest = ctx.saved_tensors
         saved, tensors = rest[:4], tuple(rest[4:])
         g, h, up = Objective.slopes(ctx, saved, up, Inputs(*tensors).cu)
-        gradients = _pull_back(hidden, weight, bias, tensors, g, h, up, coefs, ctx.plan, ctx.wanted, ctx.options)
+        gradients = _pull_back(hidden, weight, bias, tensors, stats, g, h, up, coefs, ctx.plan, ctx.wanted, ctx.options)
         return *gradients, *(None,) * 7
 
 
-def _pull_back(hidden, weight, bias, tensors, g, h, up, coefs, plan, wanted, options: Options):
+def _pull_back(hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, options: Options):
     gradients = linear_ops.linear_slope_op(
-        hidden, weight, bias, tensors, g, h, up, coefs, plan, wanted, options.in_fp32, options.height, options.count,
-        options.backend,
+        hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, options.in_fp32, options.height,
+        options.count, options.backend,
     )  # fmt: skip
     dtypes = (hidden.dtype, weight.dtype, weight.dtype)
     return _given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], wanted)
@@ -111,11 +118,11 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
-        logps, entropies = linear_ops.linear_logprobs_op(
+        logps, entropies, stats = linear_ops.linear_logprobs_op(
             hidden, weight, bias, tensors, coefs, plan, entropy, options.height, options.count, options.backend
         )
         ctx.wanted, ctx.plan, ctx.options, ctx.entropy = _wanted(ctx), plan, options, entropy
-        ctx.save_for_backward(hidden, weight, bias, coefs, *tensors)
+        ctx.save_for_backward(hidden, weight, bias, coefs, stats, *tensors)
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -124,10 +131,9 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        hidden, weight, bias, coefs, *tensors = ctx.saved_tensors
-        g = torch.zeros(tensors[0].shape, device=hidden.device) if g is None else g.contiguous()
-        h = h.contiguous() if ctx.entropy and h is not None else None
-        gradients = _pull_back(hidden, weight, bias, tuple(tensors), g, h, None, coefs, ctx.plan, ctx.wanted,
+        hidden, weight, bias, coefs, stats, *tensors = ctx.saved_tensors
+        g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
+        gradients = _pull_back(hidden, weight, bias, tuple(tensors), stats, g, h, None, coefs, ctx.plan, ctx.wanted,
                                ctx.options)  # fmt: skip
         return *gradients, *(None,) * 5
 

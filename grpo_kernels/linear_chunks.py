@@ -83,7 +83,7 @@ def row_chunks(
         adv=rows.per_token(advantages(inputs, coefs, plan)), is_weight=rows.per_token(inputs.is_weight),
         temperature=rows.per_token(inputs.temperature), count=count,
     )  # fmt: skip
-    logps, entropies = _empty(rows, head, entropy)
+    logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         h = head.rows(start, end)
         z = head.logits(h)[:, None]  # (n, 1, V): n sequences of a token each
@@ -96,7 +96,8 @@ def row_chunks(
         if entropy:
             entropies[start:end] = H[:, 0]
         head.add(into, start, end, h, z[:, 0], start == 0)
-    return _finish(rows, head, into, logps, entropies, entropy)
+    _finish(head, into)
+    return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
 def sequence_chunks(
@@ -107,7 +108,7 @@ def sequence_chunks(
     adv = advantages(inputs, coefs, plan)
     on_device, bounds = rows.bounds()
     height = head.buffer.shape[0]
-    logps, entropies = _empty(rows, head, entropy)
+    logps, entropies = _empty(head, entropy)
     of_tokens = {name: rows.per_token(getattr(inputs, name)) for name in ("ids", "old", "ref", "sampling")}
     of_either = {name: x if _per_sequence(x, inputs) else rows.per_token(x) for name, x in
                  (("adv", adv), ("is_weight", inputs.is_weight), ("temperature", inputs.temperature))}  # fmt: skip
@@ -147,20 +148,22 @@ def sequence_chunks(
             tokens = _tokens_of(part, a - start, b - start)
             run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None, coefs)
             head.add(into, a, b, h, z[0], a == 0)
-    return _finish(rows, head, into, logps, entropies, entropy)
+    _finish(head, into)
+    return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
 def score(
-    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool
+    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) (B, T), without a gradient."""
+    """(log-probabilities, entropies) (B, T), without a gradient; ``stats`` takes what `pull_back` needs of each row."""
     plan = plan._replace(skip=False)
     ids, temperature = rows.per_token(inputs.ids), rows.per_token(inputs.temperature)
-    logps, entropies = _empty(rows, head, entropy)
+    logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         z = head.logits(head.rows(start, end))[None]
         part = Inputs(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
-        lp, H, _ = run.logprobs(z, part, coefs, plan, entropy)
+        lp, H, stat = run.logprobs(z, part, coefs, plan, entropy)
+        stats[start:end] = stat
         logps[start:end] = lp[0]
         if entropy:
             entropies[start:end] = H[0]
@@ -168,21 +171,19 @@ def score(
 
 
 def pull_back(
-    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, g: Tensor, h: Tensor | None, up: Tensor | None,
-    coefs: Coefs, into: Gradients,
+    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, stats: Tensor, g: Tensor, h: Tensor | None,
+    up: Tensor | None, coefs: Coefs, into: Gradients,
 ) -> None:  # fmt: skip
-    """Gradients from ∂L/∂lp and ∂L/∂H (B, T), both times ``up``, through logits that are made anew."""
+    """Gradients from ∂L/∂lp and ∂L/∂H (B, T), both times ``up``, through logits made anew; stats as of `score`."""
     ids, temperature = rows.per_token(inputs.ids), rows.per_token(inputs.temperature)
     g, h, up = rows.per_token(g), rows.per_token(h), rows.per_token(up)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         x = head.rows(start, end)
         z = head.logits(x)[None]
         part = Inputs(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
-        *_, stats = run.logprobs(z, part, coefs, Plan(), h is not None)
-        run.slope(z, z, part, stats, *(_cut(y, start, end) for y in (g, h, up)), coefs)
+        run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)), coefs)
         head.add(into, start, end, x, z[0], start == 0)
-    if head.count == 0:
-        into.weight.zero_()
+    _finish(head, into)
 
 
 def _pieces(start: int, end: int, height: int) -> Iterator[tuple[int, int]]:
@@ -214,14 +215,12 @@ def _tokens_of(part: Inputs, start: int, end: int) -> Inputs:
     return Inputs(ids=part.ids[:, start:end], temperature=temperature)
 
 
-def _empty(rows: Rows, head: Head, entropy: bool) -> tuple[Tensor, Tensor]:
+def _empty(head: Head, entropy: bool) -> tuple[Tensor, Tensor]:
     logps = torch.empty(head.count, device=head.weight.device)
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-def _finish(
-    rows: Rows, head: Head, into: Gradients, logps: Tensor, entropies: Tensor, entropy: bool
-) -> tuple[Tensor, Tensor]:
+def _finish(head: Head, into: Gradients) -> None:
+    """Without a row no chunk has written the weight's gradient."""
     if head.count == 0:
         into.weight.zero_()
-    return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies

@@ -75,13 +75,13 @@ class Head:
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor | None, T: int, height: int):
-        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.weight, self.bias = weight, bias
         B, rows, H = hidden.shape
         self.count = B * T if tokens is None else tokens.numel()
         if tokens is None and (rows != T and B > 1):
             tokens = torch.arange(B * T, device=hidden.device)
         self.place = tokens if tokens is None or rows == T or B == 1 else tokens // T * rows + tokens % T
-        self.flat = hidden.reshape(-1, H)  # a copy only where sequences overlap in memory
+        self.flat = hidden.reshape(-1, H)  # a copy where the rows are not evenly spaced, as in a slice of the positions
         self.buffer = weight.new_empty((min(height, max(self.count, 1)), weight.shape[0]))
 
     def rows(self, start: int, end: int) -> Tensor:

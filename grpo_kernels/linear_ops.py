@@ -9,22 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grpo_kernels import checks, linear_chunks
+from grpo_kernels import linear_chunks
 from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.linear_chunks import Rows
 from grpo_kernels.linear_head import Gradients, Head
-from grpo_kernels.ops import backend_of, fake_totals
+from grpo_kernels.ops import backend_of, check_values, fake_rows, fake_totals, stats_shape
 from grpo_kernels.plan import Plan
 
 
 def _head(hidden, weight, bias, rows: Rows, height: int) -> Head:
     return Head(hidden, weight, bias, rows.index, rows.inputs.ids.shape[1], height)
-
-
-def _check_values(hidden: Tensor, weight: Tensor, inputs: Inputs) -> None:
-    if checks.validates(hidden.device):
-        checks.check_values(inputs.ids, inputs.mask, weight.shape[0])
 
 
 @torch.library.custom_op("grpo_kernels::linear_loss", mutates_args=())
@@ -34,7 +29,7 @@ def linear_loss_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, entropies, loss [], sums [S], metrics [M], gradients of hidden states, weight and bias)"""
     inputs, coefs, plan, run = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), backend_of(backend)
-    _check_values(hidden, weight, inputs)
+    check_values(inputs, weight.shape[0])
     rows = Rows(inputs, coefs, plan, count)
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     chunks = linear_chunks.row_chunks if plan.one_launch else linear_chunks.sequence_chunks
@@ -51,14 +46,9 @@ def _fake_gradients(hidden, weight, bias, wanted: str, in_fp32: bool) -> tuple[T
     return into.hidden, into.weight, into.bias
 
 
-def _fake_rows(hidden: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-    logps = hidden.new_empty(ids.shape, dtype=torch.float32)
-    return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
-
-
 @linear_loss_op.register_fake
 def _(hidden, weight, bias, tensors, coefs, plan, entropy, wanted, in_fp32, height, count, backend):
-    rows = _fake_rows(hidden, tensors[0], entropy)
+    rows = fake_rows(hidden, tensors[0], entropy)
     return *rows, *fake_totals(hidden), *_fake_gradients(hidden, weight, bias, wanted, in_fp32)
 
 
@@ -66,24 +56,28 @@ def _(hidden, weight, bias, tensors, coefs, plan, entropy, wanted, in_fp32, heig
 def linear_logprobs_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
     entropy: bool, height: int, count: int, backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(logps, entropies)"""
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, entropies, what `linear_slope_op` needs of the rows that are read)"""
     inputs, coefs, plan = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan)
-    _check_values(hidden, weight, inputs)
+    check_values(inputs, weight.shape[0])
     rows = Rows(inputs, coefs, plan, count)
     head = _head(hidden, weight, bias, rows, height)
-    return linear_chunks.score(backend_of(backend), head, rows, inputs, coefs, plan, entropy)
+    stats = hidden.new_empty(stats_shape(inputs.ids.numel(), backend), dtype=torch.float32)
+    values = linear_chunks.score(backend_of(backend), head, rows, inputs, coefs, plan, entropy, stats)
+    return *values, stats
 
 
 @linear_logprobs_op.register_fake
 def _(hidden, weight, bias, tensors, coefs, plan, entropy, height, count, backend):
-    return _fake_rows(hidden, tensors[0], entropy)
+    ids = tensors[0]
+    return *fake_rows(hidden, ids, entropy), hidden.new_empty(stats_shape(ids.numel(), backend), dtype=torch.float32)
 
 
 @torch.library.custom_op("grpo_kernels::linear_slope", mutates_args=())
 def linear_slope_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], g: Tensor, h: Tensor | None,
-    up: Tensor | None, coefs: Tensor, plan: str, wanted: str, in_fp32: bool, height: int, count: int, backend: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], stats: Tensor, g: Tensor,
+    h: Tensor | None, up: Tensor | None, coefs: Tensor, plan: str, wanted: str, in_fp32: bool, height: int, count: int,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden states, weight and bias from ∂L/∂lp and ∂L/∂H, both times ``up``."""
     inputs, coefs = Inputs(*tensors), Coefs.unpack(coefs)
@@ -91,10 +85,10 @@ def linear_slope_op(
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     head = _head(hidden, weight, bias, rows, height)
     up = None if up is None else up.expand(inputs.ids.shape)
-    linear_chunks.pull_back(backend_of(backend), head, rows, inputs, g, h, up, coefs, into)
+    linear_chunks.pull_back(backend_of(backend), head, rows, inputs, stats, g, h, up, coefs, into)
     return into.hidden, into.weight, into.bias
 
 
 @linear_slope_op.register_fake
-def _(hidden, weight, bias, tensors, g, h, up, coefs, plan, wanted, in_fp32, height, count, backend):
+def _(hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, in_fp32, height, count, backend):
     return _fake_gradients(hidden, weight, bias, wanted, in_fp32)

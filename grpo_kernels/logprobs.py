@@ -25,6 +25,7 @@ def token_logprobs(
     temperature: torch.Tensor | float = 1.0,
     mask: torch.Tensor | None = None,
     return_entropy: bool = False,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities ``log softmax(logits / temperature)[id]``, and the entropies of the distributions.
@@ -39,6 +40,7 @@ def token_logprobs(
         temperature: divides the logits; a number, or a tensor (B,), (B, T) or (N,).
         mask: of zeros and ones, shaped as the ids; masked rows are not read, their ids may be anything.
         return_entropy: compute the entropy as well.
+        vocab_group: process group over which the vocabulary is spread, as in `fused_grpo_loss`.
         backend: None (by device), ``"triton"`` or ``"torch"``.
 
     Returns:
@@ -50,6 +52,7 @@ def token_logprobs(
         IndexError: on the CPU, an unmasked id outside the vocabulary (on a GPU its row is NaN).
     """
     layout = checks.check_logits(logits, completion_ids)
+    vocab_group = checks.check_vocab_group(vocab_group)
     checks.check_mask("mask", mask, logits, layout)
     checks.check_temperature(temperature, logits, layout)
     backend = ops.choose_backend(backend, logits)
@@ -57,6 +60,6 @@ def token_logprobs(
     coefs = Coefs(temperature=1.0 if heat is not None else float(temperature)).pack()
     logps, entropy = autograd.TokenLogprobsFunction.apply(
         layout.tokens(logits), layout.tokens(completion_ids), layout.tokens(mask), heat, coefs, _PLAN, return_entropy,
-        backend,
+        backend, vocab_group,
     )  # fmt: skip
     return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)

@@ -43,6 +43,7 @@ def fused_grpo_loss(
     return_entropy: bool = False,
     reduction: str = "mean",
     data_group: torch.distributed.ProcessGroup | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
     config: LossConfig | None = None,
     **overrides,
@@ -92,6 +93,10 @@ def fused_grpo_loss(
             (neither ``loss_scale`` nor ``num_items_in_batch`` nor the entropy bonus is in it), 0 where masked.
         data_group: process group of data-parallel ranks, for what spans them: the std of
             ``scale_rewards="batch"`` and ``top_entropy_quantile``. The latter then waits for the host once.
+        vocab_group: process group over which the vocabulary is spread (tensor parallelism): ``logits`` are this
+            rank's part of it, (B, T, V_rank), parts of any size in the order of the ranks; everything else is
+            whole, and the same on every rank, ids included. Every rank returns the same loss, and has the
+            gradient of its own part. The logits are then read twice.
         backend: None (by device), ``"triton"`` or ``"torch"``.
         config: a `LossConfig`; its fields can also be given as keywords: ``loss_type="dapo", beta=0.04``.
 
@@ -109,6 +114,7 @@ def fused_grpo_loss(
     """
     config = resolve_config(config, overrides)
     layout = checks.check_logits(logits, completion_ids, cu_seqlens)
+    vocab_group = checks.check_vocab_group(vocab_group)
     checks.check_temperature(temperature, logits, layout)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         checks.check_inplace(logits)
@@ -121,7 +127,7 @@ def fused_grpo_loss(
     call = prepare(args, config, layout, completion_ids, backend, return_entropy)
     loss, logps, entropy, sums, values = autograd.run_loss(
         layout.tokens(logits), call.inputs, call.coefs, call.plan, entropy=return_entropy or call.needs_entropy,
-        backend=backend, inplace=inplace, weighted=call.weighted, data_group=data_group,
+        backend=backend, inplace=inplace, weighted=call.weighted, data_group=data_group, vocab_group=vocab_group,
     )  # fmt: skip
     return LossOutput(
         loss=layout.restore(loss),

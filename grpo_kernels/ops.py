@@ -36,9 +36,14 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
     return backend
 
 
-def _check_values(logits: Tensor, inputs: Inputs) -> None:
-    if checks.validates(logits.device):
-        checks.check_values(inputs.ids, inputs.mask, logits.shape[-1])
+def check_values(inputs: Inputs, V: int) -> None:
+    if checks.validates(inputs.ids.device):
+        checks.check_values(inputs.ids, inputs.mask, V)
+
+
+def stats_shape(rows: int, backend: str) -> tuple[int, ...]:
+    """Of what `slope_op` wants to know of each row, which the torch backend finds again."""
+    return (0,) if backend == "torch" else (rows, 3)
 
 
 @torch.library.custom_op("grpo_kernels::logprobs", mutates_args=())
@@ -47,25 +52,68 @@ def logprobs_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, what `slope_op` needs of each row)"""
     inputs = Inputs(*tensors)
-    _check_values(logits, inputs)
+    check_values(inputs, logits.shape[-1])
     return backend_of(backend).logprobs(logits, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
 
 
 @logprobs_op.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    logps, entropies = _fake_rows(logits, tensors[0], entropy)
-    stats = (0,) if backend == "torch" else (tensors[0].shape[0] * tensors[0].shape[1], 3)
-    return logps, entropies, logps.new_empty(stats)
+    logps, entropies = fake_rows(logits, tensors[0], entropy)
+    return logps, entropies, logps.new_empty(stats_shape(tensors[0].numel(), backend))
 
 
-def _fake_rows(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def fake_rows(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
     logps = logits.new_empty(ids.shape, dtype=torch.float32)
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
+@torch.library.custom_op("grpo_kernels::local_ids", mutates_args=())
+def local_ids_op(ids: Tensor, mask: Tensor | None, sizes: Tensor, rank: int) -> Tensor:
+    """Token ids counted from where this rank's part of the vocabulary starts; int64, others are out of range.
+
+    ``sizes`` [ranks, 2]: entries of each rank's part, and how many tokens it has.
+    """
+    if checks.validates(ids.device):
+        checks.check_parts(sizes)
+        checks.check_values(ids, mask, int(sizes[:, 0].sum()))
+    return ids.long() - sizes[:rank, 0].sum()
+
+
+@local_ids_op.register_fake
+def _(ids, mask, sizes, rank):
+    return torch.empty_like(ids, dtype=torch.int64)
+
+
+@torch.library.custom_op("grpo_kernels::shard", mutates_args=())
+def shard_op(
+    logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
+) -> Tensor:
+    """[B·T, 4] of logits that hold a part of the vocabulary, for `unite_op`; ids as `local_ids_op` has them."""
+    run = backend_of(backend)
+    return run.shard(logits, Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+
+
+@shard_op.register_fake
+def _(logits, tensors, coefs, plan, entropy, backend):
+    return logits.new_empty((tensors[0].numel(), 4), dtype=torch.float32)
+
+
+@torch.library.custom_op("grpo_kernels::unite", mutates_args=())
+def unite_op(
+    parts: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, entropy: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `logprobs_op` gives, from `shard_op`'s [ranks, B·T, 4] of all ranks."""
+    return backend_of(backend).unite(parts, Inputs(*tensors), Coefs.unpack(coefs), entropy)
+
+
+@unite_op.register_fake
+def _(parts, tensors, coefs, entropy, backend):
+    return *fake_rows(parts, tensors[0], entropy), parts.new_empty(parts.shape[1], 3)
+
+
 def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, ...]:
     inputs = Inputs(*tensors)
-    _check_values(logits, inputs)
+    check_values(inputs, logits.shape[-1])
     return backend_of(backend).loss(logits, out, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
 
 
@@ -85,7 +133,7 @@ def loss_op(
 
 @loss_op.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return *_fake_rows(logits, tensors[0], entropy), *fake_totals(logits), logits.new_empty(logits.shape)
+    return *fake_rows(logits, tensors[0], entropy), *fake_totals(logits), logits.new_empty(logits.shape)
 
 
 @torch.library.custom_op("grpo_kernels::loss_", mutates_args=("logits",))
@@ -98,7 +146,7 @@ def loss_op_(
 
 @loss_op_.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return *_fake_rows(logits, tensors[0], entropy), *fake_totals(logits)
+    return *fake_rows(logits, tensors[0], entropy), *fake_totals(logits)
 
 
 @torch.library.custom_op("grpo_kernels::objective", mutates_args=())

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.jit import jit, on_torch, tl
+from grpo_kernels.ranks import gathered
 
 FP32_COUNT = 1 << 24  # beyond it fp32, which torch.quantile ranks in, skips whole numbers
 
@@ -49,6 +50,4 @@ def _gather(H: Tensor, group) -> Tensor:
     size = torch.tensor([H.numel()], device=H.device)
     torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MAX, group)
     padded = torch.nn.functional.pad(H, (0, int(size) - H.numel()), value=torch.inf)
-    parts = [torch.empty_like(padded) for _ in range(torch.distributed.get_world_size(group))]
-    torch.distributed.all_gather(parts, padded, group)
-    return torch.cat(parts)
+    return gathered(padded, group).flatten()

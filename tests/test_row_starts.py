@@ -80,6 +80,6 @@ def test_accesses_are_as_wide_as_both_rows_allow():
 )  # fmt: skip
 def test_short_rows_share_a_multiprocessor(V, itemsize, warps):
     """As many programs as fill it, unless their rows come to more than 256 KB."""
-    found = tile_shape(V, itemsize, 16 // itemsize, 32)
+    found = tile_shape(V, itemsize, 16 // itemsize, wave=32)
     assert found["num_warps"] == warps and found["N"] == 32 * warps
     assert warps == 32 or 32 // warps * V * itemsize <= 2**18

@@ -5,6 +5,7 @@
 
 import functools
 import gc
+import os
 import sys
 
 import pytest
@@ -140,7 +141,7 @@ def main(path, folder):
             same(train(FusedGRPOTrainer, path, folder, ddp_backend="gloo", trainer={"loss_path": loss_path}, **args),
                  theirs)  # fmt: skip
         print(f"passed: {case}", flush=True)
-    torch.distributed.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an orderly exit, or hang in it, long after the last assertion
 
 
 if __name__ == "__main__":

@@ -18,16 +18,15 @@ from benchmarks.experiments.common import (
     Job,
     arguments,
     is_live,
-    logp_of,
     on,
     options,
     row_numbers,
     slope_of,
-    token_slope,
 )
 from grpo_kernels.jit import jit, tl, triton
-from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, tile_at
+from grpo_kernels.kernels.row import load_tile, tile_at
 from grpo_kernels.kernels.rows import kernel, row_at
+from grpo_kernels.softmax import LOG2E, LOWEST, logp_of, token_slope
 
 OLDEST_TRITON = (3, 8)
 cubins: Path | None = None  # the folder of kernels that another Triton has compiled
@@ -74,7 +73,7 @@ def cluster_kernel(
     kept = tl.exp2((x - top) * scale)
     kept_2 = tl.exp2((x_2 - top) * scale)
     total = tl.sum(tl.sum(kept, axis=0), axis=0) + tl.sum(tl.sum(kept_2, axis=0), axis=0)
-    lp = logp_of(x_token, top, total, scale)
+    lp = logp_of((x_token - top) * scale, total)
     tl.store(logps + seq * T + tok, lp)
     g = slope_of(lp, lp_old, A, w, limits, c, TERM) * inv_temperature
     if g == 0.0:
@@ -82,7 +81,7 @@ def cluster_kernel(
         zero_piece(dst, at_2, V)
     else:
         factor = -g / total
-        d_token = token_slope(x_token, top, total, scale, g)
+        d_token = token_slope((x_token - top) * scale, total, g)
         write_piece(dst, at, kept, factor, token, d_token, V)
         write_piece(dst, at_2, kept_2, factor, token, d_token, V)
 

@@ -15,7 +15,6 @@ import torch
 
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.launch import _tile
-from grpo_kernels.kernels.row import LN2
 from grpo_kernels.objective import Limits, limited_ratio, log_ratio, token_objective, weight
 from grpo_kernels.terms import Clip, clipped
 
@@ -113,14 +112,3 @@ def join(top, total, scale):
     """(top, total) of several (top, Σ 2^d) [n], in an order that does not change."""
     highest = tl.max(top, axis=0)
     return highest, tl.sum(total * tl.exp2((top - highest) * scale), axis=0)
-
-
-@jit
-def token_slope(x, top, total, scale, g):
-    """The gradient of the token's own entry, as in `write_slope`."""
-    return g * (1.0 - tl.exp2((x - top) * scale) / total)
-
-
-@jit
-def logp_of(x, top, total, scale):
-    return ((x - top) * scale - tl.log2(total)) * LN2

@@ -40,16 +40,15 @@ from benchmarks.experiments.common import (
     arguments,
     is_live,
     join,
-    logp_of,
     on,
     row_numbers,
     slope_of,
     tile,
-    token_slope,
 )
 from grpo_kernels.jit import jit, tl, triton
-from grpo_kernels.kernels.row import LOG2E, LOWEST, load_tile, tile_at
+from grpo_kernels.kernels.row import load_tile, tile_at
 from grpo_kernels.kernels.rows import kernel, row_at
+from grpo_kernels.softmax import LOG2E, LOWEST, logp_of, token_slope
 
 MOST_LOOKS = 1 << 17  # at the words, about 0.1 s, before giving up
 SPOILT = tl.constexpr(1 << 30)  # a ticket that no launch reaches
@@ -129,7 +128,7 @@ def counter_kernel(
         there = tl.arange(0, SLOTS) < PARTS
         row_top, row_total = join(tl.where(there, tops, LOWEST), tl.where(there, totals, 0.0), scale)
         x_token, _ = halves_of(token_word)
-        lp = tl.where(complete, logp_of(x_token, row_top, row_total, scale), float("nan"))
+        lp = tl.where(complete, logp_of((x_token - row_top) * scale, row_total), float("nan"))
         tl.store(logps + seq * T + tok, lp, mask=part == 0)
         g = slope_of(lp, lp_old, A, w, limits, c, TERM) * inv_temperature
         if g == 0.0:
@@ -138,7 +137,7 @@ def counter_kernel(
             d = kept * (-g / row_total * tl.exp2((top - row_top) * scale))
             tl.store(dst + at, d.to(dst.dtype.element_ty), mask=at < V)
             tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-            d_token = token_slope(x_token, row_top, row_total, scale, g)
+            d_token = token_slope((x_token - row_top) * scale, row_total, g)
             mine = (token >= start) & (token < start + K * N * W) & (token < V)
             tl.store(dst + token, d_token.to(dst.dtype.element_ty), mask=mine)
 

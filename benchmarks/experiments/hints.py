@@ -7,8 +7,9 @@ import torch
 
 from benchmarks.experiments.common import WAVE, Job, arguments, is_live, on, row_numbers, slope_of, tile
 from grpo_kernels.jit import tl
-from grpo_kernels.kernels.row import LOG2E, read_row, score_token, write_slope, write_zeros
+from grpo_kernels.kernels.row import read_row, score_token, write_slope, write_zeros
 from grpo_kernels.kernels.rows import kernel, row_at
+from grpo_kernels.softmax import LOG2E
 
 
 @kernel

@@ -24,13 +24,9 @@ from benchmarks.experiments.common import (
     row_numbers,
     slope_of,
     tile,
-    token_slope,
 )
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.row import (
-    LN2,
-    LOG2E,
-    LOWEST,
     absorb_edges,
     absorb_tile,
     edges_at,
@@ -44,6 +40,7 @@ from grpo_kernels.kernels.row import (
     write_zeros,
 )
 from grpo_kernels.kernels.rows import kernel, row_at
+from grpo_kernels.softmax import LN2, LOG2E, LOWEST, token_slope
 
 
 @jit
@@ -85,7 +82,7 @@ def trade_rows(out, old_row, old_token, old_x, old_top, old_total, g, new_row, V
         d = slope_at(load_edges(old_row, at, mask), old_top, scale, None, slope, 0.0, False)
         tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-    d = token_slope(old_x, old_top, old_total, scale, g)
+    d = token_slope((old_x - old_top) * scale, old_total, g)
     tl.store(out + old_token, d.to(out.dtype.element_ty), mask=(old_token >= 0) & (old_token < V))
     return join(top, total, scale)
 

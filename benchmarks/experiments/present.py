@@ -21,8 +21,10 @@ def launch(
     coefs = Coefs(temperature=job.temperature, w_factor=1.0 / job.ids.shape[0], term=tuple(job.clip))
     own = package.tile_shape
 
-    def shape(V: int, itemsize: int, vector: int) -> dict[str, int]:
-        return tile_shape(itemsize, vector, K, warps, registers, wave) if K else own(V, itemsize, vector, wave=wave)
+    def shape(V: int, itemsize: int, vector: int, capped: bool = False) -> dict[str, int]:
+        if K:
+            return tile_shape(itemsize, vector, K, warps, registers, wave)
+        return own(V, itemsize, vector, capped, wave=wave)
 
     with mock.patch.object(package, "tile_shape", shape):
         return package.loss(job.logits, out, inputs, coefs, Plan(term="clipped"), False)[0]

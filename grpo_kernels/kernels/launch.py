@@ -12,6 +12,7 @@ from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
 from grpo_kernels.kernels.row import Cap
 from grpo_kernels.kernels.rows import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.kernels.sequences import correction_kernel, segments_kernel, spread_kernel
+from grpo_kernels.kernels.vocab import BLOCK, unite_kernel
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.plan import Plan
 from grpo_kernels.variants import LEVELS, TERMS
@@ -22,18 +23,19 @@ _WAVE = 64 if torch.version.hip else 32
 _KEPT = 2**18  # bytes of rows in flight on a multiprocessor: what L2 should still hold when the second pass comes
 
 
-def tile_shape(V: int, itemsize: int, vector: int, wave: int = _WAVE) -> dict[str, int]:
+def tile_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave: int = _WAVE) -> dict[str, int]:
     """K, N, W and launch options for rows of V entries, of which a thread moves ``vector`` at once.
 
     1024 threads fill a multiprocessor, with as many programs as leave its rows in L2: one program for
     rows of 256 KB, more for shorter ones. What runs once per row costs less on fewer threads, and
     while the threads of one program meet, the others go on. Left to itself ptxas squeezes 1024
-    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64.
+    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64. A soft cap
+    (``capped``) takes more of them per entry, and leaves them for half as many lines.
     """
     most = 1024 // wave
     programs = 1 << max(1, _KEPT // (V * itemsize)).bit_length() - 1
     warps = max(4, most // programs)
-    K = 4 if wave == 32 else 2
+    K = (4 if wave == 32 else 2) // (2 if capped else 1)
     limit = {"maxnreg": 64} if wave == 32 else {}
     return {"K": K if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit}
 
@@ -54,14 +56,17 @@ def require_available(device: torch.device) -> None:
         )
 
 
-def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row."""
+def logprobs(
+    logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, stats: torch.Tensor | None = None
+) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row that is read."""
     ids, gate = inputs.ids, inputs.adv if inputs.gate is None else inputs.gate
     rewards = inputs.rewards if inputs.gate is None else None
     V = logits.shape[2]
     logps = logits.new_empty(ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
-    stats = logits.new_empty((ids.numel(), 3), dtype=torch.float32)
+    if stats is None:
+        stats = logits.new_empty((ids.numel(), 3), dtype=torch.float32)
     with _on(logits):
         logprob_kernel[(ids.numel(),)](
             logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
@@ -69,7 +74,27 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
             inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            **_tile(V, logits),
+            **_tile(V, logits, capped=_cap(coefs) is not None),
+        )  # fmt: skip
+    return logps, entropies, stats
+
+
+def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
+    """[B·T, 4] of logits that hold a part of the vocabulary, ids counted from its start: see `unite_kernel`."""
+    stats = logits.new_full((inputs.ids.numel(), 3), -1.0, dtype=torch.float32)
+    logps, _, stats = logprobs(logits, inputs, coefs, plan, entropy, stats)
+    return torch.cat([stats, logps.view(-1, 1)], dim=1)
+
+
+def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, B·T, 4]."""
+    ranks, n = parts.shape[:2]
+    logps = parts.new_empty(inputs.ids.shape)
+    entropies, stats = _entropy_like(logps, entropy), parts.new_empty(n, 3)
+    with _on(parts):
+        unite_kernel[(triton.cdiv(n, BLOCK),)](
+            parts, inputs.temperature, inputs.segments, logps, entropies, stats, *_strides(inputs.temperature), ranks,
+            n, inputs.ids.shape[1], 1.0 / coefs.temperature, ENTROPY=entropy, BLOCK=BLOCK, **block_shape(),
         )  # fmt: skip
     return logps, entropies, stats
 
@@ -103,7 +128,7 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
             term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
-            **_tile(V, logits, out),
+            **_tile(V, logits, out, capped=_cap(coefs) is not None),
         )  # fmt: skip
     return logps, entropies
 
@@ -119,7 +144,7 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
             *_strides(inputs.temperature), *_strides(up), _at(inputs),
             inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature, _cap(coefs),
-            **_tile(V, logits, out),
+            **_tile(V, logits, out, capped=_cap(coefs) is not None),
         )  # fmt: skip
 
 
@@ -215,7 +240,7 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _tile(V: int, *tensors: torch.Tensor) -> dict[str, int]:
+def _tile(V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int]:
     """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
 
     ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
@@ -223,7 +248,7 @@ def _tile(V: int, *tensors: torch.Tensor) -> dict[str, int]:
     """
     size = tensors[0].element_size()
     off = {(x.data_ptr() % 16, *(stride * size % 16 for stride in _strides(x))) for x in tensors}
-    shape = tile_shape(V, size, 16 // size if len(off) == 1 else 1)
+    shape = tile_shape(V, size, 16 // size if len(off) == 1 else 1, capped)
     return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **shape}
 
 

@@ -5,18 +5,16 @@ at once. The maximum and the sums are kept per thread, rescaled once per tile, a
 Exponentials are base 2, with the maximum subtracted before scaling, so that the precision does not
 depend on the size of the logits. −inf logits (banned tokens) have p = 0.
 
-All of a row is described by ``(top, total, mean)``: the largest raw logit, Σ 2^d, and Σ p·d where
-d = (x − top)·scale and scale = log2(e)/temperature. With a cap x is the capped logit.
+What is kept of a row is ``(top, total, mean)``, see `grpo_kernels.softmax`. With a cap x is the capped
+logit.
 """
 
 from typing import NamedTuple
 
-from grpo_kernels.jit import jit, tl
+from grpo_kernels.jit import constant, jit, tl
+from grpo_kernels.softmax import LN2, LOG2E, LOWEST, logp_of, token_slope
 
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # of no maximum yet; finite, since −inf − (−inf) would be NaN
-DEEP = tl.constexpr(-160.0)  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
+DEEP = constant(-160.0)  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
 
 
 class Cap(NamedTuple):
@@ -163,13 +161,7 @@ def score_token(row, token, V, top, total, scale, cap):
     """(log-probability, raw logit) of a token id; NaN for an id outside the vocabulary, never read."""
     known = (token >= 0) & (token < V)
     x = capped(tl.load(row + token, mask=known, other=float("nan")).to(tl.float32), cap)
-    return ((x - top) * scale - tl.log2(total)) * LN2, x
-
-
-@jit
-def entropy_of(total, mean):
-    """H = lse − Σ p·x, both relative to the largest logit."""
-    return (tl.log2(total) - mean) * LN2
+    return logp_of((x - top) * scale, total), x
 
 
 @jit
@@ -226,10 +218,9 @@ def write_slope(out, row, token, x_token, V, scale, cap, top, total, mean, g, h,
         tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
     depth = (x_token - top) * scale
-    part = tl.exp2(depth)
-    d = g * (1.0 - part / total)  # one product: g may be infinite
+    d = token_slope(depth, total, g)
     if ENTROPY:
-        d += part * pull * (tl.maximum(depth, DEEP) - mean)
+        d += tl.exp2(depth) * pull * (tl.maximum(depth, DEEP) - mean)
     d = d * slack(x_token, cap)
     tl.store(out + token, d.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))
 

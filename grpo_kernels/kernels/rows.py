@@ -12,8 +12,9 @@ import inspect
 
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
-from grpo_kernels.kernels.row import LOG2E, entropy_of, read_row, scale_row, score_token, write_slope, write_zeros
+from grpo_kernels.kernels.row import read_row, scale_row, score_token, write_slope, write_zeros
 from grpo_kernels.objective import limited_ratio, log_ratio, token_objective, weight
+from grpo_kernels.softmax import LOG2E, entropy_of
 
 
 def kernel(fn):

@@ -1,0 +1,46 @@
+"""Logits whose vocabulary is spread over ranks: one row of each rank's statistics, as one."""
+
+from grpo_kernels.jit import tl
+from grpo_kernels.kernels.rows import kernel
+from grpo_kernels.softmax import LOG2E, LOWEST, entropy_of, fold, logp_of
+
+BLOCK = 256
+
+
+@kernel
+def unite_kernel(
+    parts, temperature, segments,  # [ranks, n, 4]: top, total (−1: not read), mean, log-probability; [B, T]; [N]
+    logps, entropy, stats,  # out: [n], [n], [n, 3]
+    temp_b, temp_t,
+    ranks, n, T, inv_temperature: tl.float32,
+    ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Log-probability and entropy of n tokens, and what a gradient needs of their rows."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row < n
+    scale = tl.full([BLOCK], inv_temperature, tl.float32)
+    if temperature is not None:
+        seq, tok = row // T, row % T
+        if segments is not None:
+            seq, tok = tl.load(segments + row, mask=here, other=0).to(tl.int64), row
+        scale = 1.0 / tl.load(temperature + seq * temp_b + tok * temp_t, mask=here, other=1.0).to(tl.float32)
+    scale = scale * LOG2E
+    top = tl.full([BLOCK], LOWEST, tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    mean = tl.zeros([BLOCK], tl.float32)
+    depth = tl.full([BLOCK], float("nan"), tl.float32)
+    for rank in range(0, ranks):
+        at = parts + (rank * n + row) * 4
+        other_total = tl.load(at + 1, mask=here, other=0.0)
+        top, total, mean, depth = fold(
+            top, total, mean, depth, tl.load(at, mask=here, other=0.0), other_total,
+            tl.load(at + 2, mask=here, other=0.0), tl.load(at + 3, mask=here, other=0.0), scale,
+        )  # fmt: skip
+    unread = total < 0.0
+    left = tl.load(parts + row * 4 + 3, mask=here, other=0.0)  # 0 or NaN
+    tl.store(logps + row, tl.where(unread, left, logp_of(depth, total)), mask=here)
+    if ENTROPY:
+        tl.store(entropy + row, tl.where(unread, left, entropy_of(total, mean)), mask=here)
+    tl.store(stats + row * 3, top, mask=here)
+    tl.store(stats + row * 3 + 1, total, mask=here)
+    tl.store(stats + row * 3 + 2, mean, mask=here)

@@ -1,0 +1,80 @@
+"""Rows of logits of which other ranks hold the rest of the vocabulary, on torch tensors; see `grpo_kernels.vocab`."""
+
+import math
+
+import torch
+
+from grpo_kernels.jit import on_torch
+from grpo_kernels.softmax import entropy_of, fold, logp_of
+from grpo_kernels.torch_rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, scratch, write_slope
+
+_LN2, _LOG2E, _LOWEST = math.log(2.0), 1.0 / math.log(2.0), torch.finfo(torch.float32).min
+
+
+def row_statistics(
+    logits: torch.Tensor, ids: torch.Tensor, read: torch.Tensor | None, temperature: float | torch.Tensor
+) -> torch.Tensor:
+    """[B·T, 4]: top, total, mean (`grpo_kernels.softmax`) and the token's log-probability among these entries.
+
+    Rows that are not read have total −1 and log-probability 0; tokens outside [0, V) have NaN.
+    """
+    V = logits.shape[2]
+    parts = torch.full((ids.numel(), 4), -1.0, device=logits.device)
+    parts[:, 3] = 0.0
+    flat_ids = ids.reshape(-1, 1)
+    height = max(1, CHUNK_ELEMENTS // V)
+    for source, _, at, tokens in chunks(logits, None, read, ids.shape[1], height):  # [n, V] and, per row, [n, 1]
+        x = source[at]
+        x = scratch("x", x.shape[0], V, x.device).copy_(x)
+        token = flat_ids[tokens]
+        known = (token >= 0) & (token < V)
+        x_token = x.gather(1, torch.where(known, token, 0))
+        top = x.amax(-1, keepdim=True).clamp(min=_LOWEST)
+        heat = temperature[tokens][:, None] if isinstance(temperature, torch.Tensor) else temperature
+        scale = _LOG2E / heat
+        depth = x.sub_(top).mul_(scale)
+        power = torch.exp2(depth, out=scratch("p", x.shape[0], V, x.device))
+        total = power.sum(-1, keepdim=True)
+        mean = torch.linalg.vecdot(power, depth.clamp_(min=FLOOR))[:, None] / total
+        lp = on_torch(logp_of)((x_token - top) * scale, total)
+        parts[tokens] = torch.cat([top, total, mean, torch.where(known, lp, torch.nan)], dim=1)
+    return parts
+
+
+def unite_parts(
+    parts: torch.Tensor, temperature: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(logps [n], entropies [n], stats [n, 3]) from the `row_statistics` of every rank, [ranks, n, 4]."""
+    n = parts.shape[1]
+    scale = _LOG2E / temperature
+    top, total, mean, depth = (parts.new_full((n,), x) for x in (_LOWEST, 0.0, 0.0, torch.nan))
+    for part in parts:
+        top, total, mean, depth = on_torch(fold)(top, total, mean, depth, *part.unbind(1), scale)
+    unread, left = total < 0.0, parts[0, :, 3]
+    logps = torch.where(unread, left, on_torch(logp_of)(depth, total))
+    entropies = torch.where(unread, left, on_torch(entropy_of)(total, mean))
+    return logps, entropies, torch.stack([top, total, mean], dim=1)
+
+
+def write_part(
+    logits: torch.Tensor, ids: torch.Tensor, read: torch.Tensor | None, temperature: float | torch.Tensor,
+    stats: torch.Tensor, g: torch.Tensor, h: torch.Tensor | None, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """The gradient of these entries, from g = ∂L/∂lp and h = ∂L/∂H, [B·T, 1] each, and the stats of the whole rows."""
+    V = logits.shape[2]
+    clear(out, read, ids.shape[1])
+    flat_ids = ids.reshape(-1, 1)
+    height = max(1, CHUNK_ELEMENTS // V)
+    for source, target, at, tokens in chunks(logits, out, read, ids.shape[1], height):
+        top, mass, mean = stats[tokens].split(1, dim=1)  # [n, 1] each
+        heat = temperature[tokens][:, None] if isinstance(temperature, torch.Tensor) else temperature
+        scale = _LOG2E / heat
+        x = source[at]
+        depth = scratch("x", x.shape[0], V, x.device).copy_(x).sub_(top).mul_(scale)
+        p = torch.exp2(depth, out=scratch("p", x.shape[0], V, x.device))
+        token = flat_ids[tokens]
+        known = (token >= 0) & (token < V)
+        token = torch.where(known, token, 0)
+        depth = None if h is None else depth.mul_(_LN2).clamp_(min=FLOOR)
+        row = Row(p, p.gather(1, token) / mass, mass, depth, mean * _LN2, token, known)
+        write_slope(target, at, row, g[tokens], None if h is None else h[tokens], heat)

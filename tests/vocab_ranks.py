@@ -1,0 +1,207 @@
+"""One rank of a vocabulary in parts, for test_vocab_parallel.py: ``python -m vocab_ranks RANK WORLD STORE``.
+
+Every rank holds some columns of the same logits. Loss, metrics and log-probabilities must be those of the whole
+logits in float64, on every rank, and the gradient its own columns of theirs.
+"""
+
+import os
+import sys
+import traceback
+from contextlib import suppress
+
+import torch
+import torch.distributed as dist
+
+from cases import VALUE, assert_grad_close, expected, make_case
+from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels.variants import LOSS_TYPES
+
+V = 37
+BOUNDS = {2: (0, 20, 37), 3: (0, 5, 35, 37)}  # parts of different sizes
+PADDED = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "advantages")
+
+
+def mine(logits):
+    """This rank's columns of the logits, or of their gradient."""
+    bounds, rank = BOUNDS[dist.get_world_size()], dist.get_rank()
+    return logits[..., bounds[rank] : bounds[rank + 1]]
+
+
+def loss_of(logits, backend, upstream=None, **kwargs):
+    """(LossOutput, gradient) of this rank's part."""
+    leaf = mine(logits).detach().clone().requires_grad_()
+    out = fused_grpo_loss(leaf * 1, **kwargs, backend=backend, vocab_group=dist.group.WORLD)
+    up = torch.ones_like(out.loss) if upstream is None else upstream.float()
+    return out, torch.autograd.grad(out.loss, leaf, up)[0]
+
+
+def check(logits, backend, upstream=None, **kwargs):
+    out, grad = loss_of(logits, backend, upstream, **kwargs)
+    want, want_grad = expected(logits, upstream=upstream, **kwargs)
+    torch.testing.assert_close(out.loss.detach().double(), want.loss.detach(), **VALUE)
+    torch.testing.assert_close(out.logps.double(), want.logps, **VALUE)
+    if out.entropy is not None:
+        torch.testing.assert_close(out.entropy.double(), want.entropy, **VALUE)
+    for name, value in out.metrics.items():
+        torch.testing.assert_close(value.double(), want.metrics[name].double(), **VALUE, msg=name)
+    assert_grad_close(grad, mine(want_grad), logits.dtype)
+    every = [torch.empty_like(out.loss) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, out.loss.detach())
+    assert all(torch.equal(x, every[0]) for x in every)
+    return out, grad
+
+
+def loss_types():
+    """Every loss type, with a KL; the logits large, and scaled by a temperature."""
+    for k, loss_type in enumerate(LOSS_TYPES):
+        case = make_case(V=V, seed=k, spread=3.0, extra=k % 2)
+        more = {"max_completion_length": 7} if loss_type == "dr_grpo" else {}
+        check(case.logits, "torch", **case.inputs(*PADDED), loss_type=loss_type, beta=0.1, temperature=0.7, **more)
+
+
+def knobs():
+    """Entropies, a bonus, a quantile, sequences, temperatures per token, weights, rewards, a loss per token."""
+    case = make_case(V=V, seed=30)
+    common = case.inputs(*PADDED)
+    heat = torch.linspace(0.5, 1.5, 20).view(4, 5)
+    rewards = {k: v for k, v in common.items() if k != "advantages"} | {"rewards": case.rewards, "num_generations": 2}
+    for backend in ("torch", "triton"):
+        check(case.logits, backend, **common, return_entropy=True, entropy_coef=0.1, temperature=heat)
+        check(case.logits, backend, **common, importance_sampling_level="sequence", top_entropy_quantile=0.6)
+        check(case.logits, backend, **rewards, importance_weights=case.importance_weights, loss_type="dapo")
+        up = torch.rand(4, 5).double()
+        check(case.logits, backend, up, **common, reduction="none", temperature=heat[:, 0].clone())
+
+
+def dtypes():
+    """Half precision is rounded once; in place, too."""
+    for dtype in (torch.bfloat16, torch.float16):
+        case = make_case(V=V, seed=31, dtype=dtype)
+        for backend in ("torch", "triton"):
+            check(case.logits, backend, **case.inputs(*PADDED), beta=0.05)
+            out, grad = loss_of(case.logits, backend, **case.inputs(*PADDED), beta=0.05)
+            again = loss_of(case.logits, backend, **case.inputs(*PADDED), beta=0.05, inplace=True)
+            assert torch.equal(out.loss, again[0].loss) and torch.equal(grad, again[1])
+
+
+def packed():
+    case = make_case(V=V, seed=32)
+    flat = {name: value.flatten() for name, value in case.inputs(*PADDED[:-1]).items()}
+    flat |= {"advantages": case.advantages, "cu_seqlens": torch.tensor([0, 3, 3, 12, 20])}
+    logits = case.logits.flatten(0, 1)
+    for backend in ("torch", "triton"):
+        check(logits, backend, **flat, loss_type="gspo", temperature=torch.tensor([0.5, 1.0, 2.0, 0.8]))
+        check(logits, backend, **flat, skip_zero_advantage=False, return_entropy=True)
+
+
+def skipped():
+    """Rows that are masked or of advantage 0 are not read, and say so as they do with whole logits."""
+    case = make_case(V=V, seed=33)
+    case.advantages[0] = 0.0
+    inputs = case.inputs(*PADDED[:-2], "advantages")
+    logits = case.logits.clone()
+    logits[~case.completion_mask] = torch.nan
+    for backend in ("torch", "triton"):
+        out, grad = loss_of(logits, backend, **inputs, skip_zero_advantage=True, return_entropy=True)
+        whole = fused_grpo_loss(logits, **inputs, skip_zero_advantage=True, return_entropy=True, backend=backend)
+        for x, y in ((out.loss, whole.loss), (out.logps, whole.logps), (out.entropy, whole.entropy)):
+            torch.testing.assert_close(x, y, **VALUE, equal_nan=True)
+        assert not grad[~case.completion_mask].any() and not grad[0].any() and grad[1].any()
+
+
+def banned():
+    """−inf logits, also where they fill a part; a NaN in one part reaches all of them; large logits stay exact."""
+    case = make_case(V=V, seed=34)
+    logits = case.logits.clone()
+    logits[..., 30:] = -torch.inf  # with three ranks all of the last part
+    case.completion_ids[case.completion_ids >= 30] = 4
+    inputs = case.inputs("completion_ids", "completion_mask", "advantages")
+    for backend in ("torch", "triton"):
+        check(logits, backend, **inputs, return_entropy=True, entropy_coef=0.1)
+        check(logits + 4096.0, backend, **inputs)
+        seq, tok = case.completion_mask.nonzero()[0].tolist()
+        broken = logits.clone()
+        broken[seq, tok, 7] = torch.nan
+        out, grad = loss_of(broken, backend, **inputs)
+        assert out.loss.isnan() and out.logps[seq, tok].isnan() and grad[seq, tok].isnan().all()
+
+
+def logprobs():
+    """`token_logprobs` and its gradient by both of its outputs."""
+    case = make_case(V=V, seed=35, extra=1)
+    ids, mask = case.completion_ids.clamp(min=0), case.completion_mask
+    for backend in ("torch", "triton"):
+        x, y = mine(case.logits).clone().requires_grad_(), case.logits.double().requires_grad_()
+        out = token_logprobs(x, ids, mask=mask, temperature=0.9, return_entropy=True, vocab_group=dist.group.WORLD,
+                             backend=backend)  # fmt: skip
+        p = torch.log_softmax(y[:, :-1] / 0.9, -1)
+        lp, H = p.gather(-1, ids[..., None])[..., 0] * mask, -(p.exp() * p).sum(-1) * mask
+        torch.testing.assert_close(out.logps.double(), lp, **VALUE)
+        torch.testing.assert_close(out.entropy.double(), H, **VALUE)
+        (out.logps.sin().sum() + (out.entropy**2).sum()).backward()
+        (lp.sin().sum() + (H**2).sum()).backward()
+        assert_grad_close(x.grad, mine(y.grad), torch.float32)
+        with torch.no_grad():
+            quiet = token_logprobs(x, ids, mask=mask, temperature=0.9, vocab_group=dist.group.WORLD, backend=backend)
+        assert torch.equal(quiet.logps, out.logps.detach())
+
+
+def refused():
+    """An id outside the whole vocabulary, and parts of different tokens, on every rank."""
+    case = make_case(V=V, seed=36)
+    group = dist.group.WORLD
+    ids = case.completion_ids.clone()
+    ids[0, 0], case.completion_mask[0, 0] = V, True
+    mask, adv = case.completion_mask, case.advantages
+    shorter = slice(None) if dist.get_rank() else slice(0, 3)
+    wrong = (
+        (IndexError, "outside the vocabulary of 37", (mine(case.logits), ids, adv), {"completion_mask": mask}),
+        (ValueError, "Each must have", (mine(case.logits)[shorter], ids.clamp(0, 5)[shorter], adv[shorter]), {}),
+        (TypeError, "vocab_group must be", (mine(case.logits), ids, adv), {"vocab_group": 2}),
+    )
+    for error, words, arguments, more in wrong:
+        try:
+            fused_grpo_loss(*arguments, **{"vocab_group": group} | more)
+            raise AssertionError(f"accepted, wanted: {words}")
+        except error as raised:
+            assert words in str(raised), raised
+
+
+def compiled():
+    """A graph without breaks, with the exchange in it."""
+    case = make_case(V=V, seed=37)
+    inputs = case.inputs(*PADDED)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def run(x):
+        return fused_grpo_loss(x, **inputs, beta=0.1, vocab_group=dist.group.WORLD).loss
+
+    leaf = mine(case.logits).clone().requires_grad_()
+    (grad,) = torch.autograd.grad(run(leaf), leaf)
+    _, want_grad = expected(case.logits, **inputs, beta=0.1)
+    assert_grad_close(grad, mine(want_grad), torch.float32)
+
+
+CHECKS = {
+    check.__name__: check for check in (loss_types, knobs, dtypes, packed, skipped, banned, logprobs, compiled, refused)
+}  # fmt: skip
+
+
+def main(rank: int, world: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    for name, run in CHECKS.items():
+        try:
+            torch.manual_seed(0)
+            run()
+            print(f"passed: {name}", flush=True)
+        except Exception:
+            print(f"failed: {name}\n{traceback.format_exc()}", flush=True)
+            os._exit(1)  # the other ranks may be anywhere: they are stopped from outside
+    with suppress(Exception):
+        dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may abort an orderly exit, long after the last assertion
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
