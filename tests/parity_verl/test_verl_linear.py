@@ -99,6 +99,16 @@ def test_half_precision_is_no_less_exact_than_verls(autocast):
         assert off[0] <= max(off[1].item(), 2**-9) * 1.05  # 2⁻⁹: bf16's own rounding
 
 
+def test_autocast_casts_both():
+    """As a product under autocast does, whatever comes: here the weight is in bf16 already."""
+    hidden, weight, ids = make()
+    want, _ = fused_linear_for_ppo(hidden.bfloat16(), weight.bfloat16(), ids)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            logps, entropy = fused_linear_for_ppo(hidden, weight.to(dtype), ids)
+        assert torch.equal(logps, want) and entropy.dtype == torch.float32
+
+
 def test_ids_of_another_integer_type():
     hidden, weight, ids = make()
     want = fused_linear_for_ppo(hidden, weight, ids)

@@ -45,10 +45,10 @@ def path(tmp_path_factory) -> str:
     [
         ("import verl", NO_PLUGINS, "False verl"),
         ("import verl", {}, "True verl"),
-        ("import verl", {**NO_PLUGINS, "VERL_USE_EXTERNAL_MODULES": OURS}, "True verl"),
-        (f"import {OURS}", {"VERL_USE_EXTERNAL_MODULES": f"{OURS},{OURS}_patch"}, "True grpo_kernels"),
+        ("import verl", {**NO_PLUGINS, "VERL_USE_EXTERNAL_MODULES": f"{OURS},{OURS}_patch"}, "True grpo_kernels"),
+        (f"import {OURS}", {"VERL_USE_EXTERNAL_MODULES": OURS}, "True verl"),
     ],
-    ids=("neither", "entry point", "external module", "all, and by hand"),
+    ids=("neither", "entry point", "external modules", "all, and by hand"),
 )
 def test_ways_in(path, code, env, shown):
     clean = {key: value for key, value in os.environ.items() if not key.startswith("VERL_")}

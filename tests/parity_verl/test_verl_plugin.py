@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from cases import BACKENDS, VALUE, assert_grad_close
 
@@ -260,6 +261,17 @@ def test_backends(name, backend, monkeypatch):
     monkeypatch.setattr(plugin, "policy_loss", functools.partial(policy_loss, backend=backend))
     batch = make_batch(seed=15)
     check(name, batch, weights=is_weights(batch), **GLOBAL)
+
+
+@losses
+def test_config_of_omegaconf(name):
+    """verl's functions take either."""
+    batch, settings = make_batch(seed=17), {**CLIP, "clip_ratio": 0.2, "tau_pos": 1.0, "tau_neg": 1.05}
+    given = {**settings, "policy_loss": {"dro_beta": 0.3}, "global_batch_info": {**GLOBAL}}
+    loss, metrics = POLICY_LOSS_REGISTRY[f"fused_{name}"](**batch, config=OmegaConf.create(given))
+    config = actor_config(name, dro_beta=0.3, **settings)
+    config.global_batch_info.update(GLOBAL)
+    assert (loss, metrics) == POLICY_LOSS_REGISTRY[f"fused_{name}"](**batch, config=config)
 
 
 # --- bypass_mode -----------------------------------------------------------------------------------------
