@@ -24,7 +24,8 @@ if ray_is_missing:
     sys.modules["ray"] = ModuleType("ray")
     sys.modules["ray"].ObjectRef = object
 try:
-    from verl.trainer.ppo.core_algos import compute_grpo_outcome_advantage
+    from verl.trainer.config import RolloutCorrectionConfig
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, compute_grpo_outcome_advantage
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
     from verl.workers.config import ActorConfig
     from verl.workers.config.actor import PolicyLossConfig
@@ -32,6 +33,27 @@ try:
 finally:
     if ray_is_missing:
         del sys.modules["ray"]  # nobody else shall take it for Ray
+
+
+__all__ = ["POLICY_LOSS_REGISTRY", "RolloutCorrectionConfig"]
+
+
+def actor_config(
+    loss_mode: str = "vanilla",
+    *,
+    dro_beta: float | None = None,
+    rollout_correction: RolloutCorrectionConfig | None = None,
+    **actor: object,
+) -> ActorConfig:
+    """verl's own, with verl's defaults for what is not given."""
+    policy = {} if rollout_correction is None else {"rollout_correction": rollout_correction}
+    return ActorConfig(
+        strategy="fsdp",
+        rollout_n=1,
+        ppo_micro_batch_size_per_gpu=1,
+        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=dro_beta, **policy),
+        **actor,
+    )
 
 
 class Batch(dict):
@@ -94,13 +116,7 @@ def verl_loss(
         batch["ref_log_prob"] = ref_logps
     if rollout_is_weights is not None:
         batch["rollout_is_weights"] = rollout_is_weights
-    config = ActorConfig(
-        strategy="fsdp",
-        rollout_n=1,
-        ppo_micro_batch_size_per_gpu=1,
-        policy_loss=PolicyLossConfig(loss_mode=loss_mode, dro_beta=dro_beta),
-        **actor,
-    )
+    config = actor_config(loss_mode, dro_beta=dro_beta, **actor)
     with mock.patch.object(losses, "no_padding_2_padding", lambda x, data: x):
         loss, metrics = losses.ppo_loss(config, output, batch)
     logged = {name: value.aggregate() for name, value in metrics.items() if hasattr(value, "aggregate")}
