@@ -11,6 +11,9 @@ if os.environ["TRITON_INTERPRET"] == "0":
 
 import pytest
 
+from interpreter import hasten
+
+hasten()
 torch.set_num_threads(2)
 
 

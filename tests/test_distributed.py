@@ -14,6 +14,8 @@ RANK = textwrap.dedent("""
     rank, store = int(sys.argv[1]), sys.argv[2]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    from interpreter import hasten
+    hasten()
     from cases import make_case
     from grpo_kernels import fused_grpo_loss, group_advantages
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from cases import VALUE, assert_grad_close, expected, make_case
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.variants import LOSS_TYPES
+from interpreter import hasten
 
 V = 37
 BOUNDS = {2: (0, 20, 37), 3: (0, 5, 35, 37)}  # parts of different sizes
@@ -188,6 +189,7 @@ CHECKS = {
 
 
 def main(rank: int, world: int, store: str) -> None:
+    hasten()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     for name, run in CHECKS.items():
