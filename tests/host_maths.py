@@ -153,7 +153,9 @@ def nemo_rl(cfg, logits, data, seqs, toks):
     return loss, log
 
 
-def torchforge(loss_fn, logits, target_ids, advantages, generator_logprobs, loss_mask, ref_logprobs, loss_scale):
+def torchforge(
+    loss_fn, logits, target_ids, advantages, generator_logprobs, loss_mask, ref_logprobs=None, loss_scale=None
+):
     """`GRPOLoss` of torchforge."""
     mask = loss_mask.double()
     logps, entropy = logps_and_entropy(logits, target_ids.clamp_min(0))

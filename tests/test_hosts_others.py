@@ -26,14 +26,13 @@ class LossResult:  # forge.rl.loss.types.LossOutput, and prime-rl's LossOutputs
     metrics: object
 
 
-@pytest.mark.parametrize("scale", (None, 23.0))
-@pytest.mark.parametrize("beta", (0.0, 0.1))
-@pytest.mark.parametrize("agg_type", ("fixed_horizon", "token_mean", "sequence_mean"))
-def test_torchforge(agg_type, beta, scale, monkeypatch):
-    reduce = SimpleNamespace(MEAN="mean")
-    recipe = load(monkeypatch, "torchforge", forge__observability__metrics={"Metric": Metric, "Reduce": reduce},
-                  forge__rl__loss__types={"LossOutput": LossResult})  # fmt: skip
-    g, (B, S) = torch.Generator().manual_seed(0), (3, 9)
+def forge_recipe(monkeypatch):
+    return load(monkeypatch, "torchforge", forge__rl__loss__types={"LossOutput": LossResult},
+                forge__observability__metrics={"Metric": Metric, "Reduce": SimpleNamespace(MEAN="mean")})  # fmt: skip
+
+
+def forge_batch(B=3, S=9):
+    g = torch.Generator().manual_seed(0)
     logits = torch.randn(B, S, V, generator=g)
     mask = (torch.rand(B, S, generator=g) < 0.7).float()
     mask[:, -1] = 0
@@ -41,16 +40,34 @@ def test_torchforge(agg_type, beta, scale, monkeypatch):
     near, _ = host_maths.logps_and_entropy(logits, ids)
     targets = {"target_ids": ids.masked_fill(mask == 0, -100), "loss_mask": mask,
                "advantages": torch.tensor([0.7, -1.1, 0.2])[:, None].expand(B, S),  # as torchforge's collate
-               "generator_logprobs": noisy(near, g), "ref_logprobs": noisy(near, g) if beta else None,
-               "loss_scale": None if scale is None else torch.tensor(scale)}  # fmt: skip
-    loss_fn = recipe.FusedGRPOLoss(beta=beta, agg_type=agg_type)
+               "generator_logprobs": noisy(near, g), "ref_logprobs": noisy(near, g)}  # fmt: skip
+    return targets, logits.requires_grad_()
+
+
+@pytest.mark.parametrize("scale", (None, 23.0))
+@pytest.mark.parametrize("beta", (0.0, 0.1))
+@pytest.mark.parametrize("agg_type", ("fixed_horizon", "token_mean", "sequence_mean"))
+def test_torchforge(agg_type, beta, scale, monkeypatch):
+    targets, logits = forge_batch()
+    targets["loss_scale"] = None if scale is None else torch.tensor(scale)
+    if not beta:
+        del targets["ref_logprobs"]
+    loss_fn = forge_recipe(monkeypatch).FusedGRPOLoss(beta=beta, agg_type=agg_type)
 
     def run(x):
         out = loss_fn(x, **targets)
         assert all(metric.reduction == "mean" for metric in out.metrics)
         return out.loss, {metric.key: metric.value for metric in out.metrics}
 
-    compare(run, lambda x: host_maths.torchforge(loss_fn, x, **targets), logits.requires_grad_())
+    compare(run, lambda x: host_maths.torchforge(loss_fn, x, **targets), logits)
+
+
+def test_torchforge_reads_no_position_without_a_target(monkeypatch):
+    """torchforge gives the last position the target -100, whatever the mask says of it."""
+    loss_fn, (targets, logits) = forge_recipe(monkeypatch).FusedGRPOLoss(), forge_batch()
+    want = loss_fn(logits, **targets).loss
+    targets["loss_mask"] = torch.ones_like(targets["loss_mask"])
+    torch.testing.assert_close(loss_fn(logits, **targets).loss, want)
 
 
 # --- prime-rl --------------------------------------------------------------------------------------
