@@ -9,6 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 import host_maths
 from host_calls import V, compare, load, noisy, record
@@ -104,12 +107,18 @@ def test_slime_shards_the_vocabulary(case, monkeypatch):
     assert [group for _, group in calls] == ["the TP group"]
 
 
-@pytest.mark.parametrize("refused", ({"use_opsm": True}, {"rollout_top_p": 0.9}, {"use_unbiased_kl": True}))
+@pytest.mark.parametrize(
+    "refused",
+    ({"use_opsm": True}, {"rollout_top_p": 0.9}, {"use_unbiased_kl": True}, {"advantage_estimator": "sapo"},
+     {"pg_loss_type": "reinforce"}),
+)  # fmt: skip
 def test_slime_refuses(refused, monkeypatch):
     args, (batch, logits) = SimpleNamespace(**{**SLIME, **refused}), slime_batch()
     with pytest.raises(NotImplementedError, match=next(iter(refused)).replace("_", "-")):
         slime_call(args, batch, logits, slime_recipe(monkeypatch).fused_policy_loss)
-    args = SimpleNamespace(**SLIME)
+    args = SimpleNamespace(**{**SLIME, "use_tis": True})
+    with pytest.raises(NotImplementedError, match="--use-tis"):
+        slime_call(args, {**batch, "log_probs": None}, logits, slime_recipe(monkeypatch).fused_policy_loss)
     with pytest.raises(NotImplementedError, match="--context-parallel-size"):
         slime_call(args, batch, logits, slime_recipe(monkeypatch, cp=2).fused_policy_loss)
 
@@ -205,6 +214,27 @@ def test_nemo_rl_shards_the_vocabulary(case, size, monkeypatch):
     data, logits, seqs, toks = nemo_batch()
     recipe.FusedClippedPGLoss(SimpleNamespace(**{**NEMO, **NEMO_CASES[case]}), megatron=True)(logits, data, seqs, toks)
     assert [given for _, given in calls] == [group if size == 2 else None]
+
+
+@pytest.fixture
+def mesh():
+    """A device mesh of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_nemo_rl_takes_a_dtensor(monkeypatch, mesh):
+    """As its DTensor worker hands over."""
+    recipe, (data, logits, seqs, toks) = nemo_recipe(monkeypatch), nemo_batch()
+    loss_fn = recipe.FusedClippedPGLoss(SimpleNamespace(**{**NEMO, **NO_KL}))
+    want, _ = loss_fn(logits, data, seqs, toks)
+    want.backward()
+    sharded = distribute_tensor(logits.detach(), mesh, [Shard(2)]).requires_grad_()
+    loss, _ = loss_fn(sharded, data, seqs, toks)
+    loss.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(sharded.grad.full_tensor(), logits.grad)
 
 
 def test_nemo_rl_refuses(monkeypatch):

@@ -15,6 +15,7 @@ from megatron.core import mpu
 from grpo_kernels import fused_grpo_loss, policy_loss, token_logprobs
 
 Reducer = Callable[[torch.Tensor], torch.Tensor]
+ESTIMATORS = ("grpo", "ppo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_plus_plus_baseline")
 KL = {"k1": {}, "k2": {}, "k3": {}, "low_var_kl": {"kl_clamp": 10.0}}
 
 
@@ -33,7 +34,7 @@ def fused_policy_loss(
     Returns:
         The loss and what slime logs.
     """
-    config = _config(args)
+    config = _config(args, batch)
     lengths = batch["response_lengths"]
     ends = list(accumulate(batch["total_lengths"]))
     rows = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(ends, lengths)]).to(logits.device)  # (R,)
@@ -95,15 +96,18 @@ def fused_policy_loss(
     return loss, {name: value.detach() for name, value in log.items()}
 
 
-def _config(args: Namespace) -> dict:
+def _config(args: Namespace, batch: dict) -> dict:
     """slime's arguments in this package's words; an error for those that it has none for."""
     refused = {
         "--context-parallel-size above 1": mpu.get_context_parallel_world_size() > 1,
         "--rollout-top-p below 1": getattr(args, "rollout_top_p", 1.0) != 1.0,
+        "--pg-loss-type reinforce": getattr(args, "pg_loss_type", None) == "reinforce",
         "--use-opsm": getattr(args, "use_opsm", False),
         "--use-score-centering": getattr(args, "use_score_centering", False),
         "--use-unbiased-kl": getattr(args, "use_unbiased_kl", False),
         "--get-mismatch-metrics without --use-tis": getattr(args, "get_mismatch_metrics", False) and not args.use_tis,
+        "--use-tis without the trainer's own log-probabilities": args.use_tis and not batch.get("log_probs"),
+        f"--advantage-estimator {args.advantage_estimator}": args.advantage_estimator not in ESTIMATORS,
         "--custom-tis-function-path": args.use_tis and getattr(args, "custom_tis_function_path", None),
         "--custom-pg-loss-reducer-function-path": getattr(args, "custom_pg_loss_reducer_function_path", None),
         f"--kl-loss-type {args.kl_loss_type}": args.use_kl_loss and args.kl_loss_type not in KL,
