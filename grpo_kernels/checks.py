@@ -234,17 +234,19 @@ def check_inplace(logits: torch.Tensor) -> None:
 
 def validates(device: torch.device) -> bool:
     """Whether values are checked: on the CPU, and elsewhere with GRPO_KERNELS_VALIDATE=1, which syncs."""
-    setting = os.environ.get("GRPO_KERNELS_VALIDATE", "")
-    if setting not in ("", "0", "1"):
+    setting = os.environ.get("GRPO_KERNELS_VALIDATE")
+    if not setting:
+        return device.type == "cpu"
+    if setting not in ("0", "1"):
         raise ValueError(f"GRPO_KERNELS_VALIDATE must be 0 or 1, got {setting!r}.")
-    return setting == "1" or (setting == "" and device.type == "cpu")
+    return setting == "1"
 
 
 def check_mask_values(mask: torch.Tensor | None) -> None:
     """A mask of zeros and ones."""
     if mask is None or mask.dtype == torch.bool:
         return
-    if not torch.equal(mask, (mask != 0).to(mask.dtype)):
+    if not torch.equal(mask, mask.clamp(0, 1).ceil()):
         strange = (mask != 0) & (mask != 1)
         raise ValueError(
             f"the mask must hold only 0 and 1, got {mask[strange][0].item()}. A weight per token belongs into the "

@@ -1,5 +1,6 @@
 """What an objective needs besides the logits, bundled: tensors and coefficients."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Coefs(NamedTuple):
         if torch.compiler.is_compiling():
             one = torch.ones(())
             return torch.stack([one * value for value in values])
-        return torch.tensor(values, dtype=torch.float32)
+        return _packed(values)
 
     @classmethod
     def unpack(cls, packed: torch.Tensor) -> "Coefs":
@@ -76,3 +77,10 @@ class Coefs(NamedTuple):
         values = packed.tolist()
         fixed = len(cls._fields) - 1
         return cls(*values[:fixed], term=tuple(values[fixed:]))
+
+
+@functools.lru_cache(maxsize=64)
+def _packed(values: tuple[float, ...]) -> torch.Tensor:
+    """Nobody writes to it; most calls have the coefficients of the one before."""
+    with torch.inference_mode(False):  # or autograd could not save it
+        return torch.tensor(values, dtype=torch.float32)

@@ -46,9 +46,9 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
         ctx.wanted, ctx.backend = _wanted(ctx), options.backend
-        logps, entropies, loss, sums, metrics, *gradients = linear_ops.linear_loss_op(
-            hidden, weight, bias, tensors, coefs, plan, entropy, ctx.wanted, options.in_fp32, options.height,
-            options.count, options.backend,
+        logps, entropies, loss, sums, metrics, *gradients = ops.run(
+            linear_ops.linear_loss_op, hidden, weight, bias, tensors, coefs, plan, entropy, ctx.wanted,
+            options.in_fp32, options.height, options.count, options.backend,
         )  # fmt: skip
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
@@ -76,7 +76,7 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
         return x
     rows = x.view(1, -1, x.shape[-1])
     if again:
-        return ops.scale_op(rows, up, backend).view(x.shape)
+        return ops.run(ops.scale_op, rows, up, backend).view(x.shape)
     ops.scale_op_(rows, up, backend)
     return x
 
@@ -84,9 +84,10 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
 class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: Options, data_group):
-        logps, entropies, stats = linear_ops.linear_logprobs_op(
-            hidden, weight, bias, tensors, coefs, plan, entropy, options.height, options.count, options.backend
-        )
+        logps, entropies, stats = ops.run(
+            linear_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
+            options.count, options.backend,
+        )  # fmt: skip
         it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, options.backend, data_group)
         ctx.wanted, ctx.plan, ctx.options = _wanted(ctx), plan, options
         ctx.save_for_backward(hidden, weight, bias, coefs, stats, *it.save(ctx), *tensors)
@@ -105,9 +106,9 @@ class _Deferred(torch.autograd.Function):
 
 
 def _pull_back(hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, options: Options):
-    gradients = linear_ops.linear_slope_op(
-        hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, options.in_fp32, options.height,
-        options.count, options.backend,
+    gradients = ops.run(
+        linear_ops.linear_slope_op, hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted,
+        options.in_fp32, options.height, options.count, options.backend,
     )  # fmt: skip
     dtypes = (hidden.dtype, weight.dtype, weight.dtype)
     return _given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], wanted)
@@ -118,9 +119,10 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
-        logps, entropies, stats = linear_ops.linear_logprobs_op(
-            hidden, weight, bias, tensors, coefs, plan, entropy, options.height, options.count, options.backend
-        )
+        logps, entropies, stats = ops.run(
+            linear_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
+            options.count, options.backend,
+        )  # fmt: skip
         ctx.wanted, ctx.plan, ctx.options, ctx.entropy = _wanted(ctx), plan, options, entropy
         ctx.save_for_backward(hidden, weight, bias, coefs, stats, *tensors)
         ctx.set_materialize_grads(False)

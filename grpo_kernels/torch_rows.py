@@ -47,7 +47,7 @@ def run_rows(
     """
     B, T = ids.shape
     rows, V = logits.shape[1:]
-    logps, entropies = (torch.zeros(B * T if asked else 0, device=logits.device) for asked in (True, entropy))
+    logps = entropies = None
     flat_ids = ids.reshape(-1, 1).long()
     if out is not None:
         clear(out, read, T)
@@ -84,18 +84,30 @@ def run_rows(
         lp = _log_probability(x, p_token, token)
         if not checked:
             lp = torch.where(known, lp, torch.nan)
-        logps[tokens] = lp.view(-1)
+        logps = placed(logps, tokens, lp, B * T)
         if entropy:
             depth = x.sub_(x.amax(-1, keepdim=True)).clamp_(min=FLOOR)
             mean = torch.linalg.vecdot(p, depth)[:, None] / mass
             H = (mass / p.amax(-1, keepdim=True)).log() - mean  # the first is log Σ exp(x − top)
-            entropies[tokens] = H.view(-1)
+            entropies = placed(entropies, tokens, H, B * T)
         if out is None:
             continue
 
         row = Row(p, p_token, mass, depth, mean, token)
         write_slope(target, at, row, *slopes(tokens, lp, H), heat, None if slack is None else slack[: p.shape[0]])
-    return logps.view(B, T), entropies.view(B, T) if entropy else entropies
+    if logps is None:  # not a row was read
+        logps, entropies = (torch.zeros(B * T, device=logits.device) for _ in range(2))
+    return logps.view(B, T), entropies.view(B, T) if entropy else logps.new_empty(0)
+
+
+def placed(whole: torch.Tensor | None, tokens: torch.Tensor | slice, x: torch.Tensor, count: int) -> torch.Tensor:
+    """(count,) with x (n, 1) at its tokens, and 0 where nothing has been placed; x itself where it is all there is."""
+    if x.numel() == count and isinstance(tokens, slice):
+        return x.view(-1)
+    if whole is None:
+        whole = x.new_zeros(count)
+    whole[tokens] = x.view(-1)
+    return whole
 
 
 class Row(NamedTuple):
@@ -123,7 +135,7 @@ def write_slope(
     p, p_token, mass, depth, mean, token, known = row
     direct = isinstance(at, slice) and target.dtype == p.dtype  # torch is slow at mixed-dtype arithmetic
     d = target[at] if direct else p
-    d_token, share = g * (1.0 - p_token), g / mass
+    d_token, share = g * torch.rsub(p_token, 1.0), g / mass
     if h is not None:
         d_token = d_token + h * p_token * (mean - depth.gather(1, token))
     if heat is not None:

@@ -209,8 +209,8 @@ def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | fl
     def of(count: torch.Tensor | None, factor: float) -> torch.Tensor | float:
         if count is None or count.dim() == 0:
             return on_numbers(weight)(1.0 if count is None else count.item(), factor, scale)
-        w = [on_numbers(weight)(n, factor, scale) for n in count.tolist()]
-        return torch.tensor(w, device=count.device)[:, None]
+        w = [[on_numbers(weight)(n, factor, scale)] for n in count.tolist()]
+        return torch.tensor(w, device=count.device)
 
     return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor) if plan.bonus else 0.0
 

@@ -25,11 +25,11 @@ def logprobs(
     """
     inputs = Inputs(*tensors)
     if group is None:
-        return *ops.logprobs_op(logits, tensors, coefs, plan, entropy, backend), inputs.ids
+        return *ops.run(ops.logprobs_op, logits, tensors, coefs, plan, entropy, backend), inputs.ids
     size = inputs.ids.new_full((1, 2), logits.shape[-1], dtype=torch.int64)
     size[:, 1] = inputs.ids.numel()
     rank = torch.distributed.get_rank(group)
-    ids = ops.local_ids_op(inputs.ids, inputs.mask, gathered(size, group)[:, 0], rank)
+    ids = ops.run(ops.local_ids_op, inputs.ids, inputs.mask, gathered(size, group)[:, 0], rank)
     tensors = tuple(inputs._replace(ids=ids))
-    parts = gathered(ops.shard_op(logits, tensors, coefs, plan, entropy, backend), group)
-    return *ops.unite_op(parts, tensors, coefs, entropy, backend), ids
+    parts = gathered(ops.run(ops.shard_op, logits, tensors, coefs, plan, entropy, backend), group)
+    return *ops.run(ops.unite_op, parts, tensors, coefs, entropy, backend), ids

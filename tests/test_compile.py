@@ -11,7 +11,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from cases import BACKENDS, DEVICE, make_case
 from counting import INTERPRETED, launches
-from grpo_kernels import fused_grpo_loss, ops, token_logprobs
+from grpo_kernels import fused_grpo_loss, ops, token_logprobs, vocab
+from grpo_kernels.inputs import Coefs, Inputs
+from grpo_kernels.plan import Plan
 
 H, V = 8, 37
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "importance_weights")
@@ -227,6 +229,11 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
     loss = fused_grpo_loss(x, inputs["completion_ids"], inputs["advantages"], backend=backend).loss
     for keep in (True, False):
         torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=keep)
+    monkeypatch.setattr(vocab, "gathered", lambda x, group: torch.stack([x, x]))  # two ranks, of the same logits
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    tensors = tuple(Inputs(inputs["completion_ids"], inputs["completion_mask"]))
+    for entropy in (False, True):
+        vocab.logprobs(x.detach(), tensors, Coefs().pack(), Plan().key(), entropy, backend, "group")
     assert len({id(op) for op, _ in calls}) == len(names)
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
