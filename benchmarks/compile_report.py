@@ -162,7 +162,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         launch.segments(flat_ids, cu, B * T)
         for inputs in (lean, full, packed._replace(temperature=column)):
             for entropy in (False, True):
-                launch.unite(torch.zeros(2, B * T, 4), inputs, Coefs(), entropy)
+                launch.unite(torch.zeros(2, 4 * B * T), inputs, Coefs(), entropy)
         launch.threshold(segments.float(), segments.float(), 0.5)
     seen = {}
     for each in launches:

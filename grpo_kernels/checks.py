@@ -254,12 +254,12 @@ def check_mask_values(mask: torch.Tensor | None) -> None:
         )
 
 
-def check_parts(sizes: torch.Tensor) -> None:
-    """Every rank of a vocab_group has a part of the same tokens' logits; [ranks, 2], entries and tokens."""
-    if bool((sizes[:, 1] != sizes[0, 1]).any()):
+def check_parts(tokens: list[int]) -> None:
+    """How many tokens' logits each rank of a vocab_group has."""
+    if len(set(tokens)) > 1:
         raise ValueError(
-            f"the ranks of vocab_group have logits of {sizes[:, 1].tolist()} tokens. Each must have its part of the "
-            "vocabulary for the same tokens."
+            f"the ranks of vocab_group have logits of {tokens} tokens. Each must have its part of the vocabulary for "
+            "the same tokens."
         )
 
 

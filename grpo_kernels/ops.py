@@ -79,12 +79,11 @@ def fake_rows(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tenso
 def local_ids_op(ids: Tensor, mask: Tensor | None, sizes: Tensor, rank: int) -> Tensor:
     """Token ids counted from where this rank's part of the vocabulary starts; int64, others are out of range.
 
-    ``sizes`` [ranks, 2]: entries of each rank's part, and how many tokens it has.
+    ``sizes`` [ranks]: entries of each rank's part.
     """
     if checks.validates(ids.device):
-        checks.check_parts(sizes)
-        checks.check_values(ids, mask, int(sizes[:, 0].sum()))
-    return ids.long() - sizes[:rank, 0].sum()
+        checks.check_values(ids, mask, int(sizes.sum()))
+    return ids.long() - sizes[:rank].sum()
 
 
 @local_ids_op.register_fake
@@ -96,27 +95,27 @@ def _(ids, mask, sizes, rank):
 def shard_op(
     logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
 ) -> Tensor:
-    """[B·T, 4] of logits that hold a part of the vocabulary, for `unite_op`; ids as `local_ids_op` has them."""
+    """[4·B·T] of logits that hold a part of the vocabulary, for `unite_op`; ids as `local_ids_op` has them."""
     run = backend_of(backend)
     return run.shard(logits, Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), entropy)
 
 
 @shard_op.register_fake
 def _(logits, tensors, coefs, plan, entropy, backend):
-    return logits.new_empty((tensors[0].numel(), 4), dtype=torch.float32)
+    return logits.new_empty(4 * tensors[0].numel(), dtype=torch.float32)
 
 
 @torch.library.custom_op("grpo_kernels::unite", mutates_args=())
 def unite_op(
     parts: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `logprobs_op` gives, from `shard_op`'s [ranks, B·T, 4] of all ranks."""
+    """What `logprobs_op` gives, from `shard_op`'s [ranks, 4·B·T] of all ranks."""
     return backend_of(backend).unite(parts, Inputs(*tensors), Coefs.unpack(coefs), entropy)
 
 
 @unite_op.register_fake
 def _(parts, tensors, coefs, entropy, backend):
-    return *fake_rows(parts, tensors[0], entropy), parts.new_empty(parts.shape[1], 3)
+    return *fake_rows(parts, tensors[0], entropy), parts.new_empty(tensors[0].numel(), 3)
 
 
 def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, ...]:

@@ -28,16 +28,15 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
 
 
 def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
-    """[B·T, 4] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`."""
+    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`."""
     read, unread = rows_to_read(inputs, coefs, plan)
-    parts = row_statistics(logits, inputs.ids, read, _temperature(inputs, coefs))
-    if unread is not None:
-        parts[:, 3].masked_fill_(unread.reshape(-1), torch.nan)
-    return parts
+    stats, logps = row_statistics(logits, inputs.ids, read, _temperature(inputs, coefs))
+    (logps,) = _mark_unread(unread, logps.view(inputs.ids.shape))
+    return torch.cat([stats.view(-1), logps.view(-1)])
 
 
 def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats), from what `shard` gave on every rank, [ranks, B·T, 4]; stats [B·T, 3] for `slope`."""
+    """(logps, entropies, stats), from what `shard` gave on every rank, [ranks, 4·B·T]; stats [B·T, 3] for `slope`."""
     logps, entropies, stats = unite_parts(parts, _temperature(inputs, coefs))
     shape = inputs.ids.shape
     return logps.view(shape), entropies.view(shape) if entropy else logps.new_empty(0), stats

@@ -13,14 +13,14 @@ _LN2, _LOG2E, _LOWEST = math.log(2.0), 1.0 / math.log(2.0), torch.finfo(torch.fl
 
 def row_statistics(
     logits: torch.Tensor, ids: torch.Tensor, read: torch.Tensor | None, temperature: float | torch.Tensor
-) -> torch.Tensor:
-    """[B·T, 4]: top, total, mean (`grpo_kernels.softmax`) and the token's log-probability among these entries.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(top, total, mean) (`grpo_kernels.softmax`) [B·T, 3], and the token's log-probability among these entries [B·T].
 
     Rows that are not read have total −1 and log-probability 0; tokens outside [0, V) have NaN.
     """
     V = logits.shape[2]
-    parts = torch.full((ids.numel(), 4), -1.0, device=logits.device)
-    parts[:, 3] = 0.0
+    stats = torch.tensor([0.0, -1.0, 0.0], device=logits.device).repeat(ids.numel(), 1)
+    logps = torch.zeros(ids.numel(), device=logits.device)
     flat_ids = ids.reshape(-1, 1)
     height = max(1, CHUNK_ELEMENTS // V)
     for source, _, at, tokens in chunks(logits, None, read, ids.shape[1], height):  # [n, V] and, per row, [n, 1]
@@ -37,20 +37,22 @@ def row_statistics(
         total = power.sum(-1, keepdim=True)
         mean = torch.linalg.vecdot(power, depth.clamp_(min=FLOOR))[:, None] / total
         lp = on_torch(logp_of)((x_token - top) * scale, total)
-        parts[tokens] = torch.cat([top, total, mean, torch.where(known, lp, torch.nan)], dim=1)
-    return parts
+        stats[tokens] = torch.cat([top, total, mean], dim=1)
+        logps[tokens] = torch.where(known, lp, torch.nan)[:, 0]
+    return stats, logps
 
 
 def unite_parts(
     parts: torch.Tensor, temperature: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(logps [n], entropies [n], stats [n, 3]) from the `row_statistics` of every rank, [ranks, n, 4]."""
-    n = parts.shape[1]
+    """(logps [n], entropies [n], stats [n, 3]) from the `row_statistics` of every rank, [ranks, 4·n]."""
+    n = parts.shape[1] // 4
     scale = _LOG2E / temperature
     top, total, mean, depth = (parts.new_full((n,), x) for x in (_LOWEST, 0.0, 0.0, torch.nan))
     for part in parts:
-        top, total, mean, depth = on_torch(fold)(top, total, mean, depth, *part.unbind(1), scale)
-    unread, left = total < 0.0, parts[0, :, 3]
+        stats, logps = part[: 3 * n].view(n, 3), part[3 * n :]
+        top, total, mean, depth = on_torch(fold)(top, total, mean, depth, *stats.unbind(1), logps, scale)
+    unread, left = total < 0.0, parts[0, 3 * n :]
     logps = torch.where(unread, left, on_torch(logp_of)(depth, total))
     entropies = torch.where(unread, left, on_torch(entropy_of)(total, mean))
     return logps, entropies, torch.stack([top, total, mean], dim=1)

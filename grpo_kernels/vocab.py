@@ -9,7 +9,7 @@ same order everywhere: every rank has the same loss, to the last bit.
 import torch
 from torch import Tensor
 
-from grpo_kernels import ops
+from grpo_kernels import checks, ops
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.ranks import gathered
 
@@ -26,8 +26,9 @@ def logprobs(
     inputs = Inputs(*tensors)
     if group is None:
         return *ops.run(ops.logprobs_op, logits, tensors, coefs, plan, entropy, backend), inputs.ids
-    size = inputs.ids.new_full((1, 2), logits.shape[-1], dtype=torch.int64)
-    size[:, 1] = inputs.ids.numel()
+    if checks.validates(logits.device) and not torch.compiler.is_compiling():
+        checks.check_parts(gathered(torch.tensor(inputs.ids.numel(), device=logits.device), group).tolist())
+    size = inputs.ids.new_full((1,), logits.shape[-1], dtype=torch.int64)
     rank = torch.distributed.get_rank(group)
     ids = ops.run(ops.local_ids_op, inputs.ids, inputs.mask, gathered(size, group)[:, 0], rank)
     tensors = tuple(inputs._replace(ids=ids))

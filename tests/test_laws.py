@@ -12,7 +12,7 @@ import torch
 
 from cases import BACKENDS, make_case, ours
 from counting import Device, HostSync, bare_ops, interpreted, launches
-from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels import checks, fused_grpo_loss, token_logprobs, vocab
 from grpo_kernels.variants import LOSS_TYPES
 from grpo_kernels.weights import AGGREGATIONS
 
@@ -116,6 +116,42 @@ def test_token_logprobs_launch_twice_without_host_sync(entropy):
         up = [on_meta(B, T)] * (2 if entropy else 1)
         torch.autograd.grad([y for y in out if y is not None], x, up)
     assert len(seen) == 2 and len(device.ops) <= 8 and all(size <= B * T for _, size in device.ops)
+
+
+@interpreted
+def test_every_knob_at_once_takes_thirteen_small_launches():
+    """As docs/how-it-works.md says: packed, a correction, an entropy threshold, sequences that are not empty."""
+    N = B * T
+    x, ids = on_meta(N, V).requires_grad_(), on_meta(N, dtype=torch.int64)
+    inputs = {name: on_meta(N) for name in ("old_logps", "ref_logps", "sampling_logps", "completion_mask")}
+    inputs |= {"advantages": on_meta(B), "cu_seqlens": on_meta(B + 1, dtype=torch.int32)}
+    with bare_ops(), launches(run=False) as seen, Device() as device:
+        out = fused_grpo_loss(
+            x, ids, **inputs, loss_type="gspo", beta=0.1, loss_agg_mode="seq-mean-token-mean", entropy_coef=0.1,
+            sampling_correction="token_mask", top_entropy_quantile=0.2, backend="triton",
+        )  # fmt: skip
+        torch.autograd.grad(out.loss, x, out.loss.new_empty(()))
+    rows = sum(max(y.numel() for y in launch.tensors) >= x.numel() for launch in seen)
+    assert rows == 2 and len(device.ops) + len(seen) - rows == 13, (device.ops, [launch.name for launch in seen])
+
+
+@interpreted
+@pytest.mark.parametrize("loss_type", ("dapo", "gspo"))
+def test_a_vocabulary_in_parts_takes_two_launches_and_no_host_sync(loss_type, monkeypatch):
+    """The exchange between ranks apart, which needs ranks: test_vocab_parallel.py has them."""
+    monkeypatch.setattr(vocab, "gathered", lambda x, group: x.new_empty((2, *x.shape)))
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    monkeypatch.setattr(checks, "check_vocab_group", lambda group: group)
+    x, ids = on_meta(B, T, V).requires_grad_(), on_meta(B, T, dtype=torch.int64)
+    inputs = {name: on_meta(B, T) for name in ("completion_mask", "old_logps", "ref_logps")}
+    inputs["advantages"] = on_meta(B)
+    with bare_ops(), launches(run=False) as seen, Device() as device:
+        out = fused_grpo_loss(x, ids, **inputs, beta=0.1, loss_type=loss_type, vocab_group=2, backend="triton")
+        torch.autograd.grad(out.loss, x, out.loss.new_empty(()))
+    rows = sum(max(y.numel() for y in launch.tensors) >= x.numel() for launch in seen)
+    small = len(device.ops) + len(seen) - rows
+    assert rows == 2 and small <= 8, (device.ops, [launch.name for launch in seen])
+    assert all(size <= 4 * B * T for _, size in device.ops), device.ops
 
 
 @pytest.mark.parametrize(

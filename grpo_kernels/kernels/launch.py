@@ -56,17 +56,18 @@ def require_available(device: torch.device) -> None:
         )
 
 
-def logprobs(
-    logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, stats: torch.Tensor | None = None
-) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row that is read."""
+def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row."""
+    logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
+    entropies, stats = _entropy_like(logps, entropy), logps.new_empty((logps.numel(), 3))
+    _score(logits, inputs, coefs, plan, entropy, logps, entropies, stats)
+    return logps, entropies, stats
+
+
+def _score(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, logps, entropies, stats) -> None:
     ids, gate = inputs.ids, inputs.adv if inputs.gate is None else inputs.gate
     rewards = inputs.rewards if inputs.gate is None else None
     V = logits.shape[2]
-    logps = logits.new_empty(ids.shape, dtype=torch.float32)
-    entropies = _entropy_like(logps, entropy)
-    if stats is None:
-        stats = logits.new_empty((ids.numel(), 3), dtype=torch.float32)
     with _on(logits):
         logprob_kernel[(ids.numel(),)](
             logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
@@ -76,19 +77,20 @@ def logprobs(
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
             **_tile(V, logits, capped=_cap(coefs) is not None),
         )  # fmt: skip
-    return logps, entropies, stats
 
 
 def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
-    """[B·T, 4] of logits that hold a part of the vocabulary, ids counted from its start: see `unite_kernel`."""
-    stats = logits.new_full((inputs.ids.numel(), 3), -1.0, dtype=torch.float32)
-    logps, _, stats = logprobs(logits, inputs, coefs, plan, entropy, stats)
-    return torch.cat([stats, logps.view(-1, 1)], dim=1)
+    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start: see `unite_kernel`."""
+    n = inputs.ids.numel()
+    part = logits.new_empty(4 * n, dtype=torch.float32)
+    logps, stats = part[3 * n :].view(inputs.ids.shape), part[: 3 * n].view(n, 3)
+    _score(logits, inputs, coefs, plan, entropy, logps, _entropy_like(logps, entropy), stats)
+    return part
 
 
 def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, B·T, 4]."""
-    ranks, n = parts.shape[:2]
+    """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, 4·B·T]."""
+    ranks, n = parts.shape[0], inputs.ids.numel()
     logps = parts.new_empty(inputs.ids.shape)
     entropies, stats = _entropy_like(logps, entropy), parts.new_empty(n, 3)
     with _on(parts):

@@ -65,6 +65,13 @@ def store_values(logps, entropy, at, lp, H, ENTROPY: tl.constexpr):
 
 
 @jit
+def store_stats(stats, at, top, total, mean):
+    tl.store(stats + at * 3, top)
+    tl.store(stats + at * 3 + 1, total)
+    tl.store(stats + at * 3 + 2, mean)
+
+
+@jit
 def inverse_or(temperature, at, default):
     if temperature is not None:
         return 1.0 / tl.load(temperature + at).to(tl.float32)
@@ -98,7 +105,7 @@ def logprob_kernel(
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row.
+    """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row, or total −1.
 
     SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here.
     """
@@ -106,11 +113,13 @@ def logprob_kernel(
     at = tl.program_id(0).to(tl.int64)
     if (seq >= B) | is_masked(mask, seq * mask_b + tok * mask_t):
         store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
+        store_stats(stats, at, 0.0, -1.0, 0.0)
         return
     if SKIP:
         A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
         if A == 0.0:
             store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
+            store_stats(stats, at, 0.0, -1.0, 0.0)
             return
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
@@ -118,9 +127,7 @@ def logprob_kernel(
     top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_first")
     lp, _ = score_token(row, token, V, top, total, scale, cap)
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
-    tl.store(stats + at * 3, top)
-    tl.store(stats + at * 3 + 1, total)
-    tl.store(stats + at * 3 + 2, mean)
+    store_stats(stats, at, top, total, mean)
 
 
 @kernel

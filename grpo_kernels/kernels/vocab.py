@@ -9,15 +9,19 @@ BLOCK = 256
 
 @kernel
 def unite_kernel(
-    parts, temperature, segments,  # [ranks, n, 4]: top, total (−1: not read), mean, log-probability; [B, T]; [N]
+    parts, temperature, segments,  # [ranks, 4·n]: n times (top, total, mean), n log-probabilities; [B, T]; [N]
     logps, entropy, stats,  # out: [n], [n], [n, 3]
     temp_b, temp_t,
     ranks, n, T, inv_temperature: tl.float32,
     ENTROPY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability and entropy of n tokens, and what a gradient needs of their rows."""
+    """Log-probability and entropy of n tokens, and what a gradient needs of their rows.
+
+    A row that was not read has total −1, and its log-probability and entropy are what the ranks say, 0 or NaN.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = row < n
+    count = n.to(tl.int64)
     scale = tl.full([BLOCK], inv_temperature, tl.float32)
     if temperature is not None:
         seq, tok = row // T, row % T
@@ -30,14 +34,14 @@ def unite_kernel(
     mean = tl.zeros([BLOCK], tl.float32)
     depth = tl.full([BLOCK], float("nan"), tl.float32)
     for rank in range(0, ranks):
-        at = parts + (rank * n + row) * 4
-        other_total = tl.load(at + 1, mask=here, other=0.0)
+        part = parts + rank * (4 * count)
+        at = part + row * 3
         top, total, mean, depth = fold(
-            top, total, mean, depth, tl.load(at, mask=here, other=0.0), other_total,
-            tl.load(at + 2, mask=here, other=0.0), tl.load(at + 3, mask=here, other=0.0), scale,
+            top, total, mean, depth, tl.load(at, mask=here, other=0.0), tl.load(at + 1, mask=here, other=0.0),
+            tl.load(at + 2, mask=here, other=0.0), tl.load(part + 3 * count + row, mask=here, other=0.0), scale,
         )  # fmt: skip
     unread = total < 0.0
-    left = tl.load(parts + row * 4 + 3, mask=here, other=0.0)  # 0 or NaN
+    left = tl.load(parts + 3 * count + row, mask=here, other=0.0)
     tl.store(logps + row, tl.where(unread, left, logp_of(depth, total)), mask=here)
     if ENTROPY:
         tl.store(entropy + row, tl.where(unread, left, entropy_of(total, mean)), mask=here)
