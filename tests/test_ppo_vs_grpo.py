@@ -176,6 +176,20 @@ def test_targets_are_of_the_rollout(policy, tokenizer):
     torch.testing.assert_close(targets.returns[:, 0], wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_value_network_learns_the_returns(policy, tokenizer):
+    arm = PPO(policy, replace(SMALL, steps=1000, value_learning_rate=1e-2, value_clip=math.inf))
+    rollout = rollout_of(policy, tokenizer, generations=1)
+    rollout.rewards.copy_(torch.arange(len(rollout.rewards)) % 2)
+    targets, critic = arm.targets(rollout), arm.learners[1]
+    for _ in range(60):
+        arm.value_loss(rollout, targets).backward()
+        critic.descend()
+        critic.schedule.step()
+    with torch.no_grad():
+        values = arm.values(rollout)
+    assert ppo.explained_variance(values, targets.returns, rollout.completion_mask) > 0.9
+
+
 @pytest.mark.parametrize("kind", [GRPO, PPO, PPOTogether])
 def test_an_update_moves_every_network_and_leaves_no_gradient(kind, policy, tokenizer):
     arm = kind(policy, SMALL)
@@ -331,9 +345,10 @@ def test_figures_are_what_they_say():
     assert found["reward, last 3 steps", "GRPO"].low == pytest.approx(0.2)
     assert found["time of a step: update", "PPO"].value == 30.0
     assert found["memory at its peak, run's model", "PPO"].value == 16
-    half, stable, time, _ = report.summary(results)[1:]
+    half, stable, value, time, _ = report.summary(results)[1:]
     assert "0.62 of PPO's" in half and "0.50 where" in half and "0.57" in half
     assert "0.300 (GRPO) and 0.150 (PPO)" in stable and "0.167 (GRPO) and 0.100 (PPO)" in stable
+    assert "explained 0.50 of the variance" in value
     assert "1.33 of GRPO's" in time
     assert max(len(line) for line in report.table(results).splitlines()) <= 80
     assert all(math.isfinite(f.value) for f in found.values())

@@ -31,7 +31,7 @@ def draw(results: Results, out: Path) -> Path:
         curves(reward, results, "reward", f"Mean reward of a step's {settings.completions} completions")
         curves(accuracy, results, "accuracy", "Held-out accuracy, greedy")
         for axes in (reward, accuracy):
-            axes.set_xlabel(f"step (line: mean of {seeds} seeds; band: least to greatest)")
+            axes.set_xlabel(f"step (line: mean of {seeds} seed(s); band: least to greatest)")
         memory_bars(memory, results)
         time_bars(time, results)
         for axes in (reward, accuracy, memory, time):
@@ -73,7 +73,7 @@ def memory_bars(axes: Axes, results: Results) -> None:
             at = place + (i - (len(arms) - 1) / 2) * height
             ratio = rows[arm].peak / unit
             most = max(most, ratio)
-            axes.barh(at, ratio, height * 0.92, color=COLOURS[arm], label=arm if place == 0 else None)
+            axes.barh(at, ratio, height * 0.92, color=COLOURS[arm])
             held = rows[arm].held / unit
             axes.barh(at, held, height * 0.92, color="none", edgecolor="white", hatch="///", linewidth=0)
             axes.text(ratio + 0.02, at, f"{ratio:.2f}×  {rows[arm].peak / MIB:.0f} MiB", va="center",
@@ -83,9 +83,8 @@ def memory_bars(axes: Axes, results: Results) -> None:
     axes.set_yticks(range(len(models)), labels, fontsize=FONT_SIZE - 2)
     axes.invert_yaxis()
     axes.set_xlim(0, most * 1.28)
-    axes.set_xlabel("as a multiple of GRPO's")
+    axes.set_xlabel("as a multiple of GRPO's; light blue: PPO with both graphs at once")
     axes.axvline(1, color=GREY, linestyle=":", linewidth=1.5)
-    axes.legend(frameon=False, fontsize=FONT_SIZE - 4, ncols=len(arms), loc="lower left", bbox_to_anchor=(-0.02, -0.5))
 
 
 def time_bars(axes: Axes, results: Results) -> None:
@@ -95,14 +94,14 @@ def time_bars(axes: Axes, results: Results) -> None:
         sampling, update = (found[f"time of a step: {name}", arm] for name in ("sampling", "update"))
         axes.barh(place, sampling, 0.55, color="#BBBBBB")
         axes.barh(place, update, 0.55, left=sampling, color=COLOURS[arm])
-        axes.text(sampling / 2, place, f"sampling {sampling:.0f}", ha="center", va="center", fontsize=FONT_SIZE - 3)
-        axes.text(sampling + update / 2, place, f"update {update:.0f}", ha="center", va="center", color="white",
-                  fontsize=FONT_SIZE - 3)  # fmt: skip
+        for middle, part, colour in ((sampling / 2, sampling, "black"), (sampling + update / 2, update, "white")):
+            axes.text(middle, place, f"{part:.0f}", ha="center", va="center", color=colour, fontsize=FONT_SIZE - 3)
         axes.text(1.01 * (sampling + update), place, f"{sampling + update:.0f} ms", va="center",
                   fontsize=FONT_SIZE - 3)  # fmt: skip
         totals.append(sampling + update)
     axes.set_yticks(range(len(results.arms)), results.arms)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(totals))
-    axes.set_title("Time of a step, median", loc="left", fontsize=FONT_SIZE, fontweight="bold")
+    axes.set_title("Time of a step, median (grey: sampling, then the update)", loc="left", fontsize=FONT_SIZE,
+                   fontweight="bold")  # fmt: skip
     axes.set_xlabel("ms")

@@ -136,12 +136,18 @@ def summary(results: Results) -> list[str]:
     after = {arm: found["held-out accuracy after", arm] for arm in results.arms}
     width = {arm: found["reward: max - min over seeds, mean", arm] for arm in results.arms}
     lines.append(
-        f'"More stable": over {len(results.settings.seeds)} seeds the final accuracy spread by '
+        f'"More stable": over {len(results.settings.seeds)} seed(s) the final accuracy spread by '
         + " and ".join(f"{after[arm].high - after[arm].low:.3f} ({arm})" for arm in results.arms)
         + ", the reward at a step by "
         + " and ".join(f"{width[arm].value:.3f} ({arm})" for arm in results.arms)
         + ", the greatest less the least."
     )
+    explained = [figure for (metric, _), figure in found.items() if metric.startswith("value:")]
+    lines += [
+        f"PPO's value network explained {figure.value:.2f} of the variance of the returns at the end of the runs: the "
+        "nearer to 0, the more PPO is a policy gradient with the batch's mean as its baseline."
+        for figure in explained
+    ]
     times = {arm: sum(found[f"time of a step: {name}", arm].value for name in ("sampling", "update"))
              for arm in results.arms}  # fmt: skip
     lines.append(
