@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.plots import DPI, FONT_SIZE, GREY, conditions
-from benchmarks.ppo_vs_grpo.report import MIB, Results, figures
+from benchmarks.ppo_vs_grpo.report import MIB, Results, figures, seeds_of
 
 COLOURS = {"GRPO": "#D55E00", "PPO": "#0072B2", "PPO, both graphs at once": "#7FB6D9"}
 MARKERS = {"GRPO": "o", "PPO": "s"}
@@ -24,14 +24,14 @@ def draw(results: Results, out: Path) -> Path:
         figure = Figure(figsize=(13.3, 7.5), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         (reward, accuracy), (memory, time) = figure.subplots(2, 2, height_ratios=(1.25, 1.0))
-        settings, seeds = results.settings, len(results.settings.seeds)
+        settings, seeds = results.settings, seeds_of(results)
         figure.suptitle("PPO beside GRPO: two-digit addition, same start, sampler and tokens\n",
                         fontsize=FONT_SIZE + 4, fontweight="bold")  # fmt: skip
         figure.text(0.5, 0.945, conditions(results.environment), ha="center", va="top", fontsize=FONT_SIZE - 4)
         curves(reward, results, "reward", f"Mean reward of a step's {settings.completions} completions")
         curves(accuracy, results, "accuracy", "Held-out accuracy, greedy")
         for axes in (reward, accuracy):
-            axes.set_xlabel(f"step (line: mean of {seeds} seed(s); band: least to greatest)")
+            axes.set_xlabel(f"step (line: mean of {seeds}; band: least to greatest)")
         memory_bars(memory, results)
         time_bars(time, results)
         for axes in (reward, accuracy, memory, time):
@@ -102,6 +102,6 @@ def time_bars(axes: Axes, results: Results) -> None:
     axes.set_yticks(range(len(results.arms)), results.arms)
     axes.invert_yaxis()
     axes.set_xlim(0, 1.18 * max(totals))
-    axes.set_title("Time of a step, median (grey: sampling, then the update)", loc="left", fontsize=FONT_SIZE,
+    axes.set_title("Time of a step, median (grey: sampling)", loc="left", fontsize=FONT_SIZE,
                    fontweight="bold")  # fmt: skip
     axes.set_xlabel("ms")

@@ -86,10 +86,12 @@ def figures(results: Results) -> list[Figure]:
             ends = [statistics.fmean(explained[step][seed] for step in last) for seed in explained[last[0]]]
             found.append(over_seeds(f"value: variance explained, last {len(last)}", arm, ends))
     for row in results.memory:
-        found += [
-            Figure(f"memory held, {row.model} model", "MiB", row.arm, row.held / MIB),
-            Figure(f"memory at its peak, {row.model} model", "MiB", row.arm, row.peak / MIB),
-        ]
+        held, peak = f"memory held, {row.model} model", f"memory at its peak, {row.model} model"
+        if row.arm in results.arms:
+            found.append(Figure(held, "MiB", row.arm, row.held / MIB))
+        else:
+            peak = f"peak, both graphs at once, {row.model} model"
+        found.append(Figure(peak, "MiB", row.arm.split(",")[0], row.peak / MIB))
     return found
 
 
@@ -116,6 +118,11 @@ def table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def seeds_of(results: Results) -> str:
+    count = len(results.settings.seeds)
+    return f"{count} seed{'' if count == 1 else 's'}"
+
+
 def memory_of(results: Results, model: str, arm: str) -> MemoryRow:
     return next(row for row in results.memory if (row.model, row.arm) == (model, arm))
 
@@ -136,7 +143,7 @@ def summary(results: Results) -> list[str]:
     after = {arm: found["held-out accuracy after", arm] for arm in results.arms}
     width = {arm: found["reward: max - min over seeds, mean", arm] for arm in results.arms}
     lines.append(
-        f'"More stable": over {len(results.settings.seeds)} seed(s) the final accuracy spread by '
+        f'"More stable": over {seeds_of(results)} the final accuracy spread by '
         + " and ".join(f"{after[arm].high - after[arm].low:.3f} ({arm})" for arm in results.arms)
         + ", the reward at a step by "
         + " and ".join(f"{width[arm].value:.3f} ({arm})" for arm in results.arms)
@@ -167,7 +174,7 @@ def wrapped(lines: Sequence[str]) -> str:
 
 
 def write(out: Path, results: Results) -> list[Path]:
-    """``results.json`` with all, ``results.csv`` with the table, ``steps.csv`` with every step."""
+    """``results.json`` with conditions, settings and figures, ``results.csv`` the figures, ``steps.csv`` every step."""
     out.mkdir(parents=True, exist_ok=True)
     everything = {
         "environment": results.environment,
@@ -175,14 +182,13 @@ def write(out: Path, results: Results) -> list[Path]:
         "summary": summary(results),
         "figures": records(figures(results)),
         "memory": records(results.memory),
-        "steps": records(results.steps),
     }
     path = out / "results.json"
     path.write_text(json.dumps(everything, indent=1, allow_nan=False) + "\n")
     return [
         path,
         write_csv(out / "results.csv", [row | results.environment for row in everything["figures"]]),
-        write_csv(out / "steps.csv", everything["steps"]),
+        write_csv(out / "steps.csv", records(results.steps)),
     ]
 
 
