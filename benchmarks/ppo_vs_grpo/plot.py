@@ -25,8 +25,12 @@ def draw(results: Results, out: Path) -> Path:
         FigureCanvasAgg(figure)
         (reward, accuracy), (memory, time) = figure.subplots(2, 2, height_ratios=(1.25, 1.0))
         settings, seeds = results.settings, seeds_of(results)
-        figure.suptitle("PPO beside GRPO: two-digit addition, same start, sampler and tokens\n",
-                        fontsize=FONT_SIZE + 4, fontweight="bold")  # fmt: skip
+        groups = "the same rollouts at first"
+        if settings.ppo_generations != settings.num_generations:
+            problems = [settings.completions // n for n in (settings.num_generations, settings.ppo_generations)]
+            groups = f"{problems[0]} and (PPO) {problems[1]} problems per step"
+        figure.suptitle(f"PPO beside GRPO: two-digit addition, same start and tokens, {groups}\n",
+                        fontsize=FONT_SIZE + 3, fontweight="bold")  # fmt: skip
         figure.text(0.5, 0.945, conditions(results.environment), ha="center", va="top", fontsize=FONT_SIZE - 4)
         curves(reward, results, "reward", f"Mean reward of a step's {settings.completions} completions")
         curves(accuracy, results, "accuracy", "Held-out accuracy, greedy")
