@@ -8,7 +8,7 @@ ARGS            ?=
 JOBS            ?= 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 # Whatever may run a kernel: everything but the tests of other things.
-TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer,--ignore-glob='*/test_$(f)*')
+TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
 
 # The first interpreter that is new enough; empty if there is none.
 ifeq ($(origin PYTHON),undefined)

@@ -5,5 +5,5 @@ measured), `oracle` (nobody's speed is reported before its result has been check
 memory), `suite` (the loop over all of it), `report` (table, JSON, CSV), `plots` (PNG), `environment`
 (where). `test_small` is a small set for pytest-benchmark: `python -m pytest benchmarks --benchmark-only`.
 `compile_report` and `traffic_report` stand apart: what is known of the kernels without a GPU; and `experiments`: other
-ways to write the loss kernel.
+ways to write the loss kernel; and `ppo_vs_grpo`: training with either.
 """
