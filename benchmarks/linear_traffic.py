@@ -42,7 +42,7 @@ class Case(NamedTuple):
 GSPO = {"loss_type": "gspo"}
 CASES = (
     Case("head: log-probs only", Law(products=1), frozen="hw", logps_only=True),
-    Case("head: log-probs, with gradient", Law(launches=3, products=4), logps_only=True),
+    Case("head: log-probs, with gradient", Law(launches=2, products=4), logps_only=True),
     Case("head: grpo, loss only", Law(products=1), frozen="hw"),
     Case("head: grpo", Law()),
     Case("head: grpo, a mask", Law(waits=1), masked=True),
@@ -50,7 +50,7 @@ CASES = (
     Case("head: grpo, a bias", Law(other=1), bias=True),
     Case("head: grpo, head frozen", Law(products=2), frozen="w"),
     Case("head: grpo, hidden states frozen", Law(products=2), frozen="h"),
-    Case("head: grpo, reduction none", Law(launches=3, products=4), {"reduction": "none"}),
+    Case("head: grpo, reduction none", Law(launches=2, products=4), {"reduction": "none"}),
     Case("head: gspo", Law(launches=2), GSPO),
     Case("head: gspo, a mask", Law(launches=2, waits=2), GSPO, masked=True),
     Case("head: gspo, sequences of two chunks", Law(launches=2, products=4), GSPO, height=T // 2),

@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_map_only
 
 from benchmarks import linear_traffic
 from benchmarks.counting import Device, Launch, bare_ops, launches
+from benchmarks.interpreter import hasten
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.variants import LEVELS, LOSS_TYPES, TERMS
 
@@ -223,6 +224,7 @@ def table(rows: list[dict]) -> Iterator[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    hasten()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.traffic_report", description=__doc__.split("\n")[0])
     parser.add_argument("--json", metavar="FILE", help="write the rows, launch by launch, as JSON too")
     parser.add_argument("--case", nargs="+", metavar="NAME", help="only these rows")

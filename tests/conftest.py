@@ -11,7 +11,7 @@ if os.environ["TRITON_INTERPRET"] == "0":
 
 import pytest
 
-from interpreter import hasten
+from benchmarks.interpreter import hasten
 
 hasten()
 torch.set_num_threads(2)

@@ -7,9 +7,9 @@ import traceback
 import torch
 import torch.distributed as dist
 
+from benchmarks.interpreter import hasten
 from cases import make_case
 from grpo_kernels import fused_grpo_loss, group_advantages
-from interpreter import hasten
 
 NAMES = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "rewards")
 SPANNING = (

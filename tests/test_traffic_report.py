@@ -121,7 +121,7 @@ def projects_twice(monkeypatch):
 @interpreted
 def test_a_host_that_asks_once_more_is_noticed(monkeypatch):
     empty = linear_chunks._empty
-    monkeypatch.setattr(linear_chunks, "_empty", lambda rows, *a: (rows.inputs.ids.sum().tolist(), empty(rows, *a))[1])
+    monkeypatch.setattr(linear_chunks, "_empty", lambda head, *a: (head.weight.sum().tolist(), empty(head, *a))[1])
     with pytest.raises(HostSync, match="the host would wait"):
         traffic_report.main(["--case", "head: grpo"])
 

@@ -12,10 +12,10 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+from benchmarks.interpreter import hasten
 from cases import VALUE, assert_grad_close, expected, make_case
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.variants import LOSS_TYPES
-from interpreter import hasten
 
 V = 37
 BOUNDS = {2: (0, 20, 37), 3: (0, 5, 35, 37)}  # parts of different sizes

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
 from cases import BACKENDS, VALUE, assert_grad_close
 
@@ -18,6 +17,7 @@ try:
     importlib.metadata.version("verl")
 except importlib.metadata.PackageNotFoundError:
     pytest.skip("verl is not installed; it gets an environment of its own: make test-verl", allow_module_level=True)
+from omegaconf import OmegaConf
 from verl_oracle import POLICY_LOSS_REGISTRY, RolloutCorrectionConfig, actor_config, verl_loss
 
 from grpo_kernels import policy_loss

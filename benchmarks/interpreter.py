@@ -1,4 +1,4 @@
-"""Triton's interpreter, made quicker for the tests: what it computes stays as it is.
+"""Triton's interpreter, made quicker: what it computes stays as it is.
 
 It replaces the functions of triton.language on every call of a device function, although they stay replaced until
 the launch ends: more than half of the time of a small launch. Here it does so once per launch and module.
@@ -9,8 +9,9 @@ import inspect
 import os
 
 
+@functools.cache
 def hasten() -> None:
-    """Does nothing where kernels are not interpreted."""
+    """Once per process; does nothing where kernels are not interpreted."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     try:
