@@ -63,8 +63,9 @@ def run(tmp_path, **options):
 STEP_NAMES = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "reward", "reward_std",
     "frac_reward_zero_std", "rewards/starts_even/mean", "rewards/starts_even/std", "advantage/mean_abs",
-    "advantage/min", "advantage/max", "sampling_time", "reward_time", "loss_time", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean",
-    "clip_ratio/high_max", "clip_ratio/region_mean", "completions/mean_length", "completions/min_length",
+    "advantage/min", "advantage/max", "sampling_time", "reward_time", "loss_time", "kl", "entropy",
+    "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+    "clip_ratio/region_mean", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/mean_terminated_length", "completions/clipped_ratio",
 }  # fmt: skip
 

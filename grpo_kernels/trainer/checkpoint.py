@@ -155,7 +155,7 @@ def random_states() -> dict[str, torch.Tensor]:
     states = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor(words, dtype=torch.int64),
-        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "python_gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy": torch.from_numpy(keys.astype(np.int64)),
         "numpy_position": torch.tensor([position, has_gauss]),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
@@ -167,8 +167,8 @@ def random_states() -> dict[str, torch.Tensor]:
 
 def set_random_states(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["torch"])
-    gauss = states["python_gauss"].item()
-    random.setstate((3, tuple(states["python"].tolist()), None if gauss != gauss else gauss))
+    has_gauss, gauss = states["python_gauss"].tolist()
+    random.setstate((3, tuple(states["python"].tolist()), gauss if has_gauss else None))
     position, has_gauss = states["numpy_position"].tolist()
     keys = states["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, position, has_gauss, states["numpy_gauss"].item()))
@@ -211,12 +211,9 @@ def fingerprint(task: Task) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_unchanged(options: Options, saved: dict, data: str, task: Task) -> None:
-    """Refuses a run that would not continue the one that was saved.
-
-    Raises:
-        OptionError: an option differs that may not, or the data do.
-    """
+def check_options(options: Options, resumed: Checkpoint) -> None:
+    """Raises OptionError where an option differs from the checkpoint's that may not."""
+    saved = resumed.options
     for field in dataclasses.fields(Options):
         now, then = getattr(options, field.name), saved.get(field.name, getattr(options, field.name))
         if now != then and not field.metadata["resumable"]:
@@ -224,7 +221,11 @@ def check_unchanged(options: Options, saved: dict, data: str, task: Task) -> Non
                 f"--resume: {flag(field.name)} is {_said(then)} in the checkpoint and {_said(now)} here, and cannot "
                 f"change. Leave it out, or start anew in another --output-dir."
             )
-    if fingerprint(task) != data:
+
+
+def check_data(options: Options, resumed: Checkpoint, task: Task) -> None:
+    """Raises OptionError where the problems are not the checkpoint's."""
+    if fingerprint(task) != resumed.state["data"]["fingerprint"]:
         raise OptionError(
             f"--resume: the problems of {options.dataset or options.task} are not those of the checkpoint. Put them "
             "back, or start anew in another --output-dir."

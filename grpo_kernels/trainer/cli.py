@@ -14,7 +14,7 @@ from transformers.utils import logging as transformers_logging
 from grpo_kernels.trainer import overlay, tensorboard
 from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.build import Built, build
-from grpo_kernels.trainer.checkpoint import Checkpoint, Checkpoints, RunSaver, check_unchanged
+from grpo_kernels.trainer.checkpoint import Checkpoint, Checkpoints, RunSaver, check_data, check_options
 from grpo_kernels.trainer.console import Reporter
 from grpo_kernels.trainer.loop import frozen, train
 from grpo_kernels.trainer.options import OptionError, Options
@@ -51,9 +51,11 @@ def run(options: Options, console: Console | None = None) -> Result:
     resumed = checkpoints.latest() if options.resume else None
     if resumed is None:
         _refuse_unfinished(checkpoints, options)
+    else:
+        check_options(options, resumed)
     built = build(options, device, resumed)
     if resumed is not None:
-        check_unchanged(options, resumed.options, resumed.state["data"]["fingerprint"], built.task)
+        check_data(options, resumed, built.task)
     records = _open(options, checkpoints, resumed)
     board = tensorboard.writer(Path(options.output_dir) / "tensorboard", resumed and resumed.step)
     try:
@@ -83,6 +85,7 @@ def _open(options: Options, checkpoints: Checkpoints, resumed: Checkpoint | None
         checkpoints.sweep()
         if resumed is None:
             checkpoints.clear()
+        checkpoints.prune(options.save_total_limit)
         return Records(metrics, None if resumed is None else resumed.step)
     except OSError as error:
         if resumed is not None and isinstance(error, FileNotFoundError):

@@ -126,7 +126,7 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
     _panel(norm, "Gradient norm, before it is clipped", "")
     _curve(norm, records, "grad_norm", _BLUE)
     _panel(rate, "Learning rate", "")
-    _curve(rate, records, "learning_rate", _BLUE)
+    rate.plot(*records.series("learning_rate"), color=_BLUE, linewidth=1.8)
     figure.savefig(path)
 
 
