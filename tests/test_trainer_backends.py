@@ -9,7 +9,6 @@ pytest.importorskip("transformers", reason="the trainer's requirements are not i
 
 from safetensors.torch import load_file
 
-from grpo_kernels.jit import HAS_TRITON
 from grpo_kernels.trainer import cli, scoring
 from grpo_kernels.trainer.options import OptionError, Options
 from trainer_cases import run, saved_model
@@ -70,8 +69,7 @@ def test_reference_and_torch(tmp_path, model, monkeypatch, loss_type):
 
 def test_triton_and_torch(tmp_path, model):
     """Interpreted, so a shorter run; both paths."""
-    if not HAS_TRITON:
-        pytest.skip("Triton is not installed")
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     short = {"steps": 2, "batch_size": 1, "num_generations": 4, "gradient_accumulation_steps": 1}
     torch_curve = curve(tmp_path / "torch", model, backend="torch", **short)
     compare(torch_curve, curve(tmp_path / "triton", model, backend="triton", loss_path="logits", **short))
@@ -79,7 +77,8 @@ def test_triton_and_torch(tmp_path, model):
 
 
 def test_linear_and_logits(tmp_path, model):
-    compare(curve(tmp_path / "logits", model, loss_path="logits"), curve(tmp_path / "linear", model, loss_path="linear"))
+    logits = curve(tmp_path / "logits", model, loss_path="logits")
+    compare(logits, curve(tmp_path / "linear", model, loss_path="linear"))
 
 
 def test_reference_is_refused_without_a_checkout(tmp_path, monkeypatch):
