@@ -180,19 +180,21 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Opt
     parser = argparse.ArgumentParser(prog="python -m benchmarks.group_size", description=__doc__.splitlines()[0])
     parser.add_argument("--group-sizes", nargs="+", type=int, default=GROUP_SIZES, metavar="G")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1), metavar="N")
-    parser.add_argument("--steps", type=int, default=60, help="GRPO steps per run (default: %(default)s)")
-    parser.add_argument("--prompts", type=int, default=16,
+    parser.add_argument("--steps", type=int, default=80, help="GRPO steps per run (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=32,
                         help="per step; with --hold completions at G = 8 (default: %(default)s)")  # fmt: skip
     parser.add_argument("--hold", choices=("prompts", "completions"), default="prompts", help="(default: %(default)s)")
     parser.add_argument("--warmup-steps", type=int, default=600,
                         help="supervised steps before, at most (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="peak (default: %(default)s)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write group_size.csv and group_size.png there")
     given = parser.parse_args(argv)
     try:
         for size in given.group_sizes:
             base = Options(steps=given.steps, batch_size=given.prompts, warmup_steps=given.warmup_steps,
-                           num_generations=size, eval_every=given.steps, device=given.device)  # fmt: skip
+                           num_generations=size, eval_every=given.steps, device=given.device,
+                           learning_rate=given.learning_rate)  # fmt: skip
         base.torch_device()
     except OptionError as error:
         parser.error(str(error).replace("--num-generations", "--group-sizes").replace("--batch-size", "--prompts"))

@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="the trainer's requirements are not i
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from grpo_kernels.trainer import __main__ as entry
-from grpo_kernels.trainer import data, warmup
+from grpo_kernels.trainer import cli, data, warmup
 from grpo_kernels.trainer.model import load_config, load_model, load_tokenizer
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import countdown, reaches_target, value_of
@@ -22,6 +22,11 @@ from trainer_cases import TASK, run, saved_model
 LETTERS = "abcdefghijklmnopqrstuvwxyzSDU0123456789+=|:# "
 TEMPLATE = ("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
             "{% if add_generation_prompt %}a:{% endif %}")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
 
 
 @pytest.fixture(scope="module", autouse=True)

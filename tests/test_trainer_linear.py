@@ -59,6 +59,7 @@ def run(tmp_path, monkeypatch, **options):
     def starts_even(prompts, completions, **columns):  # an untrained policy earns it now and then
         return [float(text[:1] in set("02468")) for text in completions]
 
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
     monkeypatch.setitem(data.BUILT_IN, "addition", lambda: dataclasses.replace(TASK, reward=starts_even))
     console = Console(file=io.StringIO(), width=80)
     result = cli.run(Options(output_dir=str(tmp_path), **{**SMALL, **options}), console)

@@ -100,7 +100,9 @@ def test_saved_model_is_the_trained_one(tmp_path, easy):
     assert model.generate(**encoded).shape[1] <= 6 + TASK.max_completion_length
 
 
-def test_same_seed_same_metrics(tmp_path, easy):
+def test_same_seed_same_metrics(tmp_path, easy, monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
+
     def rows(name, seed):
         return [{k: v for k, v in row.items() if k not in TIMES} for row in run(tmp_path / name, seed=seed)[1]]
 
@@ -119,7 +121,8 @@ def test_same_seed_same_metrics(tmp_path, easy):
     ],
     ids=str,
 )
-def test_run_with_other_options(tmp_path, easy, options):
+def test_run_with_other_options(tmp_path, easy, options, monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
     _, rows, printed = run(tmp_path, **options)
     assert ("kl" in rows[1]) == (options.get("beta") != 0.0)
     assert rows[-1]["step"] == options.get("steps", SMALL["steps"])

@@ -11,7 +11,7 @@ pytest.importorskip("transformers", reason="the trainer's requirements are not i
 from rich.console import Console
 
 from grpo_kernels.trainer import __main__ as entry
-from grpo_kernels.trainer import overlay, plots, tensorboard
+from grpo_kernels.trainer import cli, overlay, plots, tensorboard
 from grpo_kernels.trainer.console import Reporter
 from grpo_kernels.trainer.options import Options
 from grpo_kernels.trainer.records import Records, Rows
@@ -66,7 +66,8 @@ def test_samples_come_at_their_interval():
     assert console.file.getvalue() == ""
 
 
-def test_a_run_shows_its_samples(tmp_path):
+def test_a_run_shows_its_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
     _, _, said = run(tmp_path, samples_every=2, steps=4)
     assert said.count("samples of step") == 2 and "samples of step 4" in said
     assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80
@@ -172,7 +173,8 @@ def test_without_tensorboard_a_run_says_once_how_to_get_it(tmp_path, monkeypatch
     assert not (tmp_path / "tensorboard").exists()
 
 
-def test_tensorboard_files_have_the_rows(tmp_path):
+def test_tensorboard_files_have_the_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
     pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install '.[trainer]'")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -72,7 +72,7 @@ class Reporter:
             f"{options.updates} updates each; loss {options.loss_type}, beta {options.beta:g}"
         )
         if not tensorboard.available():
-            self._say("no TensorBoard files; there will be after: pip install tensorboard")
+            self._say(tensorboard.HOW_TO_GET_IT)
         self._say("loss from hidden states and the head, chunk by chunk" if hidden else "loss from logits")
         self._say()
 

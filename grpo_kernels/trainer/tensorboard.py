@@ -1,13 +1,12 @@
 """TensorBoard files, where the package tensorboard is installed."""
 
 import importlib.util
-import sys
 from pathlib import Path
 from typing import Protocol
 
 from grpo_kernels.trainer.rollout import Row
 
-HOW_TO_GET_IT = f"no TensorBoard files: {sys.executable} -m pip install tensorboard, and there will be"
+HOW_TO_GET_IT = "no TensorBoard files; there will be after: pip install tensorboard"
 
 
 class Writer(Protocol):
