@@ -133,7 +133,7 @@ def test_links(page):
 
 def test_every_page_is_linked():
     start = ROOT / "docs" / "README.md"
-    linked = set(re.findall(r"\]\(([\w/-]+\.md)\)", start.read_text(encoding="utf-8")))
+    linked = set(re.findall(r"\]\(([\w./-]+\.md)\)", start.read_text(encoding="utf-8")))
     assert {page.relative_to(start.parent).as_posix() for page in DOCS} - linked == {"README.md"}
 
 

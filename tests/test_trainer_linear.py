@@ -25,7 +25,7 @@ from transformers import (
 from grpo_kernels.integrations import head
 from grpo_kernels.integrations.head import Head
 from grpo_kernels.trainer import __main__ as entry
-from grpo_kernels.trainer import cli, loop
+from grpo_kernels.trainer import cli, data, scoring
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.options import OptionError, Options
@@ -33,7 +33,7 @@ from grpo_kernels.trainer.task import addition
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 
 TASK = addition()
-TIMES = {"step_time", "sampling_time"}
+TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
 SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 3, "warmup_steps": 0}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
@@ -53,13 +53,14 @@ def run(tmp_path, monkeypatch, **options):
     """(rows of metrics.jsonl without times, which losses were called, what was printed)"""
     called = set()
     for name in ("fused_grpo_loss", "token_logprobs", "fused_linear_grpo_loss", "linear_token_logprobs"):
-        real = getattr(loop, name)
-        monkeypatch.setattr(loop, name, lambda *a, real=real, name=name, **k: (called.add(name), real(*a, **k))[1])
+        real = getattr(scoring, name)
+        monkeypatch.setattr(scoring, name, lambda *a, real=real, name=name, **k: (called.add(name), real(*a, **k))[1])
 
-    def starts_even(prompts, completions, answers):  # an untrained policy earns it now and then
+    def starts_even(prompts, completions, **columns):  # an untrained policy earns it now and then
         return [float(text[:1] in set("02468")) for text in completions]
 
-    monkeypatch.setattr(cli, "addition", lambda: dataclasses.replace(TASK, reward=starts_even))
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
+    monkeypatch.setitem(data.BUILT_IN, "addition", lambda: dataclasses.replace(TASK, reward=starts_even))
     console = Console(file=io.StringIO(), width=80)
     result = cli.run(Options(output_dir=str(tmp_path), **{**SMALL, **options}), console)
     rows = [json.loads(line) for line in result.metrics.read_text().splitlines()]
@@ -89,8 +90,8 @@ def test_both_ways_are_the_same_run(options, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("budget", "want"), [(4.0, LOGITS), (1e-6, LINEAR)])
 def test_auto_is_by_the_budget(budget, want, tmp_path, monkeypatch):
-    _, called, _ = run(tmp_path, monkeypatch, logits_budget_gib=budget, steps=1, beta=0.0)
-    assert called == {name for name in want if "loss" in name}  # without beta nobody asks for log-probabilities
+    _, called, _ = run(tmp_path, monkeypatch, logits_budget_gib=budget, steps=1, beta=0.0, num_iterations=1)
+    assert called == {name for name in want if "loss" in name}  # one update, no beta: nobody asks for log-probs
 
 
 def test_the_budget_is_of_logits_and_gradient():

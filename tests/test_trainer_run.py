@@ -14,13 +14,14 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_kernels.trainer import __main__ as entry
-from grpo_kernels.trainer import cli, loop, plots, warmup
+from grpo_kernels.trainer import cli, data, loop, plots, warmup
+from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.console import Reporter
-from grpo_kernels.trainer.options import OptionError, Options, parse
+from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.records import Records
 from grpo_kernels.trainer.task import addition
 
-TIMES = {"step_time", "sampling_time"}
+TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
 TASK = addition()
 SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 2, "warmup_steps": 4}
 
@@ -38,10 +39,10 @@ def one_thread():
 def easy(monkeypatch):
     """Runs get a reward that an untrained policy earns now and then, so that there is something to learn."""
 
-    def starts_even(prompts, completions, answers):
+    def starts_even(prompts, completions, **columns):
         return [float(text[:1] in set("02468")) for text in completions]
 
-    monkeypatch.setattr(cli, "addition", lambda: dataclasses.replace(TASK, reward=starts_even))
+    monkeypatch.setitem(data.BUILT_IN, "addition", lambda: dataclasses.replace(TASK, reward=starts_even))
     return dataclasses.replace(TASK, reward=starts_even)
 
 
@@ -61,8 +62,10 @@ def run(tmp_path, **options):
 
 STEP_NAMES = {
     "step", "loss", "grad_norm", "learning_rate", "epoch", "num_tokens", "step_time", "reward", "reward_std",
-    "frac_reward_zero_std", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean",
-    "clip_ratio/high_max", "clip_ratio/region_mean", "completions/mean_length", "completions/min_length",
+    "frac_reward_zero_std", "rewards/starts_even/mean", "rewards/starts_even/std", "advantage/mean_abs",
+    "advantage/min", "advantage/max", "sampling_time", "reward_time", "loss_time", "kl", "entropy",
+    "clip_ratio/low_mean", "clip_ratio/low_min", "clip_ratio/high_mean", "clip_ratio/high_max",
+    "clip_ratio/region_mean", "completions/mean_length", "completions/min_length",
     "completions/max_length", "completions/mean_terminated_length", "completions/clipped_ratio",
 }  # fmt: skip
 
@@ -97,7 +100,9 @@ def test_saved_model_is_the_trained_one(tmp_path, easy):
     assert model.generate(**encoded).shape[1] <= 6 + TASK.max_completion_length
 
 
-def test_same_seed_same_metrics(tmp_path, easy):
+def test_same_seed_same_metrics(tmp_path, easy, monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
+
     def rows(name, seed):
         return [{k: v for k, v in row.items() if k not in TIMES} for row in run(tmp_path / name, seed=seed)[1]]
 
@@ -116,7 +121,8 @@ def test_same_seed_same_metrics(tmp_path, easy):
     ],
     ids=str,
 )
-def test_run_with_other_options(tmp_path, easy, options):
+def test_run_with_other_options(tmp_path, easy, options, monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
     _, rows, printed = run(tmp_path, **options)
     assert ("kl" in rows[1]) == (options.get("beta") != 0.0)
     assert rows[-1]["step"] == options.get("steps", SMALL["steps"])
@@ -242,7 +248,7 @@ def test_missing_requirement_names_the_install_command(monkeypatch, capsys):
 
 
 def test_interrupt_leaves_the_metrics(monkeypatch, tmp_path, capsys):
-    def interrupted(*_):
+    def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli, "train", interrupted)

@@ -1,4 +1,4 @@
-"""What a person sees: a header, two progress bars, and a short table at the end.
+"""What a person sees: a header, two progress bars, tables of samples, and a short table at the end.
 
 On a terminal the bars are live; elsewhere (a pipe, a log of CI) the same numbers come as plain lines.
 """
@@ -9,15 +9,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
-from grpo_kernels.trainer.loop import Row
+from grpo_kernels import group_advantages
+from grpo_kernels.trainer import tensorboard
 from grpo_kernels.trainer.options import REWARD_WINDOW, SOLVED_REWARD, Options
-from grpo_kernels.trainer.records import Records
+from grpo_kernels.trainer.records import Rows
+from grpo_kernels.trainer.rollout import Rollout, Row
 from grpo_kernels.trainer.task import Task
 from grpo_kernels.trainer.warmup import WarmUp
 
 # Rewards of single steps are noisy: the table shows means over this many.
 WINDOW = 10
+SAMPLES = 4  # completions in a table, of one prompt
+WIDTH = 80
 
 
 class Reporter:
@@ -51,16 +56,23 @@ class Reporter:
     def _say(self, text: str = "") -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def header(self, task: Task, parameters: int, device: torch.device, vocabulary: int) -> None:
+    def header(self, task: Task, parameters: int, device: torch.device, vocabulary: int, left_out: int = 0) -> None:
         options = self._options
         hidden = options.takes_hidden_states(task.max_completion_length, vocabulary)
         self._say(f"GRPO on {task.name}: {len(task.train)} problems to learn from, {len(task.held_out)} held out")
-        self._say(f"  e.g. {task.held_out[0].prompt}{task.held_out[0].answer}  ({task.note})")
-        self._say(f"Qwen2 of {parameters:,} parameters, random weights; {device}, {options.dtype}, seed {options.seed}")
+        if left_out:
+            self._say(f"  {left_out} left out: their prompts have more than {options.max_prompt_length} tokens")
+        example = _one_line(task.held_out[0].prompt)[-30:] + _one_line(task.held_out[0].answer)[-20:]
+        self._say(f"  e.g. {example}  ({task.note})")
+        what = "Qwen2 of" if options.model is None else f"{Path(options.model).name[:24]},"
+        weights = "random weights" if options.model is None else "fp32 weights"
+        self._say(f"{what} {parameters:,} parameters, {weights}; {device}, {options.dtype}, seed {options.seed}")
         self._say(
             f"{options.batch_size} prompts x {options.num_generations} completions a step, "
-            f"{options.num_iterations} updates each; loss {options.loss_type}, beta {options.beta:g}"
+            f"{options.updates} updates each; loss {options.loss_type}, beta {options.beta:g}"
         )
+        if not tensorboard.available():
+            self._say(tensorboard.HOW_TO_GET_IT)
         self._say("loss from hidden states and the head, chunk by chunk" if hidden else "loss from logits")
         self._say()
 
@@ -83,6 +95,38 @@ class Reporter:
         self._progress.remove_task(self._bar)
         self._say(text)
         self._bar = self._progress.add_task("GRPO", total=self._options.max_steps, status="", count="")
+
+    def resumed(self, step: int, finished: bool) -> None:
+        """Says where a run goes on; ``finished``: that it does not."""
+        said = "the run is finished" if finished else f"going on from the checkpoint of step {step}"
+        self._say(said)
+        self._progress.remove_task(self._bar)
+        self._bar = self._progress.add_task("GRPO", total=self._options.max_steps, status="", count="")
+
+    def samples(self, step: int, rollout: Rollout) -> None:
+        """A table of one prompt's completions, at intervals: of the first group whose rewards differ."""
+        every, size = self._options.samples_every, self._options.num_generations
+        if not every or step % every:
+            return
+        advantages = group_advantages(rollout.rewards, size, scale_rewards=self._options.scale_rewards).tolist()
+        groups = range(0, len(advantages), size)
+        first = next((i for i in groups if any(advantages[i : i + size])), 0)
+        # From best to worst, evenly.
+        order = sorted(range(first, first + size), key=lambda i: -advantages[i])
+        shown = [order[i * (size - 1) // (min(SAMPLES, size) - 1)] for i in range(min(SAMPLES, size))]
+        table = Table(title=f"samples of step {step}", title_justify="left", show_edge=False, pad_edge=False,
+                      header_style="bold", width=min(WIDTH, self._console.width))  # fmt: skip
+        for title in ("prompt", "completion"):
+            table.add_column(title, ratio=1, no_wrap=True, overflow="ellipsis")
+        for title in ("reward", "advantage"):
+            table.add_column(title, justify="right")
+        prompt = _one_line(rollout.prompts[first])
+        for i in shown:
+            cells = (prompt[-200:], _one_line(rollout.completions[i]))
+            table.add_row(*map(Text, cells), f"{rollout.rewards[i].item():.3f}", f"{advantages[i]:+.2f}")
+            prompt = ""
+        self._console.print(table)
+        self._say()
 
     def row(self, row: Row) -> None:
         """Shows a row of metrics, of a step or of an evaluation."""
@@ -107,7 +151,7 @@ class Reporter:
                     line += f"  {name} {self._last[name]:.3f}"
             self._say(f"{line}  step {step}/{steps}  {self._last['step_time']:.2f} s")
 
-    def summary(self, records: Records, seconds: dict[str, float], files: dict[str, Path]) -> None:
+    def summary(self, records: Rows, seconds: dict[str, float], files: dict[str, Path]) -> None:
         """The table at the end.
 
         Args:
@@ -133,3 +177,7 @@ class Reporter:
             self._say(f"{what:<8} {path}")
         self._say(f"{'time':<8} " + ", ".join(f"{phase} {spent:.0f} s" for phase, spent in seconds.items()))
         self._say("The loss is near 0 by construction (centred advantages): watch the reward.")
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n")

@@ -1,115 +1,45 @@
 """GRPO, top to bottom: sample, reward, compare within the group, step (DeepSeekMath, arXiv:2402.03300).
 
+    for each step:
+        draw prompts, sample a group of completions of each                   `sample`
+        reward them; advantage = how much better than the group               `score`, `group_advantages`
+        for each epoch, for each minibatch: loss, gradient, optimizer step    `step_on`
+
+Around it: ``scoring`` (model → log-probabilities and loss), ``normalise`` (micro-batches), ``rewards``, ``rollout``.
+
 Left out, and why:
   * Learned rewards and a value network: the reward is checked, and the group's mean is the baseline.
-  * Minibatches and gradient accumulation: one batch fits. It is used ``num_iterations`` times, so
-    that ratios leave 1 and clipping acts all the same.
   * A separate sampler and the correction for its rounding: ``generate`` samples from the very weights
     that are trained.
-  * Sampling tricks (top-p, filtering of groups without spread, masking of truncated completions):
-    each changes what is optimised, and nothing here needs them.
-  * Several devices, and resuming: a run takes a minute or two.
+  * Filtering of groups without spread: it changes which problems are learned from, and costs samples.
+  * Several devices: one GPU holds the models that this loop is for.
 """
 
 import copy
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from grpo_kernels import (
-    LossConfig,
-    LossOutput,
-    fused_grpo_loss,
-    fused_linear_grpo_loss,
-    linear_token_logprobs,
-    token_logprobs,
-)
-from grpo_kernels.integrations.head import Head, body
+from grpo_kernels import LossConfig, group_advantages
+from grpo_kernels.integrations.head import Head
 from grpo_kernels.metrics import combine
 from grpo_kernels.trainer.head import find_head
-from grpo_kernels.trainer.options import Options
+from grpo_kernels.trainer.normalise import Whole, share
+from grpo_kernels.trainer.options import REWARD_WINDOW, Options
+from grpo_kernels.trainer.progress import Progress, Saver
+from grpo_kernels.trainer.rewards import score
+from grpo_kernels.trainer.rollout import Rollout, Row, length_metrics, mask_after_eos, model_inputs, reward_metrics
+from grpo_kernels.trainer.scoring import completion_logits, completion_logps, completion_loss, precision
 from grpo_kernels.trainer.task import Problem, Task
 
-Row = dict[str, float]  # one line of metrics.jsonl
+# What belongs to the loop, and is kept in files of its own.
+__all__ = ["Progress", "Rollout", "Row", "completion_logits", "mask_after_eos", "model_inputs"]
 
-
-@dataclass(frozen=True)
-class Rollout:
-    """B completions and what they earned; rows [k·G, (k+1)·G) share a prompt."""
-
-    prompt_ids: torch.Tensor  # (B, P), padded on the left
-    prompt_mask: torch.Tensor  # (B, P), 0 at padding
-    completion_ids: torch.Tensor  # (B, T), padded on the right
-    completion_mask: torch.Tensor  # (B, T) bool, up to the end of sequence, which counts
-    ended: torch.Tensor  # (B,) bool, False: cut off at the maximum length
-    rewards: torch.Tensor  # (B,) fp32
-
-
-def precision(options: Options, device: torch.device) -> AbstractContextManager:
-    """Autocast to bf16 if asked for; the weights stay fp32, or small updates would round to nothing."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=options.dtype == "bfloat16")
-
-
-def mask_after_eos(completion_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
-    """(B, T) bool: True up to the first end of sequence, which the policy chose too, False behind it."""
-    is_eos = (completion_ids == eos_token_id).int()
-    return is_eos.cumsum(1) - is_eos == 0
-
-
-def model_inputs(rollout: Rollout) -> dict[str, torch.Tensor]:
-    """Prompts and completions, one behind the other."""
-    # Nothing attends forward, so that what follows the end of sequence needs no attention mask.
-    attention = torch.cat([rollout.prompt_mask, torch.ones_like(rollout.completion_ids)], dim=1)
-    return {
-        "input_ids": torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
-        "attention_mask": attention,
-        "position_ids": (attention.cumsum(1) - 1).clamp(min=0),
-    }
-
-
-def completion_logits(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
-    """Logits (B, T+1, V) of the positions that chose ``completion_ids``, and of one more behind them.
-
-    ``logits[:, t]`` scores ``completion_ids[:, t]``: each is the output at the position before.
-    """
-    return policy(**model_inputs(rollout), logits_to_keep=rollout.completion_ids.shape[1] + 1).logits
-
-
-def completion_hidden(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor:
-    """Hidden states (B, T+1, H), of which the head makes `completion_logits`."""
-    hidden = body(policy)(**model_inputs(rollout), use_cache=False).last_hidden_state
-    hidden = hidden[:, -rollout.completion_ids.shape[1] - 1 :]
-    # As autocast would hand them to the head.
-    return hidden.bfloat16() if torch.is_autocast_enabled(hidden.device.type) else hidden
-
-
-def completion_logps(
-    policy: PreTrainedModel, head: Head | None, rollout: Rollout, options: Options, **kwargs
-) -> torch.Tensor:
-    """Log-probabilities (B, T). With ``head`` a chunk of rows at a time, and no logits as a whole."""
-    with precision(options, policy.device):
-        states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
-    if head is None:
-        return token_logprobs(states, rollout.completion_ids, **kwargs).logps
-    states = head.arguments(policy, states)
-    return linear_token_logprobs(**states, completion_ids=rollout.completion_ids, **kwargs).logps
-
-
-def completion_loss(
-    policy: PreTrainedModel, head: Head | None, rollout: Rollout, options: Options, **kwargs
-) -> LossOutput:
-    """The loss; ``head`` as in `completion_logps`."""
-    with precision(options, policy.device):
-        states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
-    if head is None:
-        return fused_grpo_loss(states, rollout.completion_ids, **kwargs)
-    states = head.arguments(policy, states)
-    return fused_linear_grpo_loss(**states, completion_ids=rollout.completion_ids, **kwargs)
+EVALUATED_AT_ONCE = 512  # held-out problems
 
 
 @torch.no_grad()
@@ -120,17 +50,23 @@ def sample(
     problems: Sequence[Problem],
     num_generations: int = 1,
     temperature: float | None = None,
+    top_p: float = 1.0,
 ) -> Rollout:
     """Completes each problem ``num_generations`` times and rewards the completions.
 
     Args:
         temperature: None: greedy.
+        top_p: the likeliest tokens of this probability are sampled from.
+
+    Raises:
+        RewardError: a reward function fails.
     """
-    prompts = [problem.prompt for problem in problems for _ in range(num_generations)]
-    answers = [problem.answer for problem in problems for _ in range(num_generations)]
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True).to(policy.device)
+    repeated = [problem for problem in problems for _ in range(num_generations)]
+    prompts = [problem.prompt for problem in repeated]
+    encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not task.templated)
+    encoded = encoded.to(policy.device)
     how = {"do_sample": False} if temperature is None else {
-        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0,
+        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p,
     }  # fmt: skip
     sequences = policy.generate(
         input_ids=encoded["input_ids"],
@@ -144,20 +80,29 @@ def sample(
     # Special tokens inside a completion stay in its text: they make it wrong, as they should.
     lengths = (mask.sum(1) - ended.int()).tolist()
     completions = tokenizer.batch_decode([ids[:n] for ids, n in zip(completion_ids.tolist(), lengths)])
+    start = time.perf_counter()
+    rewards, parts = score(task.weighted_rewards, prompts, completions, repeated)
     return Rollout(
         prompt_ids=encoded["input_ids"],
         prompt_mask=encoded["attention_mask"],
         completion_ids=completion_ids,
         completion_mask=mask,
         ended=ended,
-        rewards=torch.tensor(task.reward(prompts, completions, answers), device=policy.device),
+        rewards=rewards.to(policy.device),
+        reward_parts=parts,
+        prompts=tuple(prompts),
+        completions=tuple(completions),
+        reward_time=time.perf_counter() - start,
     )
 
 
 def evaluate(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task) -> float:
-    """The share of held-out problems that the policy solves, greedily."""
+    """The share of held-out problems that the policy solves, greedily: the mean of ``task.reward``."""
     policy.eval()
-    return sample(policy, tokenizer, task, task.held_out).rewards.double().mean().item()
+    task, rewards = replace(task, rewards=()), []
+    for i in range(0, len(task.held_out), EVALUATED_AT_ONCE):
+        rewards.append(sample(policy, tokenizer, task, task.held_out[i : i + EVALUATED_AT_ONCE]).rewards)
+    return torch.cat(rewards).double().nanmean().item()
 
 
 def batches(problems: Sequence[Problem], size: int, seed: int) -> Iterator[list[Problem]]:
@@ -171,6 +116,11 @@ def batches(problems: Sequence[Problem], size: int, seed: int) -> Iterator[list[
         waiting = waiting[size:]
 
 
+def minibatches(rows: int, parts: int) -> Sequence[torch.Tensor]:
+    """Numbers 0 to rows − 1, shuffled into equal parts; one part is in order."""
+    return (torch.randperm(rows) if parts > 1 else torch.arange(rows)).chunk(parts)
+
+
 def step_on(
     policy: PreTrainedModel,
     reference: PreTrainedModel | None,
@@ -180,64 +130,78 @@ def step_on(
     options: Options,
     head: Head | None = None,
 ) -> Row:
-    """``num_iterations`` optimizer steps on one rollout; the metrics are over all of them.
+    """``num_iterations`` epochs of ``num_minibatches`` optimizer steps each; the metrics are over all of them.
 
     Args:
         head: of the policy, for a loss without logits; None: with logits.
     """
-    mask, temperature = rollout.completion_mask, options.temperature
-    ref_logps = None
-    if reference is not None:
-        with torch.no_grad():
-            ref_logps = completion_logps(reference, head, rollout, options, mask=mask, temperature=temperature)
+    # Compared with its group, before the group is split; a reward of NaN gets advantage 0.
+    advantages = group_advantages(rollout.rewards, options.num_generations, scale_rewards=config.scale_rewards)
+    mask, temperature, rows = rollout.completion_mask, options.temperature, len(advantages)
+    if options.mask_truncated_completions:
+        mask = mask & rollout.ended[:, None]
 
-    old_logps = None  # on-policy in the first iteration: ratio 1, and the loss is about 0; its gradient is not
+    @torch.no_grad()
+    def logps_under(model: PreTrainedModel) -> torch.Tensor:  # (B, T)
+        return torch.cat([
+            completion_logps(model, head, rollout.rows(part), options, mask=mask[part], temperature=temperature)
+            for part in torch.arange(rows).split(options.rows_at_once)
+        ])  # fmt: skip
+
+    # Ratios are to the policy that sampled, which the first update changes. With one update they are all 1,
+    # and the loss is about 0; its gradient is not.
+    old_logps = logps_under(policy) if options.updates > 1 else None
+    ref_logps = None
+    if config.beta:
+        ref_logps = old_logps if options.kl_to == "old" else logps_under(reference)
+
     losses, norms, sums = [], [], []
     for _ in range(options.num_iterations):
-        out = completion_loss(
-            policy,
-            head,
-            rollout,
-            options,
-            rewards=rollout.rewards,
-            num_generations=options.num_generations,
-            old_logps=old_logps,
-            ref_logps=ref_logps,
-            completion_mask=mask,
-            temperature=temperature,
-            return_entropy=True,
-            config=config,
-        )
-        if old_logps is None:
-            old_logps, reward_metrics = out.logps, out.metrics
-        optimizer.zero_grad()
-        out.loss.backward()
-        norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm))
-        optimizer.step()
-        losses.append(out.loss.detach())
-        sums.append(out.sums)
+        for minibatch in minibatches(rows, options.num_minibatches):
+            whole = Whole.of(mask[minibatch])
+            optimizer.zero_grad()
+            for part in minibatch.chunk(options.gradient_accumulation_steps):
+                out = completion_loss(
+                    policy,
+                    head,
+                    rollout.rows(part),
+                    options,
+                    advantages=advantages[part],
+                    old_logps=None if old_logps is None else old_logps[part],
+                    ref_logps=None if ref_logps is None else ref_logps[part],
+                    completion_mask=mask[part],
+                    temperature=temperature,
+                    return_entropy=True,
+                    config=config,
+                    **share(config, Whole.of(mask[part]), whole),
+                )
+                out.loss.backward()
+                losses.append(out.loss.detach())
+                sums.append(out.sums)
+            norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm))
+            optimizer.step()
 
     metrics = combine(sums)
-    del metrics["policy_loss"]  # a sum over the iterations
-    # Rewards are those of the rollout, however often it is used.
-    metrics |= {name: reward_metrics[name] for name in ("reward", "reward_std", "frac_reward_zero_std")}
+    del metrics["policy_loss"]  # a sum over the optimizer steps
     return {
-        "loss": torch.stack(losses).mean().item(),
+        "loss": torch.stack(losses).sum().item() / options.updates,
         "grad_norm": torch.stack(norms).mean().item(),
+        **reward_metrics(rollout, advantages, options.num_generations),
         **{name: value.item() for name, value in metrics.items()},
     }
 
 
-def length_metrics(rollout: Rollout) -> Row:
-    lengths = rollout.completion_mask.sum(1).float()
-    terminated = lengths[rollout.ended]
-    return {
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/mean_terminated_length": terminated.mean().item() if terminated.numel() else 0.0,
-        "completions/clipped_ratio": 1.0 - rollout.ended.float().mean().item(),
-    }
+def rate_at(options: Options) -> Callable[[int], float]:
+    """The learning rate of steps 1, 2, ...: a schedule of transformers, which starts above 0."""
+    unused = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    rise = max(1, round(options.lr_warmup_ratio * options.max_steps))
+    schedule = get_scheduler(options.lr_scheduler_type, unused, rise, options.max_steps + 1)
+    return lambda step: options.learning_rate * schedule.lr_lambdas[0](step)
+
+
+def frozen(policy: PreTrainedModel) -> PreTrainedModel:
+    """A copy that is not trained."""
+    return copy.deepcopy(policy).eval().requires_grad_(False)
 
 
 def train(
@@ -246,6 +210,10 @@ def train(
     task: Task,
     options: Options,
     log: Callable[[Row], None],
+    *,
+    reference: PreTrainedModel | None = None,
+    saver: Saver | None = None,
+    watch: Callable[[int, Rollout], None] = lambda step, rollout: None,
 ) -> None:
     """Improves the policy in place. The reward of its own completions of training problems is all it learns from.
 
@@ -253,44 +221,58 @@ def train(
         log: receives a row of metrics per step, under TRL's names; and rows with ``eval/accuracy`` before
             the first step, after the last, and every ``options.eval_every`` steps. The last is
             ``options.steps``, or without it the one whose rewards count as solved.
+        reference: what the KL is to; None: the policy as it comes.
+        saver: keeps the state after steps, and knows where a continued run stands.
+        watch: receives every step's completions.
 
     Raises:
         OptionError: the loss is to do without logits, and the head of the policy is not understood.
+        RewardError: a reward function fails.
     """
     config = options.loss_config(task.max_completion_length)
     linear = options.takes_hidden_states(task.max_completion_length, len(tokenizer))
     head = find_head(policy) if linear else None
-    reference = copy.deepcopy(policy).eval().requires_grad_(False) if config.beta else None
+    if config.beta and options.kl_to == "reference" and reference is None:
+        reference = frozen(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    rise = max(1, options.max_steps // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / rise) * (1.0 - step / options.max_steps)
-    )
-    num_tokens, rewards = 0, []
-    log({"step": 0, "eval/accuracy": evaluate(policy, tokenizer, task)})
-    for step, problems in zip(range(1, options.max_steps + 1), batches(task.train, options.batch_size, options.seed)):
+    rate, drawn = rate_at(options), batches(task.train, options.batch_size, options.seed)
+    progress = saver.restore(optimizer) if saver else Progress()
+    if progress.step == 0:
+        log({"step": 0, "eval/accuracy": evaluate(policy, tokenizer, task)})
+    for _ in range(progress.step):
+        next(drawn)
+    for step in range(progress.step + 1, options.max_steps + 1):
         start = time.perf_counter()
         policy.eval()
         with precision(options, policy.device):
-            rollout = sample(policy, tokenizer, task, problems, options.num_generations, options.temperature)
+            rollout = sample(policy, tokenizer, task, next(drawn), options.num_generations, options.temperature,
+                             options.top_p)  # fmt: skip
         sampled = time.perf_counter()
+        watch(step, rollout)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step)
         policy.train()
-        learning_rate = schedule.get_last_lr()[0]
         row = {"step": step, **step_on(policy, reference, rollout, optimizer, config, options, head)}
-        schedule.step()
-        num_tokens += int(rollout.prompt_mask.sum() + rollout.completion_mask.sum())
+        progress.step, progress.num_tokens = step, progress.num_tokens + int(
+            rollout.prompt_mask.sum() + rollout.completion_mask.sum()
+        )
+        progress.rewards = [*progress.rewards, row["reward"]][-REWARD_WINDOW:]
+        end = time.perf_counter()
         log({
             **row,
             **length_metrics(rollout),
-            "learning_rate": learning_rate,
-            "num_tokens": num_tokens,
+            "learning_rate": rate(step),
+            "num_tokens": progress.num_tokens,
             "epoch": step * options.batch_size / len(task.train),
-            "sampling_time": sampled - start,
-            "step_time": time.perf_counter() - start,
+            "sampling_time": sampled - start - rollout.reward_time,
+            "reward_time": rollout.reward_time,
+            "loss_time": end - sampled,
+            "step_time": end - start,
         })  # fmt: skip
-        rewards.append(row["reward"])
-        last = step == options.max_steps or options.solved(rewards)
+        last = step == options.max_steps or options.solved(progress.rewards)
         if last or step % options.eval_every == 0:
             log({"step": step, "eval/accuracy": evaluate(policy, tokenizer, task)})
+        if saver:
+            saver.save(optimizer, progress, last)
         if last:
             return

@@ -1,17 +1,14 @@
-"""Every knob of the trainer, with its default and meaning; `parse` reads them from a command line."""
+"""Every knob of the trainer, with its default and meaning; `arguments.parse` reads them from a command line."""
 
-import argparse
 import dataclasses
 import math
-import sys
-import typing
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from grpo_kernels import LossConfig
+from grpo_kernels import LossConfig, ops
 from grpo_kernels.variants import KL_ESTIMATORS, LOSS_TYPES
 
 
@@ -23,59 +20,150 @@ class OptionError(ValueError):
 SOLVED_REWARD = 0.8
 REWARD_WINDOW = 10
 MOST_STEPS = 300
+TASKS = ("addition", "countdown")
+# Of transformers' schedules those that a length and a warm-up define.
+SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+             "inverse_sqrt")  # fmt: skip
 
 
-def _option(default, help: str, choices: Sequence[str] | None = None):
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def _option(default, help: str, choices: Sequence[str] | None = None, *, resumable: bool = False):
+    """``resumable``: may differ from the checkpoint's when a run is resumed."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "resumable": resumable})
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of one run, checked on construction.
+    """Options of one run, checked on construction. Where None means a default, the default is filled in.
 
     Raises:
         OptionError: a value outside its range; the message is one line that names the flag.
     """
 
     seed: int = _option(0, "seeds everything: weights, problems, samples; same seed, same metrics on a CPU")
-    output_dir: str = _option("output", "where metrics, curves and model go; a previous run's files are replaced")
-    device: str = _option("auto", "torch device, e.g. cpu or cuda:1; auto: cuda if there is one, else cpu")
+    output_dir: str = _option(
+        "output", "where metrics, curves and model go; a finished run's files are replaced", resumable=True
+    )
+    overwrite: bool = _option(False, "replace the files of a run that is not finished, too (default: off)",
+                              resumable=True)  # fmt: skip
+    resume: bool = _option(
+        False, "continue the run in --output-dir from its last checkpoint, with its options (default: off)",
+        resumable=True,
+    )  # fmt: skip
+    device: str = _option("auto", "torch device, e.g. cpu or cuda:1; auto: cuda if there is one, else cpu",
+                          resumable=True)  # fmt: skip
     dtype: str = _option("float32", "bfloat16: autocast, the weights stay float32", ("float32", "bfloat16"))
-    threads: int = _option(1, "CPU threads of torch; so small a model gains little from more")
+    threads: int = _option(1, "CPU threads of torch; so small a model gains little from more", resumable=True)
+
+    model: str | None = _option(
+        None, "local folder or hub name of a causal LM (default: a tiny one with random weights, and a warm-up)"
+    )
+    pad_token: str | None = _option(None, "token that pads, for a tokenizer without one (default: the tokenizer's)")
+    task: str = _option("addition", "built-in task; --dataset takes its place", TASKS)
+    dataset: str | None = _option(
+        None, "JSONL file, or hub name as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (default: the built-in task)"
+    )
+    eval_dataset: str | None = _option(None, "held-out problems, likewise (default: a part of --dataset)")
+    prompt_field: str = _option("prompt", "field of --dataset with the prompt: a text, or a list of messages")
+    answer_field: str = _option("answer", "field of --dataset with the answer; rewards get all fields")
+    held_out: int | None = _option(None, "problems of --dataset to hold out (default: a tenth, 200 at most)")
+    chat_template: str = _option(
+        "auto",
+        "whom the tokenizer's template is applied to; auto: every prompt, if there is one; messages: prompts that "
+        "are lists of messages alone; off: none",
+        ("auto", "messages", "off"),
+    )
+    system_prompt: str | None = _option(None, "system message in front of templated prompts (default: none)")
+    max_prompt_length: int | None = _option(None, "longer prompts, in tokens, are left out (default: no limit)")
+    max_completion_length: int | None = _option(
+        None, "most tokens of a completion, the end included (default: the task's own; 256 with --dataset)"
+    )
+
+    reward: tuple[str, ...] = _option(
+        (),
+        "exact_answer, format, target_length=WORDS, keyword_coherence, or your own MODULE:FUNCTION; again for "
+        "another (default: exact answer)",
+    )
+    reward_weights: tuple[float, ...] = _option((), "factor of each --reward in their sum (default: 1 each)")
 
     steps: int | None = _option(
         None,
         f"GRPO steps (default: until {REWARD_WINDOW} steps have a mean reward of {SOLVED_REWARD}, {MOST_STEPS} max)",
+        resumable=True,
     )
     batch_size: int = _option(64, "prompts per step; each gets a group of completions")
     num_generations: int = _option(8, "G, completions per prompt: the group whose mean reward is the baseline")
-    num_iterations: int = _option(2, "optimizer steps per batch; from the second on, ratios leave 1 and clipping acts")
+    num_iterations: int = _option(2, "epochs on the completions of a step; from the second update on, clipping acts")
+    num_minibatches: int = _option(1, "parts that an epoch is shuffled into, with one optimizer step each")
+    gradient_accumulation_steps: int = _option(
+        1, "parts that a minibatch is computed in, to save memory; the gradient is the whole minibatch's"
+    )
     temperature: float = _option(1.0, "sampling temperature, which the loss uses as well")
-    learning_rate: float = _option(2e-3, "AdamW's peak rate: linear warm-up over 10%% of the steps, linear decay to 0")
+    top_p: float = _option(1.0, "sample from the likeliest tokens that make up this probability; the loss does not")
+    mask_truncated_completions: bool = _option(
+        False, "completions that reach the maximum length take no part in the loss (default: off)"
+    )
+    learning_rate: float | None = _option(None, "AdamW's peak rate (default: 2e-3, with --model 1e-6)")
+    lr_scheduler_type: str = _option("linear", "what the rate does after its warm-up, as in transformers", SCHEDULES)
+    lr_warmup_ratio: float = _option(0.1, "share of the steps over which the rate rises; constant has no rise")
     max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
-    eval_every: int = _option(10, "steps between measurements of the held-out accuracy")
+    gradient_checkpointing: bool = _option(
+        False, "compute activations again in the backward pass, to save memory (default: off)"
+    )
 
     loss_type: str = _option("grpo", "the objective", tuple(LOSS_TYPES))
-    beta: float = _option(0.04, "coefficient of the KL to the policy that GRPO starts from; 0: no reference policy")
+    beta: float = _option(0.04, "coefficient of the KL; 0: no reference policy")
+    kl_to: str = _option(
+        "reference", "KL to the policy that GRPO starts from, or to the one that sampled", ("reference", "old")
+    )
     kl_estimator: str = _option("k3", "estimator of that KL", tuple(KL_ESTIMATORS))
     epsilon: float = _option(0.2, "the ratio is clipped to [1 - epsilon, 1 + epsilon]")
     epsilon_high: float | None = _option(None, "upper clip distance (default: epsilon)")
     scale_rewards: str = _option("group", "what centred rewards are divided by", ("group", "batch", "none"))
+    entropy_coef: float = _option(0.0, "coefficient of the entropy bonus")
 
+    backend: str = _option(
+        "auto",
+        "what computes the loss; auto: triton on a GPU, torch on a CPU; reference: the float math of reference/, "
+        "from a checkout",
+        ("auto", "torch", "triton", "reference"),
+    )
     loss_path: str = _option(
         "auto",
         "what the loss takes; linear: hidden states and head, so that logits are never held whole; "
         "auto: linear where they would not fit their budget",
         ("auto", "logits", "linear"),
     )
-    logits_budget_gib: float = _option(4.0, "GiB that the logits of a step and their gradient may take, for auto")
+    logits_budget_gib: float = _option(4.0, "GiB that the logits of a loss and their gradient may take, for auto")
 
-    warmup_steps: int = _option(600, "supervised steps before GRPO, at most; 0: start from random weights")
+    eval_every: int = _option(10, "steps between measurements of the held-out accuracy", resumable=True)
+    samples_every: int = _option(50, "steps between tables of samples; 0: none", resumable=True)
+    save_every: int = _option(50, "steps between checkpoints; one more is written at the end", resumable=True)
+    save_total_limit: int = _option(2, "checkpoints that are kept, the newest", resumable=True)
+
+    warmup_steps: int | None = _option(
+        None, "supervised steps before GRPO, at most; 0: start without (default: 600, with --model 0)"
+    )
     warmup_accuracy: float = _option(0.38, "the warm-up ends when the held-out accuracy reaches this")
 
     def __post_init__(self) -> None:
+        for name, alone, with_model in (("learning_rate", 2e-3, 1e-6), ("warmup_steps", 600, 0)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, alone if self.model is None else with_model)
+        self._check_ranges()
+        self._check_sizes()
+        weights, count = self.reward_weights, len(self.reward)
+        _check(len(weights) in (0, count), "reward_weights", " ".join(map(str, weights)),
+               f"one number per --reward, of which there are {count}")  # fmt: skip
+        try:
+            self.loss_config(max_completion_length=1)
+        except ValueError as error:  # options that are fine by themselves and have no meaning together
+            raise OptionError(str(error)) from None
+
+    def _check_ranges(self) -> None:
         _check(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
-        for name in ("steps", "batch_size", "num_iterations", "eval_every", "threads"):
+        for name in ("steps", "batch_size", "num_iterations", "num_minibatches", "gradient_accumulation_steps",
+                     "eval_every", "save_every", "save_total_limit", "threads", "held_out", "max_prompt_length",
+                     "max_completion_length"):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
         _check(self.num_generations >= 2, "num_generations", self.num_generations,
@@ -83,8 +171,11 @@ class Options:
         for name in ("temperature", "learning_rate", "max_grad_norm", "logits_budget_gib"):
             value = getattr(self, name)
             _check(0 < value < math.inf, name, value, "a finite number above 0")
-        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("warmup_steps", "samples_every"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(0 < self.warmup_accuracy < 1, "warmup_accuracy", self.warmup_accuracy, "between 0 and 1")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(0 <= self.lr_warmup_ratio <= 1, "lr_warmup_ratio", self.lr_warmup_ratio, "from 0 to 1")
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
@@ -92,15 +183,42 @@ class Options:
         for name in ("beta", "epsilon", "epsilon_high"):
             value = getattr(self, name)
             _check(value is None or 0 <= value < math.inf, name, value, "a finite number, 0 or more")
-        try:
-            self.loss_config(max_completion_length=1)
-        except ValueError as error:  # options that are fine by themselves and have no meaning together
-            raise OptionError(str(error)) from None
+        for value in (self.entropy_coef, *self.reward_weights):
+            name = "entropy_coef" if value is self.entropy_coef else "reward_weights"
+            _check(math.isfinite(value), name, value, "finite")
+
+    def _check_sizes(self) -> None:
+        """What only has a meaning together."""
+        rows = self.batch_size * self.num_generations
+        batch = f"the {rows} completions of a step (--batch-size {self.batch_size} x --num-generations "
+        batch += f"{self.num_generations})"
+        _check(rows % self.num_minibatches == 0, "num_minibatches", self.num_minibatches, f"a divisor of {batch}")
+        part = rows // self.num_minibatches
+        what = batch if part == rows else f"the {part} completions of a minibatch"
+        _check(part % self.gradient_accumulation_steps == 0, "gradient_accumulation_steps",
+               self.gradient_accumulation_steps, f"a divisor of {what}")  # fmt: skip
+        if self.beta and self.kl_to == "old" and self.updates == 1:
+            raise OptionError(
+                "--kl-to old acts from the second update on, and there is one. Raise --num-iterations or "
+                "--num-minibatches, or set --beta 0."
+            )
+        if self.backend == "reference" and self.loss_path == "linear":
+            raise OptionError("--backend reference takes logits. Leave --loss-path out, or set --loss-path logits.")
 
     @property
     def max_steps(self) -> int:
         """The most GRPO steps there can be."""
         return MOST_STEPS if self.steps is None else self.steps
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps per GRPO step."""
+        return self.num_iterations * self.num_minibatches
+
+    @property
+    def rows_at_once(self) -> int:
+        """Completions whose loss is computed in one call."""
+        return self.batch_size * self.num_generations // (self.num_minibatches * self.gradient_accumulation_steps)
 
     def solved(self, rewards: Sequence[float]) -> bool:
         """Whether the rewards of the steps so far end the run; never with a given number of steps."""
@@ -109,7 +227,9 @@ class Options:
 
     def takes_hidden_states(self, max_completion_length: int, vocabulary: int) -> bool:
         """Whether the loss is that of hidden states and head."""
-        positions = self.batch_size * self.num_generations * (max_completion_length + 1)
+        if self.backend == "reference":
+            return False
+        positions = self.rows_at_once * (max_completion_length + 1)
         size = 2 if self.dtype == "bfloat16" else 4
         fits = 2 * positions * vocabulary * size <= self.logits_budget_gib * 2**30
         return self.loss_path == "linear" or (self.loss_path == "auto" and not fits)
@@ -123,6 +243,7 @@ class Options:
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
             scale_rewards=self.scale_rewards,
+            entropy_coef=self.entropy_coef,
             max_completion_length=max_completion_length,
         )
 
@@ -140,11 +261,26 @@ class Options:
             reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
             raise OptionError(f"--device {self.device} is not usable: {reason}. Try --device cpu.") from error
 
+    def check_backend(self, device: torch.device) -> None:
+        """Raises OptionError where ``backend`` cannot run on the device, or is not there."""
+        if self.backend == "triton":
+            try:
+                ops.choose_backend("triton", torch.empty(0, device=device))
+            except ValueError as error:
+                raise OptionError(f"--backend triton: {str(error).rstrip('.')}; or set --backend torch.") from error
+        if self.backend == "reference":
+            from grpo_kernels.trainer.scoring import reference_module
+
+            reference_module()
+
     def metrics_dir(self) -> Path:
         return Path(self.output_dir) / "grpo_metrics"
 
     def model_dir(self) -> Path:
         return Path(self.output_dir) / "model"
+
+    def checkpoints_dir(self) -> Path:
+        return Path(self.output_dir) / "checkpoints"
 
 
 def flag(name: str) -> str:
@@ -154,38 +290,3 @@ def flag(name: str) -> str:
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:
     if not condition:
         raise OptionError(f"{flag(name)} must be {wanted}, got {value}.")
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage of twenty options is for --help."""
-
-    def error(self, message: str) -> typing.NoReturn:
-        print(f"error: {message.rstrip('.')}. See --help.", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def parse(argv: Sequence[str] | None = None) -> Options:
-    """Options from a command line; exits with status 2 and one line on stderr if they are unusable."""
-    parser = _Parser(
-        prog="python -m grpo_kernels.trainer",
-        usage="%(prog)s [options]",
-        description="Train a tiny model on two-digit addition with GRPO: a short supervised warm-up, then "
-        "reinforcement learning from an exact-match reward alone. Needs no download.",
-        allow_abbrev=False,
-    )
-    types = typing.get_type_hints(Options)
-    for field in dataclasses.fields(Options):
-        kind = next(t for t in (*typing.get_args(types[field.name]), types[field.name]) if t is not type(None))
-        parser.add_argument(
-            flag(field.name),
-            type=kind,
-            default=field.default,
-            choices=field.metadata["choices"],
-            metavar=None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT"}[kind],
-            help=field.metadata["help"] + ("" if field.default is None else " (default: %(default)s)"),
-        )
-    arguments = parser.parse_args(argv)
-    try:
-        return Options(**vars(arguments))
-    except OptionError as error:
-        parser.error(str(error))

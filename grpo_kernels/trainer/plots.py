@@ -1,8 +1,8 @@
-"""curves.png: what a run did, in six panels."""
+"""curves.png: what a run did, in twelve panels; and several runs in one picture."""
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -11,9 +11,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grpo_kernels.trainer.options import Options
-from grpo_kernels.trainer.records import Records
+from grpo_kernels.trainer.records import Rows
 
-_BLUE, _ORANGE, _GREY = "#1f5fa8", "#c8641b", "#666666"
+# Okabe and Ito's, told apart by colour-blind readers too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_BLUE, _ORANGE, _GREEN, _GREY = *COLOURS[:3], "#666666"
+
+
+class PlotError(ValueError):
+    """There is nothing to plot; the message says what to do."""
 
 
 def running_median(values: Sequence[float], span: int) -> list[float]:
@@ -45,7 +51,12 @@ def _note(axes: Axes, text: str, y: float) -> None:
     axes.text(0.98, y, text, transform=axes.transAxes, ha="right", va="center", fontsize=8, color=_GREY)
 
 
-def _curve(axes: Axes, records: Records, name: str, colour: str, label: str | None = None) -> None:
+def _legend(axes: Axes) -> None:
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
+
+
+def _curve(axes: Axes, records: Rows, name: str, colour: str, label: str | None = None) -> None:
     """The values of each step, faint, and their running median."""
     steps, values = records.series(name)
     span = len(values) // 15
@@ -55,54 +66,154 @@ def _curve(axes: Axes, records: Records, name: str, colour: str, label: str | No
     axes.plot(steps, running_median(values, span), color=colour, linewidth=1.8, label=label, marker=marker)
 
 
-def save_curves(records: Records, options: Options, task_name: str, path: Path) -> None:
-    """Draws reward, held-out accuracy, loss, KL, entropy and clip ratio over the GRPO steps.
+def _figure(title: str) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(16, 9.6), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=11)
+    return figure, list(figure.subplots(3, 4).flat)
+
+
+def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> None:
+    """Draws a run's rewards, accuracy, loss, KL, entropy, clip ratios, lengths and times over the GRPO steps.
 
     Raises:
         OSError: the file cannot be written.
     """
-    figure = Figure(figsize=(12, 6.6), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    (reward, accuracy, loss), (kl, entropy, clip) = figure.subplots(2, 3)
-    figure.suptitle(
+    figure, panels = _figure(
         f"GRPO on {task_name}: loss type {options.loss_type}, β = {options.beta:g}, ε = {options.epsilon:g}, "
-        f"{options.batch_size} prompts × {options.num_generations} completions, seed {options.seed}\n"
-        "faint: each step; bold: running median",
-        fontsize=11,
+        f"{options.batch_size} prompts × {options.num_generations} completions, {options.updates} updates a step, "
+        f"seed {options.seed}\nfaint: each step; bold: running median"
     )
-    _panel(reward, "Reward", "mean over the step's samples")
-    _curve(reward, records, "reward", _BLUE)
-    reward.set_ylim(-0.02, 1.02)
+    reward, spread, advantage, accuracy, loss, kl, entropy, clip, length, seconds, norm, rate = panels
+    _rewards(reward, records)
+    _panel(spread, "Reward spread", "standard deviation, share")
+    _curve(spread, records, "reward_std", _BLUE, "of all rewards")
+    _curve(spread, records, "frac_reward_zero_std", _ORANGE, "groups without any")
+    _legend(spread)
 
-    _panel(accuracy, "Held-out accuracy", "exact match, greedy")
+    _panel(advantage, "Normalised advantage", "per completion")
+    for name, colour in (("max", _GREEN), ("mean_abs", _BLUE), ("min", _ORANGE)):
+        _curve(advantage, records, f"advantage/{name}", colour, name.replace("mean_abs", "mean |A|"))
+    _legend(advantage)
+
+    _panel(accuracy, "Held-out accuracy", "greedy")
     steps, values = records.series("eval/accuracy")
     accuracy.plot(steps, values, color=_BLUE, linewidth=1.8, marker="o", markersize=3.5)
     accuracy.set_ylim(-0.02, 1.02)
-    _note(accuracy, f"{values[0]:.3f} before, {values[-1]:.3f} after", 0.06)
+    if values:
+        _note(accuracy, f"{values[0]:.3f} before, {values[-1]:.3f} after", 0.06)
 
     _panel(loss, "Loss: near 0 by construction", "watch the reward instead")
     _curve(loss, records, "loss", _GREY)
     loss.axhline(0.0, color="black", linewidth=0.6)
     loss.set_ylim(*limits(records.series("loss")[1]))
-
-    if records.series("kl")[0]:
-        _panel(kl, "KL to the policy before GRPO", f"nats per token, {options.kl_estimator} estimate")
-        _curve(kl, records, "kl", _BLUE)
-        kl.set_ylim(*limits(records.series("kl")[1]))
-    else:
-        _panel(kl, "KL to the sampling policy", "nats per token")
-        _curve(kl, records, "approx_kl", _BLUE)
-        _note(kl, "β = 0: no reference policy", 0.94)
+    _kl(kl, records, options)
 
     _panel(entropy, "Entropy", "nats per token")
     _curve(entropy, records, "entropy", _BLUE)
     entropy.set_ylim(bottom=0.0)
+    _clips(clip, records, options)
 
-    _panel(clip, "Clip ratio", "share of tokens")
-    _curve(clip, records, "clip_ratio/low_mean", _BLUE, "below 1 − ε, A < 0")
-    _curve(clip, records, "clip_ratio/high_mean", _ORANGE, "above 1 + ε, A > 0")
-    clip.set_ylim(bottom=0.0)
-    clip.legend(fontsize=8, frameon=False)
-    if options.num_iterations == 1:
-        _note(clip, "one optimizer step per batch: ratio 1, nothing clips", 0.5)
+    _panel(length, "Completion length", "tokens")
+    _curve(length, records, "completions/mean_length", _BLUE, "mean")
+    _curve(length, records, "completions/max_length", _GREY, "longest")
+    _legend(length)
+    _panel(seconds, "Time of a step", "seconds")
+    for name, colour in (("sampling", _BLUE), ("reward", _GREEN), ("loss", _ORANGE)):
+        label = "loss and update" if name == "loss" else name
+        _curve(seconds, records, f"{name}_time", colour, label)
+    _legend(seconds)
+    _panel(norm, "Gradient norm, before it is clipped", "")
+    _curve(norm, records, "grad_norm", _BLUE)
+    _panel(rate, "Learning rate", "")
+    rate.plot(*records.series("learning_rate"), color=_BLUE, linewidth=1.8)
+    figure.savefig(path)
+
+
+def _rewards(axes: Axes, records: Rows) -> None:
+    """The sum; and where there are several functions, each."""
+    _panel(axes, "Raw reward", "mean over the step's samples")
+    parts = [name for name in records.names("rewards/") if name.endswith("/mean")]
+    _curve(axes, records, "reward", COLOURS[0], "weighted sum" if len(parts) > 1 else None)
+    if len(parts) > 1:
+        for i, name in enumerate(parts):
+            label = name.removeprefix("rewards/").removesuffix("/mean")
+            _curve(axes, records, name, COLOURS[1 + i % (len(COLOURS) - 1)], label)
+    _legend(axes)
+
+
+def _kl(axes: Axes, records: Rows, options: Options) -> None:
+    if not records.series("kl")[0]:
+        _panel(axes, "KL to the sampling policy", "nats per token")
+        _curve(axes, records, "approx_kl", _BLUE)
+        _note(axes, "β = 0: no reference policy", 0.94)
+        return
+    to = "policy before GRPO" if options.kl_to == "reference" else "sampling policy"
+    _panel(axes, f"KL to the {to}", f"nats per token, {options.kl_estimator} estimate")
+    _curve(axes, records, "kl", _BLUE)
+    axes.set_ylim(*limits(records.series("kl")[1]))
+
+
+def _clips(axes: Axes, records: Rows, options: Options) -> None:
+    """Of the loss type's own kind: two-sided, one-sided, a weight, or none."""
+    _panel(axes, "Clip ratio", "share of tokens")
+    if records.series("clip_ratio/low_mean")[0]:
+        _curve(axes, records, "clip_ratio/low_mean", _BLUE, "below 1 − ε, A < 0")
+        _curve(axes, records, "clip_ratio/high_mean", _ORANGE, "above 1 + ε, A > 0")
+    else:
+        for name in ("cispo_clip_ratio", "vespo/phi_seq_mean"):
+            if records.series(name)[0]:
+                _curve(axes, records, name, _BLUE, name)
+    axes.set_ylim(bottom=0.0)
+    _legend(axes)
+    if options.updates == 1:
+        _note(axes, "one update per step: ratio 1, nothing clips", 0.5)
+
+
+# --- several runs ---------------------------------------------------------------------------------
+
+_OVERLAID = (
+    ("reward", "Raw reward", "mean over the step's samples"),
+    ("reward_std", "Reward spread", "standard deviation"),
+    ("advantage/mean_abs", "Normalised advantage", "mean |A|"),
+    ("eval/accuracy", "Held-out accuracy", "greedy"),
+    ("loss", "Loss: near 0 by construction", "watch the reward instead"),
+    ("kl", "KL to the reference", "nats per token"),
+    ("entropy", "Entropy", "nats per token"),
+    ("clip_ratio/region_mean", "Clip ratio", "share of tokens"),
+    ("completions/mean_length", "Completion length", "tokens"),
+    ("step_time", "Time of a step", "seconds"),
+    ("grad_norm", "Gradient norm", ""),
+    ("ratio/max", "Largest ratio", ""),
+)
+
+
+def save_overlay(runs: Mapping[str, Rows], path: Path) -> None:
+    """Draws the curves of several runs over each other.
+
+    Args:
+        runs: by the names that the legend gives them.
+
+    Raises:
+        PlotError: there is no run. OSError: the file cannot be written.
+    """
+    if not runs:
+        raise PlotError("there is no run to plot: name the directories of some.")
+    figure, panels = _figure(f"{len(runs)} runs; running medians")
+    for axes, (name, title, unit) in zip(panels, _OVERLAID):
+        _panel(axes, title, unit)
+        seen: list[float] = []
+        for i, (run, records) in enumerate(runs.items()):
+            steps, values = records.series(name)
+            marker = "o" if name.startswith("eval/") or len(values) == 1 else None
+            axes.plot(steps, running_median(values, 1 if marker else len(values) // 15), label=run, linewidth=1.6,
+                      color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
+                      marker=marker, markersize=3.5)  # fmt: skip
+            seen += values
+        if seen:
+            axes.set_ylim(*limits(seen))
+        else:
+            _note(axes, "in none of these runs", 0.5)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), fontsize=9, frameon=False)
     figure.savefig(path)

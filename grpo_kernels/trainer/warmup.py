@@ -21,19 +21,30 @@ MARGIN = 0.05
 
 class WarmUp(NamedTuple):
     steps: int
-    accuracy: float  # on the held-out problems
+    accuracy: float  # on the held-out problems; NaN without a step
     reached: bool  # the aim, or ran out of steps
 
 
-def answer_loss(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens, end of sequence included."""
-    texts = [problem.prompt + problem.answer + tokenizer.eos_token for problem in problems]
-    encoded = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right").to(policy.device)
-    prompt_lengths = tokenizer([problem.prompt for problem in problems], return_length=True)["length"]
-    ids = encoded["input_ids"]
-    is_prompt = torch.arange(ids.shape[1]) < torch.tensor(prompt_lengths)[:, None]
-    targets = ids.masked_fill(is_prompt.to(ids.device) | (encoded["attention_mask"] == 0), -100)
-    logits = policy(input_ids=ids).logits  # padding is behind everything that counts
+def answer_loss(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, problems: list[Problem], templated: bool = False
+) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens, end of sequence included.
+
+    Args:
+        templated: the prompts have their special tokens.
+    """
+    prompts = tokenizer([each.prompt for each in problems], add_special_tokens=not templated)["input_ids"]
+    answers = tokenizer([each.answer for each in problems], add_special_tokens=False)["input_ids"]
+    length = max(len(prompt) + len(answer) + 1 for prompt, answer in zip(prompts, answers))
+    ids = torch.full((len(problems), length), tokenizer.pad_token_id)  # (B, L), padded on the right
+    targets = torch.full_like(ids, -100)
+    for i, (prompt, answer) in enumerate(zip(prompts, answers)):
+        answer = torch.tensor([*answer, tokenizer.eos_token_id])
+        ids[i, : len(prompt)] = torch.tensor(prompt)
+        ids[i, len(prompt) : len(prompt) + len(answer)] = answer
+        targets[i, len(prompt) : len(prompt) + len(answer)] = answer
+    ids, targets = ids.to(policy.device), targets.to(policy.device)
+    logits = policy(input_ids=ids, use_cache=False).logits  # padding is behind everything that counts
     return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten())
 
 
@@ -52,6 +63,8 @@ def warm_up(
     Args:
         show: called with the step and the accuracy after each check.
     """
+    if options.warmup_steps == 0:
+        return WarmUp(0, float("nan"), False)
     aim, rate, check_every = options.warmup_accuracy, LEARNING_RATE, CHECK_EVERY
     optimizer = torch.optim.AdamW(policy.parameters(), rate, betas=(0.9, 0.99), weight_decay=0.0)
     problems = batches(task.train, BATCH_SIZE, seed=options.seed)
@@ -62,7 +75,7 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, step / 20)
         optimizer.zero_grad()
-        answer_loss(policy, tokenizer, next(problems)).backward()
+        answer_loss(policy, tokenizer, next(problems), task.templated).backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         if step % check_every and step < options.warmup_steps:

@@ -1,0 +1,101 @@
+"""Whatever computes the loss, the training curve is the same: torch, interpreted Triton, reference/, either path."""
+
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
+
+from safetensors.torch import load_file
+
+from grpo_kernels.trainer import cli, scoring
+from grpo_kernels.trainer.options import OptionError, Options
+from trainer_cases import run, saved_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small run as fast on one thread, and do not wait for a busy core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return saved_model(tmp_path_factory.mktemp("model"))
+
+
+SETTINGS = {"steps": 4, "batch_size": 2, "num_generations": 4, "num_minibatches": 2, "gradient_accumulation_steps": 2,
+            "learning_rate": 0.01, "entropy_coef": 0.01, "beta": 0.1, "samples_every": 0,
+            "reward": ("trainer_cases:starts_even",)}  # fmt: skip
+
+
+def curve(directory, model, **options):
+    """(rows, weights)"""
+    result, rows, _ = run(directory, model=model, **SETTINGS | options)
+    return rows, load_file(result.model / "model.safetensors")
+
+
+def compare(one, other):
+    """Every number of every row, and the weights, to what fp32 sums in another order and some updates leave."""
+    (rows, weights), (others, other_weights) = one, other
+    assert [row["step"] for row in rows] == [row["step"] for row in others]
+    for row, also in zip(rows, others):
+        assert row.keys() == also.keys()
+        for name, value in row.items():
+            assert also[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (row["step"], name)
+    for name, weight in weights.items():
+        torch.testing.assert_close(other_weights[name], weight, rtol=1e-4, atol=1e-5)
+    assert max(row.get("grad_norm", 0.0) for row in rows) > 1e-2
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo", "cispo"])
+def test_reference_and_torch(tmp_path, model, monkeypatch, loss_type):
+    """The loss and the gradient are the float math of reference/: nothing of the package computes them."""
+    torch_curve = curve(tmp_path / "torch", model, backend="torch", loss_type=loss_type)
+    with monkeypatch.context() as patch:
+        for name in ("fused_grpo_loss", "token_logprobs", "fused_linear_grpo_loss", "linear_token_logprobs"):
+            patch.setattr(scoring, name, None)
+        compare(torch_curve, curve(tmp_path / "reference", model, backend="reference", loss_type=loss_type))
+
+
+def test_triton_and_torch(tmp_path, model):
+    """Interpreted, so a shorter run; both paths."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    short = {"steps": 2, "batch_size": 1, "num_generations": 4, "gradient_accumulation_steps": 1}
+    torch_curve = curve(tmp_path / "torch", model, backend="torch", **short)
+    compare(torch_curve, curve(tmp_path / "triton", model, backend="triton", loss_path="logits", **short))
+    compare(torch_curve, curve(tmp_path / "linear", model, backend="triton", loss_path="linear", **short))
+
+
+def test_linear_and_logits(tmp_path, model):
+    logits = curve(tmp_path / "logits", model, loss_path="logits")
+    compare(logits, curve(tmp_path / "linear", model, loss_path="linear"))
+
+
+def test_reference_is_refused_without_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "reference", None)
+    monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(OptionError, match=r"--backend reference needs the package reference/.*--backend torch"):
+        run(tmp_path / "run", backend="reference")
+    assert not (tmp_path / "run").exists()
+
+
+def test_auto_never_takes_hidden_states_to_the_reference():
+    assert not Options(backend="reference", logits_budget_gib=1e-9).takes_hidden_states(4, 2**20)
+    assert Options(logits_budget_gib=1e-9).takes_hidden_states(4, 2**20)
+
+
+def test_what_is_taken_at_once_is_a_micro_batch():
+    """8 x 8 completions of 4 + 1 positions, 2**20 words, twice, fp32: 2.5 GiB; a quarter of it 0.625."""
+    options = {"batch_size": 8, "num_generations": 8, "logits_budget_gib": 1.0}
+    assert Options(**options).takes_hidden_states(4, 2**20)
+    assert not Options(**options, num_minibatches=2, gradient_accumulation_steps=2).takes_hidden_states(4, 2**20)
