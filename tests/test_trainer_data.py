@@ -159,7 +159,7 @@ def test_countdown_takes_every_right_answer_and_no_other():
 
 def test_countdown_problems_are_solved_by_their_answers():
     task = countdown()
-    problems = task.train[::17] + task.held_out
+    problems = task.train[::101] + task.held_out
     assert set(reaches_target([p.prompt for p in problems], [p.answer for p in problems])) == {1.0}
     assert all(len(p.answer) < task.max_completion_length for p in problems)
     assert {c for p in problems for c in p.prompt + p.answer} <= set(task.alphabet)

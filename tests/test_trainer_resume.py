@@ -193,7 +193,11 @@ def test_a_stopped_run_is_not_replaced_by_mistake(tmp_path, model, monkeypatch):
         run(tmp_path, **settings)
     _, rows, _ = run(tmp_path, **settings, overwrite=True)
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
-    run(tmp_path, **settings)  # a finished one is
+    (tmp_path / "checkpoints" / "step-1").mkdir()
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    run(tmp_path, **settings)  # a finished one is, and nothing beside it
+    assert (tmp_path / "checkpoints" / "step-1").exists()
+    assert (tmp_path / "checkpoints" / "notes.txt").read_text() == "mine"
 
 
 def test_missing_parts_are_named(tmp_path, model):

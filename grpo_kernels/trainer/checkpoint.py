@@ -68,7 +68,8 @@ class Checkpoints:
         self.directory = directory
 
     def all(self) -> list[Path]:
-        return sorted(self.directory.glob("step-[0-9]*"))
+        """The paths of those that are whole, oldest first."""
+        return sorted(path for path in self.directory.glob("step-[0-9]*") if (path / "state.json").is_file())
 
     def latest(self) -> Checkpoint:
         """The newest.
@@ -91,11 +92,10 @@ class Checkpoints:
         return Checkpoint(found[-1], state)
 
     def clear(self) -> None:
-        """Removes everything."""
-        for path in self.all():
-            self._remove(path)
-        if self.directory.exists():
-            shutil.rmtree(self.directory)
+        """Removes what a run has written here, and nothing else."""
+        for path in (*self.all(), self.reference_dir()):
+            if path.exists():
+                self._remove(path)
 
     def sweep(self) -> None:
         """Removes what an interrupted write or removal has left."""

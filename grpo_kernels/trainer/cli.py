@@ -164,6 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"interrupted; the metrics so far are in {options.metrics_dir()}", file=sys.stderr)
+        kept = "; --resume goes on from the last checkpoint" if Checkpoints(options.checkpoints_dir()).all() else ""
+        print(f"interrupted; the metrics so far are in {options.metrics_dir()}{kept}", file=sys.stderr)
         return 130
     return 0

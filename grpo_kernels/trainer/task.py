@@ -10,6 +10,7 @@ reward works each of them out.
 """
 
 import ast
+import functools
 import operator
 import random
 from collections import Counter
@@ -80,6 +81,8 @@ def addition() -> Task:
 
 # --- countdown ------------------------------------------------------------------------------------
 
+COUNTDOWN_NUMBERS, COUNTDOWN_TARGETS = range(1, 16), range(1, 51)
+_SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 _OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
@@ -115,18 +118,20 @@ def reaches_target(prompts: Sequence[str], completions: Sequence[str], **columns
     return rewards
 
 
+@functools.cache
 def countdown() -> Task:
-    """Three numbers from 1 to 9 and a target from 1 to 50, an expression to be found.
+    """Three numbers from 1 to 15 and a target from 1 to 50, an expression to be found.
 
     The three numbers of a held-out problem come with its target in no order in training.
     """
     solutions: dict[tuple[tuple[int, ...], int], str] = {}
-    for numbers in combinations_with_replacement(range(1, 10), 3):
-        for (a, b, c), x, y in product(sorted(set(permutations(numbers))), "+-*", "+-*"):
-            expression = f"{a}{x}{b}{y}{c}"
-            solved = value_of(expression)
-            if solved and 1 <= solved[0] <= 50:
-                solutions.setdefault((numbers, solved[0]), expression)
+    for numbers in combinations_with_replacement(COUNTDOWN_NUMBERS, 3):
+        for (a, b, c), x, y in product(sorted(set(permutations(numbers))), _SIGNS, _SIGNS):
+            # As Python reads a x b y c.
+            later = y == "*" and x != "*"
+            value = _SIGNS[x](a, _SIGNS[y](b, c)) if later else _SIGNS[y](_SIGNS[x](a, b), c)
+            if value in COUNTDOWN_TARGETS:
+                solutions.setdefault((numbers, value), f"{a}{x}{b}{y}{c}")
     keys = sorted(solutions)
     held_out = set(random.Random(_SPLIT_SEED).sample(keys, HELD_OUT_COUNTDOWNS))
 
@@ -141,6 +146,6 @@ def countdown() -> Task:
         alphabet="0123456789+-*(),>:",
         train=tuple(each for key in keys if key not in held_out for each in problems(*key)),
         held_out=tuple(problems(*key)[0] for key in sorted(held_out)),
-        max_completion_length=8,  # (1+2)*3 and the end
+        max_completion_length=11,  # (10-9)*15, one more, and the end
         reward=reaches_target,
     )
