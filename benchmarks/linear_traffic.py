@@ -51,6 +51,7 @@ CASES = (
     Case("head: grpo, head frozen", Law(products=2), frozen="w"),
     Case("head: grpo, hidden states frozen", Law(products=2), frozen="h"),
     Case("head: grpo, reduction none", Law(launches=2, products=4), {"reduction": "none"}),
+    Case("head: grpo, none, a mask", Law(launches=2, products=4, waits=1), {"reduction": "none"}, masked=True),
     Case("head: gspo", Law(launches=2), GSPO),
     Case("head: gspo, a mask", Law(launches=2, waits=2), GSPO, masked=True),
     Case("head: gspo, sequences of two chunks", Law(launches=2, products=4), GSPO, height=T // 2),

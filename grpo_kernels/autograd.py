@@ -17,6 +17,7 @@ from grpo_kernels import ops, vocab
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import sorted_entropies
+from grpo_kernels.tracing import call
 
 
 def refuse_double_backward() -> None:
@@ -46,12 +47,12 @@ class Objective:
         weighted, correction, quantile, spreads, bonus = steps
         inputs = Inputs(*tensors)
         if correction:
-            inputs = inputs._replace(is_weight=ops.run(ops.correct_op, logps, tensors, coefs, correction, backend))
+            inputs = inputs._replace(is_weight=call(ops.correct_op, logps, tensors, coefs, correction, backend))
         if quantile:
             ranked = sorted_entropies(entropies, inputs.mask, data_group)
-            threshold, tokens = ops.run(ops.threshold_op, *ranked, coefs, backend)
+            threshold, tokens = call(ops.threshold_op, *ranked, coefs, backend)
             inputs = inputs._replace(threshold=threshold, tokens=tokens)
-        loss, self.sums, self.metrics, losses, self.local, self.spread, self.share, self.h = ops.run(
+        loss, self.sums, self.metrics, losses, self.local, self.spread, self.share, self.h = call(
             ops.objective_op, logps, entropies, tuple(inputs), coefs, plan, weighted, backend
         )
         self.loss = loss if weighted else losses
@@ -67,7 +68,7 @@ class Objective:
         """(∂L/∂lp, ∂L/∂H or None, factor of both that is still missing)"""
         local, spread, share, h = saved
         if ctx.spreads:
-            return ops.run(ops.join_op, local, spread, share, up, cu, ctx.backend), None, None
+            return call(ops.join_op, local, spread, share, up, cu, ctx.backend), None, None
         return local, h if ctx.bonus else None, up
 
 
@@ -80,7 +81,7 @@ class _OneLaunch(torch.autograd.Function):
             logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
             grad = logits.detach()
         else:
-            logps, entropies, loss, sums, metrics, grad = ops.run(
+            logps, entropies, loss, sums, metrics, grad = call(
                 ops.loss_op, logits, tensors, coefs, plan, entropy, backend
             )
         ctx.backend = backend
@@ -94,7 +95,7 @@ class _OneLaunch(torch.autograd.Function):
         refuse_double_backward()
         (grad,) = ctx.saved_tensors
         if backward_may_run_again():
-            grad = ops.run(ops.scale_op, grad, up, ctx.backend)
+            grad = call(ops.scale_op, grad, up, ctx.backend)
         elif not is_one(up):
             ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
         return grad, *(None,) * 6
@@ -186,7 +187,7 @@ def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tenso
 def write_gradient(logits, tensors, stats, g, h, up, coefs, backend, inplace) -> Tensor:
     """The gradient of the logits, in a new tensor or in the logits' own."""
     if not inplace:
-        return ops.run(ops.slope_op, logits, tensors, stats, g, h, up, coefs, backend)
+        return call(ops.slope_op, logits, tensors, stats, g, h, up, coefs, backend)
     ops.slope_op_(logits, tensors, stats, g, h, up, coefs, backend)
     return logits.detach()
 

@@ -8,6 +8,7 @@ import torch
 
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+_MASKS = (torch.bool, *_INTEGERS, *LOGITS_DTYPES, torch.float64)
 
 
 def check_tensor(name: str, value: object) -> None:
@@ -17,6 +18,14 @@ def check_tensor(name: str, value: object) -> None:
 
 def is_integer(x: torch.Tensor) -> bool:
     return x.dtype in _INTEGERS
+
+
+def is_dtensor(x: torch.Tensor) -> bool:
+    if type(x) is torch.Tensor or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)
 
 
 class Layout(NamedTuple):
@@ -55,6 +64,11 @@ def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens:
     """The layout of logits (B, T, V) or (B, T+1, V) and ids (B, T); or of packed (N, V) and (N,)."""
     check_tensor("logits", logits)
     check_tensor("completion_ids", completion_ids)
+    if is_dtensor(logits):
+        raise ValueError(
+            "logits is a DTensor, whose gradient the loss cannot place. Pass logits.to_local(): with vocab_group if "
+            "the vocabulary is sharded, else with the inputs of those rows."
+        )
     if logits.dtype not in LOGITS_DTYPES:
         raise TypeError(
             f"logits must be float32, bfloat16 or float16, got {logits.dtype}. Cast them: logits.float(); for a "
@@ -158,8 +172,8 @@ def check_mask(name: str, mask: torch.Tensor | None, logits: torch.Tensor, layou
     if mask is None:
         return
     check_tensor(name, mask)
-    if mask.dtype.is_complex:
-        raise TypeError(f"{name} must be bool, int or float, got {mask.dtype}.")
+    if mask.dtype not in _MASKS:
+        raise TypeError(f"{name} must be bool, int or float, got {mask.dtype}. Compare it: {name} != 0.")
     check_shape(name, mask, layout.per_token)
     check_device(name, mask, logits)
     check_no_grad(name, mask)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from grpo_kernels.objective import Limits
+from grpo_kernels.tracing import is_eager
 
 
 class Inputs(NamedTuple):
@@ -67,9 +68,9 @@ class Coefs(NamedTuple):
         """As an fp32 CPU tensor. Under torch.compile each stays a tensor, or it would be a constant."""
         values = (*self[:-1], *self.term)
         if torch.compiler.is_compiling():
-            one = torch.ones(())
+            one = torch.ones((), device="cpu")
             return torch.stack([one * value for value in values])
-        return _packed(values)
+        return _packed(values) if is_eager() else torch.tensor(values, dtype=torch.float32, device="cpu")
 
     @classmethod
     def unpack(cls, packed: torch.Tensor) -> "Coefs":
@@ -83,4 +84,4 @@ class Coefs(NamedTuple):
 def _packed(values: tuple[float, ...]) -> torch.Tensor:
     """Nobody writes to it; most calls have the coefficients of the one before."""
     with torch.inference_mode(False):  # or autograd could not save it
-        return torch.tensor(values, dtype=torch.float32)
+        return torch.tensor(values, dtype=torch.float32, device="cpu")

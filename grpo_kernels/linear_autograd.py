@@ -23,6 +23,7 @@ from grpo_kernels.autograd import (
 )
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.plan import Plan
+from grpo_kernels.tracing import call
 
 
 class Options(NamedTuple):
@@ -46,7 +47,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
         ctx.wanted, ctx.backend = _wanted(ctx), options.backend
-        logps, entropies, loss, sums, metrics, *gradients = ops.run(
+        logps, entropies, loss, sums, metrics, *gradients = call(
             linear_ops.linear_loss_op, hidden, weight, bias, tensors, coefs, plan, entropy, ctx.wanted,
             options.in_fp32, options.height, options.count, options.backend,
         )  # fmt: skip
@@ -76,7 +77,7 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
         return x
     rows = x.view(1, -1, x.shape[-1])
     if again:
-        return ops.run(ops.scale_op, rows, up, backend).view(x.shape)
+        return call(ops.scale_op, rows, up, backend).view(x.shape)
     ops.scale_op_(rows, up, backend)
     return x
 
@@ -84,13 +85,13 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
 class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: Options, data_group):
-        logps, entropies, stats = ops.run(
+        logps, entropies, stats, count = call(
             linear_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
             options.count, options.backend,
         )  # fmt: skip
         it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, options.backend, data_group)
         ctx.wanted, ctx.plan, ctx.options = _wanted(ctx), plan, options
-        ctx.save_for_backward(hidden, weight, bias, coefs, stats, *it.save(ctx), *tensors)
+        ctx.save_for_backward(hidden, weight, bias, coefs, stats, count, *it.save(ctx), *tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -98,20 +99,20 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, *_):
         refuse_double_backward()
-        hidden, weight, bias, coefs, stats, *rest = ctx.saved_tensors
+        hidden, weight, bias, coefs, stats, count, *rest = ctx.saved_tensors
         saved, tensors = rest[:4], tuple(rest[4:])
         g, h, up = Objective.slopes(ctx, saved, up, Inputs(*tensors).cu)
-        gradients = _pull_back(hidden, weight, bias, tensors, stats, g, h, up, coefs, ctx.plan, ctx.wanted, ctx.options)
+        gradients = _pull_back(ctx, hidden, weight, bias, tensors, stats, count, g, h, up, coefs)
         return *gradients, *(None,) * 7
 
 
-def _pull_back(hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, options: Options):
-    gradients = ops.run(
-        linear_ops.linear_slope_op, hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted,
-        options.in_fp32, options.height, options.count, options.backend,
+def _pull_back(ctx, hidden, weight, bias, tensors, stats, count, g, h, up, coefs):
+    gradients = call(
+        linear_ops.linear_slope_op, hidden, weight, bias, tensors, stats, g, h, up, coefs, ctx.plan, ctx.wanted,
+        ctx.options.in_fp32, ctx.options.height, count, ctx.options.backend,
     )  # fmt: skip
     dtypes = (hidden.dtype, weight.dtype, weight.dtype)
-    return _given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], wanted)
+    return _given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted)
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -119,12 +120,12 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
-        logps, entropies, stats = ops.run(
+        logps, entropies, stats, count = call(
             linear_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
             options.count, options.backend,
         )  # fmt: skip
         ctx.wanted, ctx.plan, ctx.options, ctx.entropy = _wanted(ctx), plan, options, entropy
-        ctx.save_for_backward(hidden, weight, bias, coefs, stats, *tensors)
+        ctx.save_for_backward(hidden, weight, bias, coefs, stats, count, *tensors)
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -133,10 +134,9 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        hidden, weight, bias, coefs, stats, *tensors = ctx.saved_tensors
+        hidden, weight, bias, coefs, stats, count, *tensors = ctx.saved_tensors
         g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
-        gradients = _pull_back(hidden, weight, bias, tuple(tensors), stats, g, h, None, coefs, ctx.plan, ctx.wanted,
-                               ctx.options)  # fmt: skip
+        gradients = _pull_back(ctx, hidden, weight, bias, tuple(tensors), stats, count, g, h, None, coefs)
         return *gradients, *(None,) * 5
 
 

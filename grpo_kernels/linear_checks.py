@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from grpo_kernels.checks import LOGITS_DTYPES, Layout, check_layout, check_tensor, is_integer
+from grpo_kernels.checks import LOGITS_DTYPES, Layout, check_layout, check_tensor, is_dtensor, is_integer
 
 
 def head_tensors(
@@ -41,7 +41,7 @@ def _gathered(name: str, x: torch.Tensor) -> torch.Tensor:
 
     Over ranks that see the same data (tensor parallelism) the mean of their equal gradients is each of them.
     """
-    if not _is_dtensor(x):
+    if not is_dtensor(x):
         return x
     from torch.distributed.tensor import Partial, Replicate, Shard
 
@@ -51,14 +51,6 @@ def _gathered(name: str, x: torch.Tensor) -> torch.Tensor:
     return x.full_tensor(grad_placements=[Partial("avg")] * len(x.placements))
 
 
-def _is_dtensor(x: torch.Tensor) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(x, DTensor)
-
-
 def check_hidden(
     hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, ids: torch.Tensor,
     cu_seqlens: torch.Tensor | None,
@@ -66,7 +58,7 @@ def check_hidden(
     """The layout of hidden states (B, T, H) or (B, T+1, H) and ids (B, T); or of packed (N, H) and (N,)."""
     check_tensor("hidden", hidden)
     check_tensor("completion_ids", ids)
-    if _is_dtensor(hidden):
+    if is_dtensor(hidden):
         raise ValueError(
             "hidden is a DTensor, whose gradient the loss cannot place. Pass hidden.full_tensor(), or "
             "hidden.to_local() with the inputs of those rows."

@@ -174,7 +174,10 @@ def pull_back(
     run: ModuleType, head: Head, rows: Rows, inputs: Inputs, stats: Tensor, g: Tensor, h: Tensor | None,
     up: Tensor | None, coefs: Coefs, into: Gradients,
 ) -> None:  # fmt: skip
-    """Gradients from ∂L/∂lp and ∂L/∂H (B, T), both times ``up``, through logits made anew; stats as of `score`."""
+    """Gradients from ∂L/∂lp and ∂L/∂H (B, T), both times ``up``, through logits made anew.
+
+    ``stats`` are `score`'s: the product must give the same logits again, by the same settings (TF32, say).
+    """
     ids, temperature = rows.per_token(inputs.ids), rows.per_token(inputs.temperature)
     g, h, up = rows.per_token(g), rows.per_token(h), rows.per_token(up)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):

@@ -56,32 +56,33 @@ def _(hidden, weight, bias, tensors, coefs, plan, entropy, wanted, in_fp32, heig
 def linear_logprobs_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
     entropy: bool, height: int, count: int, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(logps, entropies, what `linear_slope_op` needs of the rows that are read)"""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(logps, entropies; for `linear_slope_op`: what it needs of the rows that are read, how many, on the host)"""
     inputs, coefs, plan = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan)
     check_values(inputs, weight.shape[0])
     rows = Rows(inputs, coefs, plan, count)
     head = _head(hidden, weight, bias, rows, height)
     stats = hidden.new_empty(stats_shape(inputs.ids.numel(), backend), dtype=torch.float32)
     values = linear_chunks.score(backend_of(backend), head, rows, inputs, coefs, plan, entropy, stats)
-    return *values, stats
+    return *values, stats, torch.tensor(head.count, device="cpu")
 
 
 @linear_logprobs_op.register_fake
 def _(hidden, weight, bias, tensors, coefs, plan, entropy, height, count, backend):
     ids = tensors[0]
-    return *fake_rows(hidden, ids, entropy), hidden.new_empty(stats_shape(ids.numel(), backend), dtype=torch.float32)
+    stats = hidden.new_empty(stats_shape(ids.numel(), backend), dtype=torch.float32)
+    return *fake_rows(hidden, ids, entropy), stats, torch.empty((), dtype=torch.int64, device="cpu")
 
 
 @torch.library.custom_op("grpo_kernels::linear_slope", mutates_args=())
 def linear_slope_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], stats: Tensor, g: Tensor,
-    h: Tensor | None, up: Tensor | None, coefs: Tensor, plan: str, wanted: str, in_fp32: bool, height: int, count: int,
-    backend: str,
+    h: Tensor | None, up: Tensor | None, coefs: Tensor, plan: str, wanted: str, in_fp32: bool, height: int,
+    count: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden states, weight and bias from ∂L/∂lp and ∂L/∂H, both times ``up``."""
     inputs, coefs = Inputs(*tensors), Coefs.unpack(coefs)
-    rows = Rows(inputs, coefs, Plan.from_key(plan), count)
+    rows = Rows(inputs, coefs, Plan.from_key(plan), int(count))  # of a CPU tensor: no device is waited for
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     head = _head(hidden, weight, bias, rows, height)
     up = None if up is None else up.expand(inputs.ids.shape)

@@ -98,7 +98,7 @@ def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift,
 def metrics_of(sums: torch.Tensor) -> torch.Tensor:
     """The metrics [M] fp32 of the sums [S] fp64, both in the order of their names."""
     if sums.device.type == "cpu":  # a hundred operations on single numbers are Python's
-        return torch.tensor(on_numbers(summarise)(*sums[1:].tolist()), dtype=torch.float32)
+        return torch.tensor(on_numbers(summarise)(*sums[1:].tolist()), dtype=torch.float32, device="cpu")
     return torch.stack(on_torch(summarise)(*sums[1:].unbind())).float()
 
 

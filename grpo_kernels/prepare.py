@@ -12,6 +12,7 @@ from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES, Names, named, names_of
 from grpo_kernels.plan import Plan
+from grpo_kernels.tracing import call
 from grpo_kernels.variants import LEVELS, TERMS
 from grpo_kernels.weights import AGGREGATIONS, Batch, Weight, batch_tokens
 
@@ -78,7 +79,7 @@ def prepare(
     mask, cu = layout.tokens(args.completion_mask), _in_a_row(args.cu_seqlens)
     segments = lengths = None
     if layout.packed:
-        segments, lengths = ops.run(ops.segments_op, mask, cu, layout.T, backend)
+        segments, lengths = call(ops.segments_op, mask, cu, layout.T, backend)
     num_items = args.num_items_in_batch
     if num_items is not None:
         num_items = checks.check_factor("num_items_in_batch", num_items, ids)
@@ -110,7 +111,7 @@ def prepare(
         segments=segments,
     )
     if plan.correction and not plan.late_correction:
-        weights = ops.run(ops.correct_op, inputs.old, tuple(inputs), coefs, plan.correction, backend)
+        weights = call(ops.correct_op, inputs.old, tuple(inputs), coefs, plan.correction, backend)
         inputs = inputs._replace(is_weight=weights)
     term = TERMS[config.policy_term]
     names = names_of(
@@ -207,7 +208,7 @@ def _gate(args: Arguments, plan: Plan, layout: Layout, backend: str) -> torch.Te
         adv = torch.where(mask if mask.dtype == torch.bool else mask != 0, adv, 0.0)
     if not layout.packed:
         return torch.count_nonzero(adv, dim=1)[:, None]
-    return ops.run(ops.segments_op, adv, _in_a_row(args.cu_seqlens), layout.T, backend)[1][:, None]
+    return call(ops.segments_op, adv, _in_a_row(args.cu_seqlens), layout.T, backend)[1][:, None]
 
 
 def _check(args: Arguments, config: LossConfig, layout: Layout, like: torch.Tensor) -> None:

@@ -7,5 +7,10 @@ from torch import Tensor
 def gathered(x: Tensor, group) -> Tensor:
     """[ranks, ...] of a tensor that has the same shape on every rank."""
     every = x.new_empty((torch.distributed.get_world_size(group), *x.shape))
-    torch.distributed.all_gather(list(every.unbind(0)), x.contiguous(), group)
+    # into one tensor: into a list NCCL would copy from one of its own
+    _gather(every.view(-1), x.contiguous().view(-1), group=group)
     return every
+
+
+# torch 2.13 has renamed it
+_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor

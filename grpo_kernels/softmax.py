@@ -31,11 +31,10 @@ def token_slope(depth, total, g):
 
 
 @jit
-def fold(top, total, mean, depth, other_top, other_total, other_mean, other_lp, scale):
-    """Two parts of a row as one: (top, total, mean, depth of the token).
+def fold(top, total, mean, depth, other_top, other_total, other_mean, other_depth, scale):
+    """Two parts of a row as one; depth is the token's, NaN in a part that does not hold it.
 
-    The other part brings the token's log-probability as if it were the whole row, NaN if it does not
-    hold the token. An empty part is (LOWEST, 0, anything, NaN), and so is one of −inf alone.
+    An empty part is (LOWEST, 0, anything, NaN), and so is one of −inf alone.
     """
     new_top = tl.where(other_top > top, other_top, top)
     drop = (top - new_top) * scale
@@ -45,6 +44,5 @@ def fold(top, total, mean, depth, other_top, other_total, other_mean, other_lp, 
     new_total = weight + other_weight
     moment = tl.where(weight > 0.0, weight * (mean + drop), 0.0)
     moment = moment + tl.where(other_weight > 0.0, other_weight * (other_mean + other_drop), 0.0)
-    other_depth = other_lp * LOG2E + tl.log2(other_total) + other_drop
-    depth = tl.where(other_lp == other_lp, other_depth, depth + drop)
+    depth = tl.where(other_depth == other_depth, other_depth + other_drop, depth + drop)
     return new_top, new_total, moment / new_total, depth

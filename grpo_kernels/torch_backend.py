@@ -30,9 +30,9 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
 def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
     """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`."""
     read, unread = rows_to_read(inputs, coefs, plan)
-    stats, logps = row_statistics(logits, inputs.ids, read, _temperature(inputs, coefs))
-    (logps,) = _mark_unread(unread, logps.view(inputs.ids.shape))
-    return torch.cat([stats.view(-1), logps.view(-1)])
+    stats, depths = row_statistics(logits, inputs.ids, read, _temperature(inputs, coefs))
+    (depths,) = _mark_unread(unread, depths.view(inputs.ids.shape))
+    return torch.cat([stats.view(-1), depths.view(-1)])
 
 
 def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:

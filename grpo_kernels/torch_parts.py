@@ -6,7 +6,7 @@ import torch
 
 from grpo_kernels.jit import on_torch
 from grpo_kernels.softmax import entropy_of, fold, logp_of
-from grpo_kernels.torch_rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, scratch, write_slope
+from grpo_kernels.torch_rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, dot, scratch, write_slope
 
 _LN2, _LOG2E, _LOWEST = math.log(2.0), 1.0 / math.log(2.0), torch.finfo(torch.float32).min
 
@@ -14,13 +14,13 @@ _LN2, _LOG2E, _LOWEST = math.log(2.0), 1.0 / math.log(2.0), torch.finfo(torch.fl
 def row_statistics(
     logits: torch.Tensor, ids: torch.Tensor, read: torch.Tensor | None, temperature: float | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(top, total, mean) (`grpo_kernels.softmax`) [B·T, 3], and the token's log-probability among these entries [B·T].
+    """(top, total, mean) [B·T, 3], see `grpo_kernels.softmax`, and the token's depth [B·T], NaN outside [0, V).
 
-    Rows that are not read have total −1 and log-probability 0; tokens outside [0, V) have NaN.
+    Rows that are not read have total −1 and depth 0.
     """
     V = logits.shape[2]
     stats = torch.tensor([0.0, -1.0, 0.0], device=logits.device).repeat(ids.numel(), 1)
-    logps = torch.zeros(ids.numel(), device=logits.device)
+    depths = torch.zeros(ids.numel(), device=logits.device)
     flat_ids = ids.reshape(-1, 1)
     height = max(1, CHUNK_ELEMENTS // V)
     for source, _, at, tokens in chunks(logits, None, read, ids.shape[1], height):  # [n, V] and, per row, [n, 1]
@@ -35,11 +35,10 @@ def row_statistics(
         depth = x.sub_(top).mul_(scale)
         power = torch.exp2(depth, out=scratch("p", x.shape[0], V, x.device))
         total = power.sum(-1, keepdim=True)
-        mean = torch.linalg.vecdot(power, depth.clamp_(min=FLOOR))[:, None] / total
-        lp = on_torch(logp_of)((x_token - top) * scale, total)
+        mean = dot(power, depth.clamp_(min=FLOOR)) / total
         stats[tokens] = torch.cat([top, total, mean], dim=1)
-        logps[tokens] = torch.where(known, lp, torch.nan)[:, 0]
-    return stats, logps
+        depths[tokens] = torch.where(known, (x_token - top) * scale, torch.nan)[:, 0]
+    return stats, depths
 
 
 def unite_parts(
@@ -47,12 +46,14 @@ def unite_parts(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(logps [n], entropies [n], stats [n, 3]) from the `row_statistics` of every rank, [ranks, 4·n]."""
     n = parts.shape[1] // 4
+    unread, left = parts[0, 1 : 3 * n : 3] < 0.0, parts[0, 3 * n :]
+    if isinstance(temperature, torch.Tensor):
+        temperature = torch.where(unread, 1.0, temperature)  # where anything may stand
     scale = _LOG2E / temperature
     top, total, mean, depth = (parts.new_full((n,), x) for x in (_LOWEST, 0.0, 0.0, torch.nan))
     for part in parts:
-        stats, logps = part[: 3 * n].view(n, 3), part[3 * n :]
-        top, total, mean, depth = on_torch(fold)(top, total, mean, depth, *stats.unbind(1), logps, scale)
-    unread, left = total < 0.0, parts[0, 3 * n :]
+        stats, depths = part[: 3 * n].view(n, 3), part[3 * n :]
+        top, total, mean, depth = on_torch(fold)(top, total, mean, depth, *stats.unbind(1), depths, scale)
     logps = torch.where(unread, left, on_torch(logp_of)(depth, total))
     entropies = torch.where(unread, left, on_torch(entropy_of)(total, mean))
     return logps, entropies, torch.stack([top, total, mean], dim=1)

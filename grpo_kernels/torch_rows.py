@@ -87,7 +87,7 @@ def run_rows(
         logps = placed(logps, tokens, lp, B * T)
         if entropy:
             depth = x.sub_(x.amax(-1, keepdim=True)).clamp_(min=FLOOR)
-            mean = torch.linalg.vecdot(p, depth)[:, None] / mass
+            mean = dot(p, depth) / mass
             H = (mass / p.amax(-1, keepdim=True)).log() - mean  # the first is log Σ exp(x − top)
             entropies = placed(entropies, tokens, H, B * T)
         if out is None:
@@ -98,6 +98,11 @@ def run_rows(
     if logps is None:  # not a row was read
         logps, entropies = (torch.zeros(B * T, device=logits.device) for _ in range(2))
     return logps.view(B, T), entropies.view(B, T) if entropy else logps.new_empty(0)
+
+
+def dot(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Σ p·x of each row, [n, 1]; autocast leaves alone what has an ``out``."""
+    return torch.linalg.vecdot(p, x, out=p.new_empty(p.shape[0]))[:, None]
 
 
 def placed(whole: torch.Tensor | None, tokens: torch.Tensor | slice, x: torch.Tensor, count: int) -> torch.Tensor:
@@ -169,7 +174,7 @@ def scratch(name: str, height: int, V: int, device: torch.device) -> torch.Tenso
     flat = getattr(_kept, name, None)
     if flat is None or flat.numel() < height * V:
         with torch.inference_mode(False):  # or it could not be written to outside of it
-            flat = torch.empty(max(CHUNK_ELEMENTS, height * V))
+            flat = torch.empty(max(CHUNK_ELEMENTS, height * V), device=device)
         setattr(_kept, name, flat)
     return flat[: height * V].view(height, V)
 

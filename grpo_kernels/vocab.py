@@ -1,9 +1,10 @@
 """Logits whose vocabulary is spread over the ranks of a process group, as tensor parallelism leaves them.
 
-Each rank reads its part of a row once, the ranks exchange four numbers per row, and each writes the
-gradient of its part: two launches, and between them one all-gather of 16 bytes per row and rank. A
-maximum and sums that refer to it cannot be reduced in one go, and gathered numbers are added in the
-same order everywhere: every rank has the same loss, to the last bit.
+Each rank reads its part of a row, the ranks exchange four numbers per row, and each reads its part
+again and writes the gradient: two launches, and between them one all-gather of 16 bytes per row and
+rank. A maximum and sums that refer to it cannot be reduced in one go, and gathered numbers are added
+in the same order everywhere: every rank has the same loss, to the last bit. A small all-gather comes
+first, of where each part begins.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from grpo_kernels import checks, ops
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.ranks import gathered
+from grpo_kernels.tracing import call
 
 
 def logprobs(
@@ -25,12 +27,12 @@ def logprobs(
     """
     inputs = Inputs(*tensors)
     if group is None:
-        return *ops.run(ops.logprobs_op, logits, tensors, coefs, plan, entropy, backend), inputs.ids
+        return *call(ops.logprobs_op, logits, tensors, coefs, plan, entropy, backend), inputs.ids
     if checks.validates(logits.device) and not torch.compiler.is_compiling():
         checks.check_parts(gathered(torch.tensor(inputs.ids.numel(), device=logits.device), group).tolist())
     size = inputs.ids.new_full((1,), logits.shape[-1], dtype=torch.int64)
     rank = torch.distributed.get_rank(group)
-    ids = ops.run(ops.local_ids_op, inputs.ids, inputs.mask, gathered(size, group)[:, 0], rank)
+    ids = call(ops.local_ids_op, inputs.ids, inputs.mask, gathered(size, group)[:, 0], rank)
     tensors = tuple(inputs._replace(ids=ids))
-    parts = gathered(ops.run(ops.shard_op, logits, tensors, coefs, plan, entropy, backend), group)
-    return *ops.run(ops.unite_op, parts, tensors, coefs, entropy, backend), ids
+    parts = gathered(call(ops.shard_op, logits, tensors, coefs, plan, entropy, backend), group)
+    return *call(ops.unite_op, parts, tensors, coefs, entropy, backend), ids

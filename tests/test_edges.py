@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cases import BACKENDS, assert_grad_close, check, expected, make_case, on_device, ours
+from cases import BACKENDS, DEVICE, VALUE, assert_grad_close, check, expected, make_case, on_device, ours
 from grpo_kernels import fused_grpo_loss, token_logprobs
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")
@@ -231,3 +231,27 @@ def test_gradient_is_not_lost_in_fp16(backend):
     assert_grad_close(grad, want, torch.float16)
     small = (want.abs() > 0) & (want.abs() / 65536 < 2**-24)
     assert small.sum() > 0.5 * (want != 0).sum() and (grad[small] != 0).all()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"importance_sampling_level": "sequence"}], ids=["one launch", "two"])
+def test_autocast_leaves_the_sums_in_fp32(kwargs):
+    case = make_case(V=1000, seed=50)
+    inputs = case.inputs("completion_ids", "completion_mask", "old_logps", "advantages") | kwargs
+    inputs |= {"return_entropy": True, "entropy_coef": 0.1}
+    want, want_grad = expected(case.logits, **inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out, grad = ours(case.logits, "torch", **inputs)
+    torch.testing.assert_close(out.entropy.double().cpu(), want.entropy, **VALUE)
+    torch.testing.assert_close(out.loss.double().cpu(), want.loss.detach(), **VALUE)
+    assert_grad_close(grad, want_grad, torch.float32)
+
+
+def test_a_default_device_does_not_reach_inside():
+    """Nor does it last: what is kept between calls is on the CPU."""
+    case = make_case(seed=51, V=97)
+    inputs = case.inputs("completion_ids", "advantages") | {"beta": 0.0123, "ref_logps": case.ref_logps}
+    inputs["completion_ids"] = inputs["completion_ids"].clamp(min=0)
+    with torch.device("meta"):
+        inside = fused_grpo_loss(case.logits, **inputs, backend="torch", return_entropy=True)
+    after = fused_grpo_loss(case.logits, **inputs, backend="torch", return_entropy=True)
+    torch.testing.assert_close(inside.loss, after.loss, rtol=0, atol=0)

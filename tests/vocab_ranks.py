@@ -92,7 +92,45 @@ def packed():
     logits = case.logits.flatten(0, 1)
     for backend in ("torch", "triton"):
         check(logits, backend, **flat, loss_type="gspo", temperature=torch.tensor([0.5, 1.0, 2.0, 0.8]))
-        check(logits, backend, **flat, skip_zero_advantage=False, return_entropy=True)
+        check(logits, backend, **flat, return_entropy=True)
+
+
+def like_the_whole(logits, backend, **kwargs):
+    """The same loss, log-probabilities and entropies as from whole logits."""
+    out, grad = loss_of(logits, backend, **kwargs, return_entropy=True)
+    whole = fused_grpo_loss(logits, **kwargs, return_entropy=True, backend=backend)
+    for x, y in ((out.loss, whole.loss), (out.logps, whole.logps), (out.entropy, whole.entropy)):
+        torch.testing.assert_close(x, y, **VALUE, equal_nan=True)
+    return out, grad
+
+
+def unvalidated():
+    """What only a GPU lets pass: tokens of no sequence, and anything as the temperature of a masked token."""
+    os.environ["GRPO_KERNELS_VALIDATE"] = "0"
+    case = make_case(V=V, seed=38)
+    flat = {name: value.flatten() for name, value in case.inputs(*PADDED[:-1]).items()}
+    flat |= {"advantages": case.advantages, "cu_seqlens": torch.tensor([0, 3, 3, 12, 17])}
+    heat = torch.full((4, 5), 0.7)
+    heat[~case.completion_mask] = torch.tensor([0.0, torch.nan]).repeat(10)[: int((~case.completion_mask).sum())]
+    for backend in ("torch", "triton"):
+        like_the_whole(case.logits.flatten(0, 1), backend, **flat, temperature=torch.tensor([0.5, 1.0, 2.0, 0.8]))
+        out, _ = like_the_whole(case.logits, backend, **case.inputs(*PADDED), temperature=heat)
+        assert out.logps.isfinite().all()
+    del os.environ["GRPO_KERNELS_VALIDATE"]
+
+
+def autocast():
+    """Entropies add up in fp32 all the same; ids may be of any integer dtype."""
+    case = make_case(V=V, seed=39)
+    inputs = case.inputs(*PADDED) | {"return_entropy": True, "entropy_coef": 0.1}
+    want, want_grad = expected(case.logits, **inputs)
+    for dtype in (torch.int32, torch.int16):
+        inputs["completion_ids"] = case.completion_ids.to(dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            out, grad = loss_of(case.logits, "torch", **inputs)
+        torch.testing.assert_close(out.entropy.double(), want.entropy, **VALUE)
+        torch.testing.assert_close(out.loss.detach().double(), want.loss.detach(), **VALUE)
+        assert_grad_close(grad, mine(want_grad), torch.float32)
 
 
 def skipped():
@@ -103,10 +141,9 @@ def skipped():
     logits = case.logits.clone()
     logits[~case.completion_mask] = torch.nan
     for backend in ("torch", "triton"):
-        out, grad = loss_of(logits, backend, **inputs, skip_zero_advantage=True, return_entropy=True)
-        whole = fused_grpo_loss(logits, **inputs, skip_zero_advantage=True, return_entropy=True, backend=backend)
-        for x, y in ((out.loss, whole.loss), (out.logps, whole.logps), (out.entropy, whole.entropy)):
-            torch.testing.assert_close(x, y, **VALUE, equal_nan=True)
+        gate = {**inputs, "advantages": case.token_advantages * (case.advantages != 0.0)[:, None]}
+        like_the_whole(logits, backend, **gate, loss_type="gspo", skip_zero_advantage=True)
+        _, grad = like_the_whole(logits, backend, **inputs, skip_zero_advantage=True)
         assert not grad[~case.completion_mask].any() and not grad[0].any() and grad[1].any()
 
 
@@ -115,12 +152,21 @@ def banned():
     case = make_case(V=V, seed=34)
     logits = case.logits.clone()
     logits[..., 30:] = -torch.inf  # with three ranks all of the last part
+    sampled = case.completion_mask.nonzero()[0].tolist()
     case.completion_ids[case.completion_ids >= 30] = 4
     inputs = case.inputs("completion_ids", "completion_mask", "advantages")
     for backend in ("torch", "triton"):
         check(logits, backend, **inputs, return_entropy=True, entropy_coef=0.1)
         check(logits + 4096.0, backend, **inputs)
-        seq, tok = case.completion_mask.nonzero()[0].tolist()
+        seq, tok = sampled
+        ids = case.completion_ids.clone()
+        ids[seq, tok] = 36  # banned, and sampled all the same: its ratio is 0, as with whole logits
+        found = {**inputs, "completion_ids": ids, "old_logps": case.old_logps}
+        whole = fused_grpo_loss(logits, **found, backend=backend)
+        out, _ = loss_of(logits, backend, **found)
+        assert whole.logps[seq, tok] == -torch.inf
+        torch.testing.assert_close(out.logps, whole.logps, **VALUE)
+        torch.testing.assert_close(out.loss, whole.loss, **VALUE)
         broken = logits.clone()
         broken[seq, tok, 7] = torch.nan
         out, grad = loss_of(broken, backend, **inputs)
@@ -183,9 +229,8 @@ def compiled():
     assert_grad_close(grad, mine(want_grad), torch.float32)
 
 
-CHECKS = {
-    check.__name__: check for check in (loss_types, knobs, dtypes, packed, skipped, banned, logprobs, compiled, refused)
-}  # fmt: skip
+ALL = (loss_types, knobs, dtypes, packed, skipped, banned, unvalidated, autocast, logprobs, compiled, refused)
+CHECKS = {check.__name__: check for check in ALL}
 
 
 def main(rank: int, world: int, store: str) -> None:

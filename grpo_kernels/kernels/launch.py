@@ -60,11 +60,13 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
     """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row."""
     logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
     entropies, stats = _entropy_like(logps, entropy), logps.new_empty((logps.numel(), 3))
-    _score(logits, inputs, coefs, plan, entropy, logps, entropies, stats)
+    _score(logits, inputs, coefs, plan, entropy, logps, entropies, stats, part=False)
     return logps, entropies, stats
 
 
-def _score(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, logps, entropies, stats) -> None:
+def _score(
+    logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, logps, entropies, stats, part: bool
+) -> None:
     ids, gate = inputs.ids, inputs.adv if inputs.gate is None else inputs.gate
     rewards = inputs.rewards if inputs.gate is None else None
     V = logits.shape[2]
@@ -75,7 +77,7 @@ def _score(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, logp
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
             inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            **_tile(V, logits, capped=_cap(coefs) is not None),
+            PART=part, **_tile(V, logits, capped=_cap(coefs) is not None),
         )  # fmt: skip
 
 
@@ -83,8 +85,8 @@ def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> to
     """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start: see `unite_kernel`."""
     n = inputs.ids.numel()
     part = logits.new_empty(4 * n, dtype=torch.float32)
-    logps, stats = part[3 * n :].view(inputs.ids.shape), part[: 3 * n].view(n, 3)
-    _score(logits, inputs, coefs, plan, entropy, logps, _entropy_like(logps, entropy), stats)
+    depths, stats = part[3 * n :].view(inputs.ids.shape), part[: 3 * n].view(n, 3)
+    _score(logits, inputs, coefs, plan, entropy, depths, _entropy_like(depths, entropy), stats, part=True)
     return part
 
 

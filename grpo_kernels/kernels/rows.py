@@ -102,12 +102,13 @@ def logprob_kernel(
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
     logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
     B, T, V, G, inv_temperature: tl.float32, cap, adv_eps: tl.float32,
-    SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr,
+    SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, PART: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row, or total −1.
 
-    SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here.
+    SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here. Of PART of a
+    vocabulary the token's depth takes the place of its log-probability, NaN if it is not in there.
     """
     seq, tok = place(segments, T)
     at = tl.program_id(0).to(tl.int64)
@@ -125,7 +126,9 @@ def logprob_kernel(
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_first")
-    lp, _ = score_token(row, token, V, top, total, scale, cap)
+    lp, x_token = score_token(row, token, V, top, total, scale, cap)
+    if PART:
+        lp = (x_token - top) * scale
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
     store_stats(stats, at, top, total, mean)
 

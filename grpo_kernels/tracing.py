@@ -1,0 +1,32 @@
+"""Whether anybody looks on while torch runs."""
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def is_eager() -> bool:
+    """Nobody traces, fakes or counts."""
+    return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+
+
+def are_plain(values: tuple | list) -> bool:
+    """Whether the tensors among these, and in tuples among them, are torch's own, and no subclass."""
+    for x in values:
+        if isinstance(x, torch.Tensor):
+            if type(x) not in _PLAIN:
+                return False
+        elif isinstance(x, (tuple, list)) and not are_plain(x):
+            return False
+    return True
+
+
+def call(op, *arguments):
+    """An op that writes over nothing; its body itself where that is all, which spares a call 15 µs of the host.
+
+    Profiles then show what the body does, and not the op.
+    """
+    if is_eager() and are_plain(arguments):
+        return getattr(op, "_init_fn", op)(*arguments)
+    return op(*arguments)
