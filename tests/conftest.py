@@ -37,6 +37,15 @@ def poisoned_memory(monkeypatch):
     yield
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models this small run as fast on one thread, and do not wait for a busy core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_report_header(config):
     mode = "interpreted" if os.environ.get("TRITON_INTERPRET") == "1" else "compiled"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

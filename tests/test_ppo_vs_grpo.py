@@ -20,17 +20,11 @@ from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.task import addition
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CPU = torch.device("cpu")
 TASK = addition()
 SMALL = Settings(seeds=(0,), steps=2, prompts=4, num_generations=2, ppo_generations=2, eval_every=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

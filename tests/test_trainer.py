@@ -20,16 +20,9 @@ from grpo_kernels.trainer.options import Options
 from grpo_kernels.trainer.task import addition, exact_match
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASK = addition()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

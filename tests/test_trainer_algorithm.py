@@ -16,6 +16,8 @@ from grpo_kernels.trainer.tokenizer import character_tokenizer
 from grpo_kernels.variants import LOSS_TYPES
 from trainer_cases import TASK, rollout_of, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENIZER = character_tokenizer(TASK.alphabet)
 # 2 prompts with 6 completions each, of 1 to 4 tokens; one of each is cut off.
 PROMPTS = ["37+48="] * 6 + ["3+4="] * 6
@@ -23,15 +25,6 @@ COMPLETIONS = [[8, 11, 1, 0], [9, 3, 5, 7], [1, 0, 0, 0], [8, 1, 0, 0], [4, 5, 6
                [10, 1, 0, 0], [3, 3, 1, 0], [7, 7, 7, 7], [1, 0, 0, 0], [10, 1, 0, 0], [6, 1, 0, 0]]  # fmt: skip
 REWARDS = [1.0, 0.0, 0.5, 0.0, 0.25, 1.0, 1.0, 0.0, 0.0, 0.75, 1.0, float("nan")]
 SIZES = {"batch_size": 2, "num_generations": 6}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -13,14 +13,7 @@ from grpo_kernels.trainer import cli, scoring
 from grpo_kernels.trainer.options import OptionError, Options
 from trainer_cases import run, saved_model
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)

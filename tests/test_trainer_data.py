@@ -19,6 +19,8 @@ from grpo_kernels.trainer.task import countdown, reaches_target, value_of
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 from trainer_cases import TASK, run, saved_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LETTERS = "abcdefghijklmnopqrstuvwxyzSDU0123456789+=|:# "
 TEMPLATE = ("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% endfor %}"
             "{% if add_generation_prompt %}a:{% endif %}")  # fmt: skip
@@ -27,15 +29,6 @@ TEMPLATE = ("{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}|{% end
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def jsonl(path, records):

@@ -32,21 +32,14 @@ from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import addition
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TASK = addition()
 TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
 SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 3, "warmup_steps": 0}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,
          "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(tmp_path, monkeypatch, **options):

@@ -23,18 +23,11 @@ from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.records import Records
 from trainer_cases import rows_of, run, saved_model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {"batch_size": 2, "num_generations": 4, "num_minibatches": 2, "learning_rate": 0.02, "samples_every": 0,
             "reward": ("trainer_cases:starts_even",)}  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
@@ -13,6 +12,8 @@ from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.rewards import RewardError, Weighted, score
 from grpo_kernels.trainer.task import Problem
 from trainer_cases import run
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 OWN = '''
 """Rewards of a user's."""
@@ -34,15 +35,6 @@ def nothing(prompts, completions, **columns):
 
 NUMBER = 3
 '''
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
@@ -21,18 +20,11 @@ from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.records import Records
 from grpo_kernels.trainer.task import addition
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
 TASK = addition()
 SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 2, "warmup_steps": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -18,14 +18,7 @@ from grpo_kernels.trainer.records import Records, Rows
 from grpo_kernels.trainer.rollout import Rollout
 from trainer_cases import run
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small run as fast on one thread, and do not wait for a busy core."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- samples --------------------------------------------------------------------------------------
