@@ -163,6 +163,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         for inputs in (lean, full, packed._replace(temperature=column)):
             for entropy in (False, True):
                 launch.unite(torch.zeros(2, 4 * B * T), inputs, Coefs(), entropy)
+                launch.shard(logits if inputs.cu is None else row, inputs, Coefs(), Plan(skip=not entropy), entropy)
         launch.threshold(segments.float(), segments.float(), 0.5)
     seen = {}
     for each in launches:

@@ -9,6 +9,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from grpo_kernels.trainer import __main__ as entry
@@ -218,6 +219,10 @@ def files(tmp_path, chatty):
     (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "answer": "2"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
     (tmp_path / "notes").mkdir()
+    pickled = tmp_path / "pickled"
+    saved_model(pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
     return tmp_path
 
 
@@ -246,6 +251,7 @@ def files(tmp_path, chatty):
         ("--model unpadded", ["--model unpadded has no pad token", "--pad-token '<eos>'"]),
         ("--model model --pad-token <nothing>", ["--pad-token <nothing> is not in the vocabulary"]),
         ("--model notes", ["--model notes could not be loaded", "config.json"]),
+        ("--model pickled", ["--model pickled could not be loaded", "weights in safetensors"]),
         ("--task subtraction", ["--task", "subtraction"]),
         ("--batch-size 3 --num-generations 5 --num-minibatches 2", ["--num-minibatches", "15 completions"]),
         ("--backend triton --device cpu", ["--backend triton", "--backend torch"]),

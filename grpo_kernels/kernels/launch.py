@@ -86,7 +86,7 @@ def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> to
     n = inputs.ids.numel()
     part = logits.new_empty(4 * n, dtype=torch.float32)
     depths, stats = part[3 * n :].view(inputs.ids.shape), part[: 3 * n].view(n, 3)
-    _score(logits, inputs, coefs, plan, entropy, depths, _entropy_like(depths, entropy), stats, part=True)
+    _score(logits, inputs, coefs, plan, entropy, depths, depths.new_empty(0), stats, part=True)
     return part
 
 

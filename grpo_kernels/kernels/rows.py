@@ -105,22 +105,26 @@ def logprob_kernel(
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, PART: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row, or total −1.
+    """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row.
 
     SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here. Of PART of a
-    vocabulary the token's depth takes the place of its log-probability, NaN if it is not in there.
+    vocabulary the token's depth takes the place of its log-probability, NaN if it is not in there; no
+    entropy is stored, and total −1 where a row is not read.
     """
+    ENTROPIES: tl.constexpr = ENTROPY and not PART
     seq, tok = place(segments, T)
     at = tl.program_id(0).to(tl.int64)
     if (seq >= B) | is_masked(mask, seq * mask_b + tok * mask_t):
-        store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
-        store_stats(stats, at, 0.0, -1.0, 0.0)
+        store_values(logps, entropy, at, 0.0, 0.0, ENTROPIES)
+        if PART:
+            store_stats(stats, at, 0.0, -1.0, 0.0)
         return
     if SKIP:
         A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
         if A == 0.0:
-            store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
-            store_stats(stats, at, 0.0, -1.0, 0.0)
+            store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPIES)
+            if PART:
+                store_stats(stats, at, 0.0, -1.0, 0.0)
             return
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
@@ -129,7 +133,7 @@ def logprob_kernel(
     lp, x_token = score_token(row, token, V, top, total, scale, cap)
     if PART:
         lp = (x_token - top) * scale
-    store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
+    store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPIES)
     store_stats(stats, at, top, total, mean)
 
 

@@ -55,7 +55,7 @@ class Checkpoint(NamedTuple):
         return self.state["finished"] and (options.steps is None or options.steps <= self.step)
 
     def model(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32, use_safetensors=True)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(self.path, padding_side="left")

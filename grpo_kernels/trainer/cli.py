@@ -144,7 +144,8 @@ def _reference(
     path = checkpoints.reference_dir()
     if not path.exists():
         raise OptionError(f"--resume: {path} is gone, which the KL is to. Put it back, or start anew.")
-    return frozen(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).to(policy.device))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+    return frozen(model.to(policy.device))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

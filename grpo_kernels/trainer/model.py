@@ -107,14 +107,18 @@ def load_config(options: Options) -> PreTrainedConfig:
 def load_model(options: Options, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> PreTrainedModel:
     """--model with fp32 weights, which samples as the options say and not as its own defaults do.
 
+    From safetensors alone: other formats may execute code as they are loaded.
+
     Raises:
         OptionError: it cannot be loaded, or is no causal LM.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(options.model, config=config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, config=config, dtype=torch.float32, use_safetensors=True
+        )
     except Exception as error:  # as above
         raise OptionError(f"--model {options.model} could not be loaded as a causal LM: {_why(error)}. Name one that "
-                          "AutoModelForCausalLM loads.") from error  # fmt: skip
+                          "AutoModelForCausalLM loads, with its weights in safetensors.") from error  # fmt: skip
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise OptionError(f"--model {options.model}: the tokenizer has {len(tokenizer)} tokens, and the model {rows}. "
