@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("trl", reason="the drop-in needs TRL 1.16, which needs Python 3.11")
 
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.integrations import trl as fused
@@ -90,6 +91,19 @@ def test_other_models(model, saved, tmp_path):
     for loss_path in ("linear", "logits"):
         same(train(FusedGRPOTrainer, saved(model), tmp_path, trainer={"loss_path": loss_path}, **args), theirs)
     assert ("aux_loss" in theirs[0][0]) == (model == "moe")
+
+
+def test_a_reference_with_another_config(saved, tmp_path):
+    """A model that is handed over may differ from what is saved, which the reference is made of."""
+    args = {**ITERATED, "max_steps": 2}
+    runs = []
+    for cls, trainer in ((GRPOTrainer, {}), (FusedGRPOTrainer, {"loss_path": "linear"})):
+        model = AutoModelForCausalLM.from_pretrained(saved("gemma2"))
+        model.config.final_logit_softcapping = None
+        runs.append(train(cls, model, tmp_path, trainer=trainer, **args))
+    theirs, ours = runs
+    same(ours, theirs)
+    assert theirs[0][0]["kl"] > 0
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -242,13 +256,25 @@ def make(saved, tmp_path, cls=FusedGRPOTrainer, **trainer):
     return cls(saved("llama"), vowels, args, train_dataset=data, **trainer)
 
 
+def heads_of(monkeypatch):
+    """The heads that trainers made from now on join their models with."""
+    heads, join = [], fused.Seam.join
+    monkeypatch.setattr(fused.Seam, "join", lambda seam, model, head: (heads.append(head), join(seam, model, head))[1])
+    return heads
+
+
 def test_path(saved, tmp_path, monkeypatch):
-    assert make(saved, tmp_path)._seam.head == fused.Head()
-    assert make(saved, tmp_path, loss_path="logits")._seam.head is None
+    heads = heads_of(monkeypatch)
+    make(saved, tmp_path)
+    make(saved, tmp_path, loss_path="logits")
+    assert heads == [fused.Head(), None]
+    monkeypatch.undo()
     for name, value in (("is_deepspeed_zero3_enabled", lambda: True), ("find_head", not_understood)):
+        heads = heads_of(monkeypatch)
         monkeypatch.setattr(fused, name, value)
         with pytest.warns(UserWarning, match="The loss goes through logits, since"):
-            assert make(saved, tmp_path)._seam.head is None
+            make(saved, tmp_path)
+        assert heads == [None]
         with pytest.raises(ValueError, match=r"loss_path='linear': (DeepSpeed|the head).*Use loss_path='logits'"):
             make(saved, tmp_path, loss_path="linear")
         monkeypatch.undo()
