@@ -249,9 +249,10 @@ def test_a_subclass_with_its_own_loss_keeps_it(patched, saved, tmp_path):
 
 
 def make(saved, tmp_path, cls=FusedGRPOTrainer, **trainer):
-    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", num_generations=4,
-                      per_device_train_batch_size=4, max_completion_length=4, max_steps=1, save_strategy="no",
-                      logging_steps=1)  # fmt: skip
+    own = {name: trainer.pop(name) for name in ("loss_type", "epsilon", "epsilon_high") if name in trainer}
+    args = GRPOConfig(**own, output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none",
+                      num_generations=4, per_device_train_batch_size=4, max_completion_length=4, max_steps=1,
+                      save_strategy="no", logging_steps=1)  # fmt: skip
     data = Dataset.from_dict({"prompt": ["ab"] * 4})
     return cls(saved("llama"), vowels, args, train_dataset=data, **trainer)
 
@@ -292,6 +293,9 @@ def test_refused(saved, tmp_path, monkeypatch):
         own = type("Own", (FusedGRPOTrainer,), {name: lambda *args, **kwargs: None})
         with pytest.raises(ValueError, match=rf"Own overrides {name}.*Remove the override"):
             make(saved, tmp_path, cls=own)
+    for name in ("epsilon", "epsilon_high"):
+        with pytest.raises(ValueError, match=r"epsilon_high \(epsilon where .* must be above 0, got 0"):
+            make(saved, tmp_path, loss_type="cispo", **{name: 0.0})
     monkeypatch.setattr(fused.trl, "__version__", "1.15.2")
     with pytest.raises(ValueError, match=r"needs TRL 1.16, and this is 1.15.2"):
         make(saved, tmp_path)
