@@ -234,6 +234,8 @@ def _trl_fields(args: object) -> dict:
     if fields["loss_type"] == "cispo":  # TRL: the raw upper bound of the ratio, epsilon where it is unset
         high = fields.pop("epsilon_high", None)
         fields["cispo_max"] = fields["epsilon"] if high is None else high
+        name = "epsilon_high (epsilon where that is unset), cispo's bound of the ratio itself,"
+        _in_range(name, fields["cispo_max"], *_RANGES["cispo_max"])
     if "delta" not in term.knobs:  # TRL reads it in its clipped losses alone
         fields.pop("delta", None)
     if getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False):

@@ -14,12 +14,14 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     FalconConfig,
+    FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
     LlamaConfig,
     MambaConfig,
     PhiConfig,
+    RecurrentGemmaConfig,
 )
 
 from grpo_kernels.integrations import head
@@ -108,6 +110,9 @@ def test_the_budget_is_of_logits_and_gradient():
         (CohereConfig(**SIZES, logit_scale=0.25), Head(0.25)),
         (GraniteConfig(**SIZES, logits_scaling=4.0), Head(0.25)),
         (Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5), Head(1.0, 0.5)),
+        (RecurrentGemmaConfig(**SIZES, lru_width=32, block_types=["attention"], logits_soft_cap=3.0), Head(1.0, 3.0)),
+        (FalconH1Config(**SIZES, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
+                        mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8), Head(0.5)),
         (FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), Head()),
         (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), Head()),
     ],
@@ -130,12 +135,12 @@ class Scaled(torch.nn.Linear):
         return 3.0 * super().forward(x)
 
 
-def with_another_scale(policy):
+def with_another_scale(policy, scale=1.1):
     forward = policy.forward
 
     def scaled(**kwargs):
         out = forward(**kwargs)
-        out.logits = out.logits * 1.1
+        out.logits = out.logits * scale
         return out
 
     policy.forward = scaled
@@ -149,6 +154,7 @@ def with_another_head(policy):
     ("change", "says"),
     [
         (with_another_scale, r"Head\(logit_scale=1.0, softcap=None\) is off by 0.09.* of the model's largest logit"),
+        (lambda policy: with_another_scale(policy, 1.003), "is off by 0.003"),  # fp32 is told from bf16
         (with_another_head, "the output embedding is a Scaled, not a torch.nn.Linear"),
         (lambda policy: setattr(policy, "base_model_prefix", "nothing"), "no body"),
     ],

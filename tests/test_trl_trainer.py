@@ -16,6 +16,7 @@ import torch
 pytest.importorskip("trl", reason="the drop-in needs TRL 1.16, which needs Python 3.11")
 
 from datasets import Dataset
+from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.integrations import trl as fused
@@ -90,6 +91,19 @@ def test_other_models(model, saved, tmp_path):
     for loss_path in ("linear", "logits"):
         same(train(FusedGRPOTrainer, saved(model), tmp_path, trainer={"loss_path": loss_path}, **args), theirs)
     assert ("aux_loss" in theirs[0][0]) == (model == "moe")
+
+
+def test_a_reference_with_another_config(saved, tmp_path):
+    """A model that is handed over may differ from what is saved, which the reference is made of."""
+    args = {**ITERATED, "max_steps": 2}
+    runs = []
+    for cls, trainer in ((GRPOTrainer, {}), (FusedGRPOTrainer, {"loss_path": "linear"})):
+        model = AutoModelForCausalLM.from_pretrained(saved("gemma2"))
+        model.config.final_logit_softcapping = None
+        runs.append(train(cls, model, tmp_path, trainer=trainer, **args))
+    theirs, ours = runs
+    same(ours, theirs)
+    assert theirs[0][0]["kl"] > 0
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
@@ -235,20 +249,33 @@ def test_a_subclass_with_its_own_loss_keeps_it(patched, saved, tmp_path):
 
 
 def make(saved, tmp_path, cls=FusedGRPOTrainer, **trainer):
-    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", num_generations=4,
-                      per_device_train_batch_size=4, max_completion_length=4, max_steps=1, save_strategy="no",
-                      logging_steps=1)  # fmt: skip
+    own = {name: trainer.pop(name) for name in ("loss_type", "epsilon", "epsilon_high") if name in trainer}
+    args = GRPOConfig(**own, output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none",
+                      num_generations=4, per_device_train_batch_size=4, max_completion_length=4, max_steps=1,
+                      save_strategy="no", logging_steps=1)  # fmt: skip
     data = Dataset.from_dict({"prompt": ["ab"] * 4})
     return cls(saved("llama"), vowels, args, train_dataset=data, **trainer)
 
 
+def heads_of(monkeypatch):
+    """The heads that trainers made from now on join their models with."""
+    heads, join = [], fused.Seam.join
+    monkeypatch.setattr(fused.Seam, "join", lambda seam, model, head: (heads.append(head), join(seam, model, head))[1])
+    return heads
+
+
 def test_path(saved, tmp_path, monkeypatch):
-    assert make(saved, tmp_path)._seam.head == fused.Head()
-    assert make(saved, tmp_path, loss_path="logits")._seam.head is None
+    heads = heads_of(monkeypatch)
+    make(saved, tmp_path)
+    make(saved, tmp_path, loss_path="logits")
+    assert heads == [fused.Head(), None]
+    monkeypatch.undo()
     for name, value in (("is_deepspeed_zero3_enabled", lambda: True), ("find_head", not_understood)):
+        heads = heads_of(monkeypatch)
         monkeypatch.setattr(fused, name, value)
         with pytest.warns(UserWarning, match="The loss goes through logits, since"):
-            assert make(saved, tmp_path)._seam.head is None
+            make(saved, tmp_path)
+        assert heads == [None]
         with pytest.raises(ValueError, match=r"loss_path='linear': (DeepSpeed|the head).*Use loss_path='logits'"):
             make(saved, tmp_path, loss_path="linear")
         monkeypatch.undo()
@@ -266,6 +293,9 @@ def test_refused(saved, tmp_path, monkeypatch):
         own = type("Own", (FusedGRPOTrainer,), {name: lambda *args, **kwargs: None})
         with pytest.raises(ValueError, match=rf"Own overrides {name}.*Remove the override"):
             make(saved, tmp_path, cls=own)
+    for name in ("epsilon", "epsilon_high"):
+        with pytest.raises(ValueError, match=r"epsilon_high \(epsilon where .* must be above 0, got 0"):
+            make(saved, tmp_path, loss_type="cispo", **{name: 0.0})
     monkeypatch.setattr(fused.trl, "__version__", "1.15.2")
     with pytest.raises(ValueError, match=r"needs TRL 1.16, and this is 1.15.2"):
         make(saved, tmp_path)

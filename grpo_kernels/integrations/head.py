@@ -4,10 +4,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 PROBE = 8  # tokens that a model's own logits are compared on
 TOLERANCE = 0.02  # of the largest logit; bf16 rounds it by 0.004
+FINE = 0.05  # of that, for fp32: a softcap far above the logits of the probe bends them by little
+# As the configs of transformers name them; the first that is set counts.
+SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 
 
 class HeadError(ValueError):
@@ -37,16 +41,20 @@ def body(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
+def named_head(model: PreTrainedModel) -> Head:
+    """The head of a causal model, by the names that transformers has for scales and caps."""
+    config = model.config.get_text_config()
+    scale = (_first(config, SCALES) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
+    return Head(float(scale), _first(config, SOFTCAPS))
+
+
 def find_head(model: PreTrainedModel) -> Head:
-    """The head of a causal model, by the names that transformers has for scales and caps, and tried out.
+    """`named_head`, tried out.
 
     Raises:
         HeadError: hidden states and head do not give the model's own logits.
     """
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    head = Head(float(scale), getattr(config, "final_logit_softcapping", None))  # Gemma
+    head = named_head(model)
     if body(model) is model:
         raise _not_understood(model, "it has no body that stops at the hidden states (base_model)")
     if type(model.get_output_embeddings()) is not nn.Linear:
@@ -57,9 +65,13 @@ def find_head(model: PreTrainedModel) -> Head:
         error = _error(model.eval(), head)
     finally:
         model.train(training)
-    if not error <= TOLERANCE:
+    if not error <= (TOLERANCE if model.dtype in (torch.bfloat16, torch.float16) else TOLERANCE * FINE):
         raise _not_understood(model, f"{head} is off by {error:.2g} of the model's largest logit")
     return head
+
+
+def _first(config: PretrainedConfig, names: tuple[str, ...]) -> float | None:
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
 
 @torch.no_grad()

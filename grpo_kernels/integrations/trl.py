@@ -22,7 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
 from grpo_kernels.config import LossConfig
-from grpo_kernels.integrations.head import Head, HeadError, body, find_head
+from grpo_kernels.integrations.head import Head, HeadError, body, find_head, named_head
 from grpo_kernels.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.logprobs import token_logprobs
 from grpo_kernels.loss import LossOutput, fused_grpo_loss
@@ -42,25 +42,29 @@ _STOCK = {name: getattr(GRPOTrainer, name) for name in ("__init__", *_METHODS)}
 class Seam:
     """Takes the place of the head in the model's forward: hands what the head would make logits of to ``score``."""
 
-    def __init__(self, head: Head | None, in_fp32: bool) -> None:
-        self.head = head  # None: through logits
+    def __init__(self, in_fp32: bool) -> None:
         self.in_fp32 = in_fp32
         self.num_tokens = 0  # T, of the pass that is running
         self.score: Callable[[dict], dict] | None = None
 
-    def join(self, model: nn.Module) -> None:
-        """Lets ``model(..., seam=self)`` return what ``score`` does; without ``seam`` the forward is what it was."""
+    def join(self, model: nn.Module, head: Head | None) -> None:
+        """Lets ``model(..., seam=self)`` return what ``score`` does; without ``seam`` the forward is what it was.
+
+        ``head`` is the model's own: the reference may have another config. None: through logits.
+        """
         plain = model.forward
 
         @functools.wraps(type(model).forward)  # generate() looks at the signature
         def forward(self, *args, seam=None, **kwargs):
-            return plain(*args, **kwargs) if seam is None else seam.run(self, plain, *args, **kwargs)
+            return plain(*args, **kwargs) if seam is None else seam.run(self, head, plain, *args, **kwargs)
 
         model.forward = types.MethodType(forward, model)
 
-    def run(self, model: nn.Module, plain: Callable, *args, labels=None, **inputs) -> dict[str, torch.Tensor]:
+    def run(
+        self, model: nn.Module, head: Head | None, plain: Callable, *args, labels=None, **inputs
+    ) -> dict[str, torch.Tensor]:
         inputs["use_cache"] = False
-        if self.head is None:
+        if head is None:
             if "logits_to_keep" in inspect.signature(type(model).forward).parameters:
                 inputs["logits_to_keep"] = self.num_tokens + 1
             outputs = plain(*args, **inputs)
@@ -70,7 +74,7 @@ class Seam:
             outputs = body(model)(*args, **inputs)
             aux_loss = _aux_loss(model, outputs, inputs) if inputs.get("output_router_logits") else None
             hidden = outputs.last_hidden_state[:, -self.num_tokens - 1 :]
-            states = self.head.arguments(model, self._as_the_head_reads(hidden))
+            states = head.arguments(model, self._as_the_head_reads(hidden))
         return {**self._finish(states), "aux_loss": aux_loss}
 
     def _as_the_head_reads(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -297,9 +301,10 @@ def attach(trainer: GRPOTrainer, loss_path: str = "auto") -> None:
     loss_config(trainer, trainer.entropy_coef)
     models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
     models = [_inner(trainer.accelerator.unwrap_model(model)) for model in models]
-    trainer._seam = Seam(_find_head(models[0], loss_path), trainer.args.cast_lm_head_to_fp32)
-    for model in models:
-        trainer._seam.join(model)
+    trainer._seam = Seam(trainer.args.cast_lm_head_to_fp32)
+    head = _find_head(models[0], loss_path)
+    for model in models:  # a reference that is prepared already cannot be tried out, and is of the same class
+        trainer._seam.join(model, head and named_head(model))
 
 
 def _inner(model: nn.Module) -> nn.Module:
