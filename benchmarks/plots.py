@@ -147,7 +147,7 @@ def time_against_vocabulary(environment: dict[str, object], rows: Sequence[Row])
             points = sorted((r["vocab"], r["median_ms"]) for r in group)
             ax.plot(*zip(*points), **style(key))
         log_axes(ax, ticks)
-        ax.set(title=title, xlabel="vocabulary V (words)", ylabel="median time (ms)")
+        ax.set(title=title, xlabel="vocabulary V (tokens)", ylabel="median time (ms)")
     shared_legend(fig, axes)
     return fig
 
