@@ -67,16 +67,9 @@ def _our_loss(inputs: Inputs, x: Tensor, inplace: bool) -> Tensor:
     return fused_grpo_loss(
         x,
         inputs.completion_ids,
-        inputs.advantages,
-        old_logps=inputs.old_logps,
-        ref_logps=inputs.ref_logps,
-        completion_mask=inputs.mask,
+        **inputs.objective(),
         inplace=inplace,
         skip_zero_advantage=inputs.case.zero_advantage > 0,
-        loss_type="grpo",
-        importance_sampling_level=inputs.case.objective,
-        beta=inputs.case.beta,
-        epsilon=EPSILON,
     ).loss
 
 

@@ -22,19 +22,7 @@ def outcome(loss: Tensor, *given: Tensor) -> Outcome:
 
 def ours_linear(inputs: Inputs, _: Tensor) -> Outcome:
     hidden, weight = leaves(inputs)
-    loss = fused_linear_grpo_loss(
-        hidden,
-        weight,
-        inputs.completion_ids,
-        inputs.advantages,
-        old_logps=inputs.old_logps,
-        ref_logps=inputs.ref_logps,
-        completion_mask=inputs.mask,
-        loss_type="grpo",
-        importance_sampling_level=inputs.case.objective,
-        beta=inputs.case.beta,
-        epsilon=EPSILON,
-    ).loss
+    loss = fused_linear_grpo_loss(hidden, weight, inputs.completion_ids, **inputs.objective()).loss
     return outcome(loss, hidden, weight)
 
 

@@ -132,6 +132,14 @@ class Inputs:
     hidden: Tensor | None = None  # (B, T, H)
     weight: Tensor | None = None  # (V, H)
 
+    def objective(self) -> dict:
+        """The case's objective, as keywords of this package's losses and of the reference's."""
+        return {
+            "advantages": self.advantages, "old_logps": self.old_logps, "ref_logps": self.ref_logps,
+            "completion_mask": self.mask, "loss_type": "grpo", "importance_sampling_level": self.case.objective,
+            "beta": self.case.beta, "epsilon": EPSILON,
+        }  # fmt: skip
+
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     """Logits of a sharp model, targets with 5% to 88% probability, ratios as `around` has them."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import Outcome
-from benchmarks.cases import EPSILON, Inputs, row_chunks
+from benchmarks.cases import Inputs, row_chunks
 from reference import policy_loss, token_logprobs
 
 # Everyone computes in fp32, whatever the logits' dtype. What that costs grows with the vocabulary: the
@@ -127,17 +127,7 @@ class Oracle:
 def loss_and_slopes(inputs: Inputs, logps: Tensor) -> tuple[Tensor, Tensor]:
     """(loss, dloss/dlogps)"""
     logps = logps.clone().requires_grad_()
-    loss = policy_loss(
-        logps,
-        inputs.advantages,
-        old_logps=inputs.old_logps,
-        ref_logps=inputs.ref_logps,
-        completion_mask=inputs.mask,
-        loss_type="grpo",
-        importance_sampling_level=inputs.case.objective,
-        beta=inputs.case.beta,
-        epsilon=EPSILON,
-    ).loss
+    loss = policy_loss(logps, **inputs.objective()).loss
     return loss.detach(), torch.autograd.grad(loss, logps)[0]
 
 

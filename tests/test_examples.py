@@ -74,3 +74,10 @@ def test_accelerate_micro_batches_add_up(loss_type):
     run = functools.partial(main("accelerate_loop"), steps=1, loss_type=loss_type, optimizer=torch.optim.SGD)
     (parts, _), (whole, _), (start, _) = run(3, learning_rate=1.0), run(1, learning_rate=1.0), run(1, learning_rate=0.0)
     assert_same_step(weights(parts), weights(whole), weights(start))
+
+
+def test_trl_trainer_raises_the_reward(capsys):
+    pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    rewards = main("trl_trainer")(steps=14)
+    assert rewards[0] < 0.35 and sum(rewards[-2:]) / 2 > rewards[0] + 0.2
+    assert "reward" in capsys.readouterr().out

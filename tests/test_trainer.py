@@ -19,6 +19,7 @@ from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.options import Options
 from grpo_kernels.trainer.task import addition, exact_match
 from grpo_kernels.trainer.tokenizer import character_tokenizer
+from trainer_cases import rollout_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -119,19 +120,6 @@ def test_mask_ends_with_the_first_end_of_sequence():
     ids = torch.tensor([[5, 1, 1, 7], [5, 6, 7, 8], [1, 5, 1, 0], [5, 6, 7, 1]])
     wanted = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
     assert torch.equal(loop.mask_after_eos(ids, 1), wanted)
-
-
-def rollout_of(tokenizer, prompts, completion_ids, rewards):
-    encoded = tokenizer(prompts, return_tensors="pt", padding=True)
-    ids = torch.tensor(completion_ids)
-    return loop.Rollout(
-        prompt_ids=encoded["input_ids"],
-        prompt_mask=encoded["attention_mask"],
-        completion_ids=ids,
-        completion_mask=loop.mask_after_eos(ids, tokenizer.eos_token_id),
-        ended=(ids == tokenizer.eos_token_id).any(1),
-        rewards=torch.tensor(rewards),
-    )
 
 
 def test_logits_score_the_completion_whatever_the_padding(policy, tokenizer):

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from benchmarks.measure import peak_extra_bytes
 from benchmarks.ppo_vs_grpo.arms import Arm, Settings
 from grpo_kernels.trainer.loop import sample
 from grpo_kernels.trainer.task import Task
@@ -46,12 +47,7 @@ def peak_allocated(call: Callable[[], object], device: torch.device) -> int:
     allocator and its end: resident memory would be blurred by what malloc keeps and by the interpreter.
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return peak_extra_bytes(call, device)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says on stderr that it starts and stops
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()

@@ -81,7 +81,7 @@ class Options:
     reward: tuple[str, ...] = _option(
         (),
         "exact_answer, format, target_length=WORDS, keyword_coherence, or your own MODULE:FUNCTION; again for "
-        "another (default: exact answer)",
+        "another (default: exact_answer; exact_match for a built-in task)",
     )
     reward_weights: tuple[float, ...] = _option((), "factor of each --reward in their sum (default: 1 each)")
 
