@@ -111,7 +111,7 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
 
     _panel(entropy, "Entropy", "nats per token")
     _curve(entropy, records, "entropy", _BLUE)
-    entropy.set_ylim(bottom=0.0)
+    entropy.set_ylim(0.0, 1.08 * max(records.series("entropy")[1], default=1.0))
     _clips(clip, records, options)
 
     _panel(length, "Completion length", "tokens")
@@ -199,7 +199,7 @@ def save_overlay(runs: Mapping[str, Rows], path: Path) -> None:
     """
     if not runs:
         raise PlotError("there is no run to plot: name the directories of some.")
-    figure, panels = _figure(f"{len(runs)} runs; running medians")
+    figure, panels = _figure("Running medians of " + ("one run" if len(runs) == 1 else f"{len(runs)} runs"))
     for axes, (name, title, unit) in zip(panels, _OVERLAID):
         _panel(axes, title, unit)
         seen: list[float] = []
@@ -210,7 +210,9 @@ def save_overlay(runs: Mapping[str, Rows], path: Path) -> None:
                       color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
                       marker=marker, markersize=3.5)  # fmt: skip
             seen += values
-        if seen:
+        if name == "eval/accuracy":
+            axes.set_ylim(-0.02, 1.02)
+        elif seen:
             axes.set_ylim(*limits(seen))
         else:
             _note(axes, "in none of these runs", 0.5)
