@@ -111,7 +111,7 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
 
     _panel(entropy, "Entropy", "nats per token")
     _curve(entropy, records, "entropy", _BLUE)
-    entropy.set_ylim(0.0, 1.08 * max(records.series("entropy")[1], default=1.0))
+    entropy.set_ylim(0.0, limits(records.series("entropy")[1])[1])
     _clips(clip, records, options)
 
     _panel(length, "Completion length", "tokens")
