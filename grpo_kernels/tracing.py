@@ -3,7 +3,7 @@
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_HARMLESS = frozenset({torch.Tensor, torch.nn.Parameter, type(None), str, bool, int, float})
 
 
 def is_eager() -> bool:
@@ -14,10 +14,10 @@ def is_eager() -> bool:
 def are_plain(values: tuple | list) -> bool:
     """Whether the tensors among these, and in tuples among them, are torch's own, and no subclass."""
     for x in values:
-        if isinstance(x, torch.Tensor):
-            if type(x) not in _PLAIN:
-                return False
-        elif isinstance(x, (tuple, list)) and not are_plain(x):
+        kind = type(x)
+        if kind in _HARMLESS:
+            continue
+        if isinstance(x, torch.Tensor) or (isinstance(x, (tuple, list)) and not are_plain(x)):
             return False
     return True
 
