@@ -6,7 +6,7 @@ import torch
 
 from grpo_kernels.jit import on_torch
 from grpo_kernels.softmax import entropy_of, fold, logp_of
-from grpo_kernels.torch_rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, dot, scratch, write_slope
+from grpo_kernels.torch_rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, dot, heat_of, scratch, write_slope
 
 _LN2, _LOG2E, _LOWEST = math.log(2.0), 1.0 / math.log(2.0), torch.finfo(torch.float32).min
 
@@ -25,20 +25,25 @@ def row_statistics(
     height = max(1, CHUNK_ELEMENTS // V)
     for source, _, at, tokens in chunks(logits, None, read, ids.shape[1], height):  # [n, V] and, per row, [n, 1]
         x = source[at]
-        x = scratch("x", x.shape[0], V, x.device).copy_(x)
         token = flat_ids[tokens]
         known = (token >= 0) & (token < V)
-        x_token = x.gather(1, torch.where(known, token, 0))
-        top = x.amax(-1, keepdim=True).clamp(min=_LOWEST)
-        heat = temperature[tokens][:, None] if isinstance(temperature, torch.Tensor) else temperature
-        scale = _LOG2E / heat
-        depth = x.sub_(top).mul_(scale)
-        power = torch.exp2(depth, out=scratch("p", x.shape[0], V, x.device))
+        x_token = x.gather(1, torch.where(known, token, 0)).float()
+        top = x.amax(-1, keepdim=True).float().clamp(min=_LOWEST)
+        scale = _LOG2E / heat_of(temperature, tokens)
+        depth, power = _powers(x, top, scale)
         total = power.sum(-1, keepdim=True)
         mean = dot(power, depth.clamp_(min=FLOOR)) / total
         stats[tokens] = torch.cat([top, total, mean], dim=1)
         depths[tokens] = torch.where(known, (x_token - top) * scale, torch.nan)[:, 0]
     return stats, depths
+
+
+def _powers(
+    x: torch.Tensor, top: torch.Tensor, scale: float | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(d, 2^d) [n, V] fp32, in scratch buffers: d = (x − top)·scale."""
+    depth = scratch("x", *x.shape, x.device).copy_(x).sub_(top).mul_(scale)
+    return depth, torch.exp2(depth, out=scratch("p", *x.shape, x.device))
 
 
 def unite_parts(
@@ -70,11 +75,8 @@ def write_part(
     height = max(1, CHUNK_ELEMENTS // V)
     for source, target, at, tokens in chunks(logits, out, read, ids.shape[1], height):
         top, mass, mean = stats[tokens].split(1, dim=1)  # [n, 1] each
-        heat = temperature[tokens][:, None] if isinstance(temperature, torch.Tensor) else temperature
-        scale = _LOG2E / heat
-        x = source[at]
-        depth = scratch("x", x.shape[0], V, x.device).copy_(x).sub_(top).mul_(scale)
-        p = torch.exp2(depth, out=scratch("p", x.shape[0], V, x.device))
+        heat = heat_of(temperature, tokens)
+        depth, p = _powers(source[at], top, _LOG2E / heat)
         token = flat_ids[tokens]
         known = (token >= 0) & (token < V)
         token = torch.where(known, token, 0)

@@ -53,8 +53,7 @@ def run_rows(
         clear(out, read, T)
     height = max(1, min(B * rows, CHUNK_ELEMENTS // V))
     p_buffer = scratch("p", height, V, logits.device)
-    per_token = isinstance(temperature, torch.Tensor)
-    heated = per_token or temperature != 1.0
+    heated = isinstance(temperature, torch.Tensor) or temperature != 1.0
     plain = logits.dtype == torch.float32 and not (heated or entropy or cap)  # softmax reads logits as they are
     slack = None if cap is None or out is None else scratch("slack", height, V, logits.device)
     x_buffer = None if plain else scratch("x", height, V, logits.device)
@@ -72,7 +71,7 @@ def run_rows(
                     torch.mul(x, x, out=slack[: x.shape[0]]).neg_().add_(1.0).mul_(inner * bound)
                 x.mul_(bound)
             if heated:
-                heat = temperature[tokens][:, None] if per_token else temperature
+                heat = heat_of(temperature, tokens)
                 x.div_(heat)
         torch.softmax(x, -1, out=p)
         mass = p.sum(-1, keepdim=True)  # softmax's own sum of a long row is off by up to 3e-5: divide by p's
@@ -98,6 +97,11 @@ def run_rows(
     if logps is None:  # not a row was read
         logps, entropies = (torch.zeros(B * T, device=logits.device) for _ in range(2))
     return logps.view(B, T), entropies.view(B, T) if entropy else logps.new_empty(0)
+
+
+def heat_of(temperature: float | torch.Tensor, tokens: torch.Tensor | slice) -> float | torch.Tensor:
+    """The temperature of some tokens: a number, or [n, 1]."""
+    return temperature[tokens][:, None] if isinstance(temperature, torch.Tensor) else temperature
 
 
 def dot(p: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
