@@ -64,7 +64,7 @@ _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
     torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
 }  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas", "enable_fp_fusion")
 
 
 class Launch(NamedTuple):
@@ -92,7 +92,7 @@ class Recorder:
 @contextlib.contextmanager
 def recording(launches: list, label: str, wave: int) -> Iterator[None]:
     """Launches are recorded instead of run, with the tile shapes of a GPU of this wave size."""
-    shapes = ("tile_shape", "block_shape")
+    shapes = ("gradient_shape", "logprob_shape", "block_shape")
     saved = {name: getattr(launch, name) for name in (*KERNELS, *shapes)}
     for name in KERNELS:
         setattr(launch, name, Recorder(saved[name], launches, label))

@@ -50,6 +50,11 @@ def test_every_kernel_for_every_target(report):
     assert found == {(target, kernel) for target in COMPILED for kernel in KERNELS}
 
 
+def test_no_launch_relies_on_tritons_default_for_fp_fusion(report):
+    """Triton fuses multiplications and additions by default up to 3.9, and no longer from 3.10 on."""
+    assert [row["kernel"] for row in report[1] if row.get("enable_fp_fusion") is not True] == []
+
+
 def test_no_defects(report):
     assert [(row["target"], row["kernel"], *defects(row)) for row in report[1] if defects(row)] == []
 

@@ -6,7 +6,8 @@ import torch
 from cases import VALUE, assert_grad_close, make_case
 from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss
-from grpo_kernels.kernels.launch import _tile, tile_shape
+from grpo_kernels.kernels.launch import _tile
+from grpo_kernels.kernels.shapes import gradient_shape
 
 
 def rows_at(first, B, T, V, dtype, spare=0):
@@ -59,7 +60,7 @@ def test_every_start(V, first, spare, inplace, dtype):
 
 def test_accesses_are_as_wide_as_both_rows_allow():
     def chosen(V, *tensors):
-        found = _tile(V, *tensors)
+        found = _tile(gradient_shape, V, *tensors)
         return found["W"], found["ALIGNED"]
 
     bf16, odd = rows_at(0, 2, 3, 64, torch.bfloat16), rows_at(0, 2, 3, 37, torch.bfloat16)
@@ -71,15 +72,3 @@ def test_accesses_are_as_wide_as_both_rows_allow():
     assert chosen(37, later) == (8, False) and chosen(37, later, odd) == (1, False)
     assert chosen(37, later[:, :-1], torch.empty(2, 2, 37, dtype=torch.bfloat16)) == (1, False)  # other strides
     assert chosen(37, odd[:1, :1], odd.view(-1)[: 37 * 3].view(1, 3, 37)[:, :1]) == (8, False)  # of size 1: no matter
-
-
-@pytest.mark.parametrize(
-    ("V", "itemsize", "warps"),
-    [(50257, 2, 16), (32000, 2, 8), (128256, 2, 32), (151936, 2, 32), (152064, 2, 32), (262144, 2, 32),
-     (50257, 4, 32), (32000, 4, 16), (128256, 4, 32), (37, 2, 4)],
-)  # fmt: skip
-def test_short_rows_share_a_multiprocessor(V, itemsize, warps):
-    """As many programs as fill it, unless their rows come to more than 256 KB."""
-    found = tile_shape(V, itemsize, 16 // itemsize, wave=32)
-    assert found["num_warps"] == warps and found["N"] == 32 * warps
-    assert warps == 32 or 32 // warps * V * itemsize <= 2**18

@@ -1,6 +1,7 @@
 """Launches: the Triton backend, with the same functions as `grpo_kernels.torch_backend`."""
 
 import contextlib
+from collections.abc import Callable
 
 import torch
 
@@ -12,37 +13,11 @@ from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
 from grpo_kernels.kernels.row import Cap
 from grpo_kernels.kernels.rows import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.kernels.sequences import correction_kernel, segments_kernel, spread_kernel
+from grpo_kernels.kernels.shapes import OPTIONS, block_shape, gradient_shape, logprob_shape
 from grpo_kernels.kernels.vocab import BLOCK, unite_kernel
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.plan import Plan
 from grpo_kernels.variants import LEVELS, TERMS
-
-_WAVE = 64 if torch.version.hip else 32
-
-
-_KEPT = 2**18  # bytes of rows in flight on a multiprocessor: what L2 should still hold when the second pass comes
-
-
-def tile_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave: int = _WAVE) -> dict[str, int]:
-    """K, N, W and launch options for rows of V entries, of which a thread moves ``vector`` at once.
-
-    1024 threads fill a multiprocessor, with as many programs as leave its rows in L2: one program for
-    rows of 256 KB, more for shorter ones. What runs once per row costs less on fewer threads, and
-    while the threads of one program meet, the others go on. Left to itself ptxas squeezes 1024
-    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64. A soft cap
-    (``capped``) takes more of them per entry, and leaves them for half as many lines.
-    """
-    most = 1024 // wave
-    programs = 1 << max(1, _KEPT // (V * itemsize)).bit_length() - 1
-    warps = max(4, most // programs)
-    K = (4 if wave == 32 else 2) // (2 if capped else 1)
-    limit = {"maxnreg": 64} if wave == 32 else {}
-    return {"K": K if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit}
-
-
-def block_shape(wave: int = _WAVE) -> dict[str, int]:
-    """Launch options of the [B, T] kernels. Left to itself ptxas aims at an occupancy they do not need, and spills."""
-    return {"num_warps": 4, **({"maxnreg": 128} if wave == 32 else {})}
 
 
 def require_available(device: torch.device) -> None:
@@ -77,7 +52,7 @@ def _score(
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
             inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            PART=part, **_tile(V, logits, capped=_cap(coefs) is not None),
+            PART=part, **_tile(logprob_shape, V, logits, capped=_cap(coefs) is not None),
         )  # fmt: skip
 
 
@@ -132,7 +107,7 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
             term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
-            **_tile(V, logits, out, capped=_cap(coefs) is not None),
+            **_tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None),
         )  # fmt: skip
     return logps, entropies
 
@@ -148,7 +123,7 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
             *_strides(inputs.temperature), *_strides(up), _at(inputs),
             inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature, _cap(coefs),
-            **_tile(V, logits, out, capped=_cap(coefs) is not None),
+            **_tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None),
         )  # fmt: skip
 
 
@@ -158,7 +133,7 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     with _on(grad):
         scale_kernel[(B * rows,)](
             grad, out, up, *grad.stride()[:2], *out.stride()[:2], rows, V,
-            SAME=grad.data_ptr() == out.data_ptr(), **_tile(V, grad, out),
+            SAME=grad.data_ptr() == out.data_ptr(), **_tile(gradient_shape, V, grad, out),
         )  # fmt: skip
 
 
@@ -225,7 +200,8 @@ def threshold(ordered, everywhere, q: float) -> tuple[torch.Tensor, torch.Tensor
     """`grpo_kernels.quantile.threshold`."""
     value, kept = ordered.new_empty(()), ordered.new_empty(())
     with _on(ordered):
-        threshold_kernel[(1,)](ordered, everywhere, value, kept, ordered.numel(), everywhere.numel(), q, num_warps=1)
+        threshold_kernel[(1,)](ordered, everywhere, value, kept, ordered.numel(), everywhere.numel(), q, num_warps=1,
+                             **OPTIONS)  # fmt: skip
     return value, kept
 
 
@@ -244,7 +220,7 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _tile(V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int]:
+def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int]:
     """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
 
     ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
@@ -252,8 +228,8 @@ def _tile(V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int
     """
     size = tensors[0].element_size()
     off = {(x.data_ptr() % 16, *(stride * size % 16 for stride in _strides(x))) for x in tensors}
-    shape = tile_shape(V, size, 16 // size if len(off) == 1 else 1, capped)
-    return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **shape}
+    found = shape(V, size, 16 // size if len(off) == 1 else 1, capped)
+    return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **found}
 
 
 def _cap(coefs: Coefs) -> Cap | None:

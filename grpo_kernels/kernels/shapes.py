@@ -1,0 +1,48 @@
+"""How each kernel cuts a row of logits into tiles, and the options it is launched with.
+
+A tile is K lines of N threads, each of which moves W neighbouring entries at once, 16 bytes where rows
+allow it. The measurements are in docs/performance.md.
+"""
+
+import torch
+
+WAVE = 64 if torch.version.hip else 32
+# Nothing may rely on a default that changes: Triton fuses multiplications and additions up to 3.9, and not from 3.10 on.
+OPTIONS = {"enable_fp_fusion": True}
+_KEPT = 2**18  # bytes of rows in flight on a multiprocessor: what L2 should still hold when the second pass comes
+
+
+def gradient_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave: int = WAVE) -> dict[str, int]:
+    """K, N, W and options of the kernels that write a gradient; a thread moves ``vector`` entries at once.
+
+    1024 threads fill a multiprocessor, with as many programs as leave its rows in L2: one program for
+    rows of 256 KB, more for shorter ones. What runs once per row costs less on fewer threads, and
+    while the threads of one program meet, the others go on. Left to itself ptxas squeezes 1024
+    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64. A soft cap
+    (``capped``) takes more of them per entry, and leaves them for half as many lines.
+    """
+    programs = 1 << max(1, _KEPT // (V * itemsize)).bit_length() - 1  # a power of two
+    return _shape(4, max(4, 1024 // wave // programs), vector, capped, wave)
+
+
+def logprob_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave: int = WAVE) -> dict[str, int]:
+    """K, N, W and options of the kernels that read a row once and write no gradient.
+
+    No row is needed a second time, so L2 sets no limit: many small programs, which finish and start at
+    different times, keep more reads in flight than one large program whose threads wait for each other.
+    Where this was not measured (AMD), it is the shape of the gradient.
+    """
+    if wave != 32:
+        return gradient_shape(V, itemsize, vector, capped, wave)
+    return _shape(4, 4 if itemsize == 2 else 16, vector, capped, wave)
+
+
+def _shape(lines: int, warps: int, vector: int, capped: bool, wave: int) -> dict[str, int]:
+    lines = lines * 32 // wave // (2 if capped else 1)
+    limit = {"maxnreg": 64} if wave == 32 else {}
+    return {"K": lines if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit, **OPTIONS}
+
+
+def block_shape(wave: int = WAVE) -> dict[str, int]:
+    """Options of the [B, T] kernels. Left to itself ptxas aims at an occupancy they do not need, and spills."""
+    return {"num_warps": 4, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}
