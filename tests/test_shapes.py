@@ -21,7 +21,8 @@ def test_short_rows_share_a_multiprocessor(V, itemsize, warps):
 def test_rows_read_once_have_small_programs_at_every_vocabulary(V):
     """At most 16 warps, so that several programs share a multiprocessor."""
     for itemsize in (2, 4):
-        found = logprob_shape(V, itemsize, 16 // itemsize, wave=32)
+        vector = 16 // itemsize
+        found = logprob_shape(V, itemsize, vector, wave=32)
         assert found["num_warps"] <= 16 and found["N"] == 32 * found["num_warps"]
         assert found["maxnreg"] * found["N"] * 2 <= 65536
-        assert logprob_shape(V, itemsize, 16 // itemsize, wave=64) == gradient_shape(V, itemsize, 16 // itemsize, wave=64)
+        assert logprob_shape(V, itemsize, vector, wave=64) == gradient_shape(V, itemsize, vector, wave=64)

@@ -7,7 +7,7 @@ allow it. The measurements are in docs/performance.md.
 import torch
 
 WAVE = 64 if torch.version.hip else 32
-# Nothing may rely on a default that changes: Triton fuses multiplications and additions up to 3.9, and not from 3.10 on.
+# Triton fuses multiplications and additions by default up to 3.9, and no longer from 3.10 on.
 OPTIONS = {"enable_fp_fusion": True}
 _KEPT = 2**18  # bytes of rows in flight on a multiprocessor: what L2 should still hold when the second pass comes
 
