@@ -5,6 +5,7 @@ from grpo_kernels.config import LossConfig
 from grpo_kernels.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.loss import LossOutput, fused_grpo_loss, policy_loss
+from grpo_kernels.weights import microbatch
 
 __version__ = "0.1.0"
 
@@ -16,6 +17,7 @@ __all__ = [
     "fused_linear_grpo_loss",
     "group_advantages",
     "linear_token_logprobs",
+    "microbatch",
     "policy_loss",
     "token_logprobs",
 ]

@@ -64,6 +64,8 @@ def group_advantages(
 
 def relative_advantages(rewards, num_generations, scale_rewards, unbiased, eps, batch_std=None) -> torch.Tensor:
     """`group_advantages` of checked arguments; ``batch_std``: as known, else that of these rewards."""
+    if rewards.numel() == 0:
+        return rewards.clone()
     groups = rewards.reshape(-1, num_generations)  # [B/G, G]
     mean, spread = moments(groups, unbiased)
     if scale_rewards == "none":
@@ -87,9 +89,14 @@ def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor |
     count, mean = totals[0], totals[1] / totals[0].clamp(min=1.0)
     square = torch.where(valid, (known - mean).square(), 0.0).sum()
     reduce(square, group=group)
-    ends = torch.stack([torch.where(valid, x, -torch.inf).amax() for x in (rewards, -rewards)])  # max, −min
+    ends = torch.stack([_largest(torch.where(valid, x, -torch.inf)) for x in (rewards, -rewards)])  # max, −min
     reduce(ends, torch.distributed.ReduceOp.MAX, group)
     return on_torch(spread_of)(square, count, -ends[1], ends[0], unbiased).to(rewards.dtype)
+
+
+def _largest(x: torch.Tensor) -> torch.Tensor:
+    """The largest entry [], −inf where a rank has none."""
+    return x.amax() if x.numel() else x.new_full((), -torch.inf)
 
 
 def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:

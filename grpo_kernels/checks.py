@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_kernels.scalars import check_scalar_tensor, is_number, is_whole, plain
+
 LOGITS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 _MASKS = (torch.bool, *_INTEGERS, *LOGITS_DTYPES, torch.float64)
@@ -45,7 +47,7 @@ class Layout(NamedTuple):
 
     def rows(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """Something per token, or per sequence, as the backends have it: two-dimensional."""
-        if x is None or x.dim() == 2:
+        if x is None or x.dim() == 2:  # per token, per sequence, or one number
             return x
         if self.packed and tuple(x.shape) != (self.B,):
             return x[None]
@@ -60,8 +62,13 @@ class Layout(NamedTuple):
         return x[0] if x is not None and self.packed and x.dim() else x
 
 
-def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None) -> Layout:
-    """The layout of logits (B, T, V) or (B, T+1, V) and ids (B, T); or of packed (N, V) and (N,)."""
+def check_logits(
+    logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens: torch.Tensor | None = None, *, part: bool = False
+) -> Layout:
+    """The layout of logits (B, T, V) or (B, T+1, V) and ids (B, T); or of packed (N, V) and (N,).
+
+    ``part``: the logits are a part of the vocabulary, which may have no entry.
+    """
     check_tensor("logits", logits)
     check_tensor("completion_ids", completion_ids)
     if is_dtensor(logits):
@@ -90,8 +97,8 @@ def check_logits(logits: torch.Tensor, completion_ids: torch.Tensor, cu_seqlens:
             f"logits must be (B, T, V) or (B, T+1, V) with (B, T) = {shape} from completion_ids, got "
             f"{tuple(logits.shape)}. logits[b, t] scores completion_ids[b, t]: cut the prompt off both."
         )
-    if logits.numel() == 0 or completion_ids.numel() == 0:
-        raise ValueError(f"logits {tuple(logits.shape)} and completion_ids {shape} hold no token at all.")
+    if logits.shape[-1] == 0 and not part:
+        raise ValueError(f"logits {tuple(logits.shape)} are without a vocabulary: their last dimension is V.")
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(
             f"logits must be contiguous in the vocabulary, got strides {logits.stride()}. Make them so with "
@@ -109,8 +116,8 @@ def check_logprobs(logps: torch.Tensor, entropy: torch.Tensor | None, cu_seqlens
         check_tensor(name, value)
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} must be floating point, got {value.dtype}.")
-        if value.dim() not in (1, 2) or value.numel() == 0:
-            raise ValueError(f"{name} must be (B, T), or packed (N,), and hold a token, got {tuple(value.shape)}.")
+        if value.dim() not in (1, 2):
+            raise ValueError(f"{name} must be (B, T), or packed (N,), got {tuple(value.shape)}.")
         check_shape(name, value, {"as logps": tuple(logps.shape)})
         check_device(name, value, logps)
     return check_layout(tuple(logps.shape), cu_seqlens, logps)
@@ -125,7 +132,7 @@ def check_layout(shape: tuple[int, ...], cu_seqlens: torch.Tensor | None, like: 
         raise ValueError(f"cu_seqlens goes with packed input, logits (N, V) and ids (N,); got ids {shape}.")
     if cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}.")
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2:
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < (2 if shape[0] else 1):
         raise ValueError(f"cu_seqlens must be (S+1,), from 0 to N, got {tuple(cu_seqlens.shape)}.")
     check_device("cu_seqlens", cu_seqlens, like)
     return Layout(cu_seqlens.shape[0] - 1, shape[0], True)
@@ -183,13 +190,13 @@ def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewa
     check_tensor("rewards", rewards)
     if not rewards.dtype.is_floating_point:
         raise TypeError(f"rewards must be floating point, got {rewards.dtype}. Cast them: rewards.float().")
-    if rewards.dim() != 1 or rewards.numel() == 0:
+    if rewards.dim() != 1:
         raise ValueError(f"rewards must be (B,), one per completion, got {tuple(rewards.shape)}.")
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
     if num_generations is None:
         raise ValueError("rewards need num_generations, the number of completions per prompt.")
-    if isinstance(num_generations, bool) or not isinstance(num_generations, int):
+    if not is_whole(num_generations):
         raise TypeError(f"num_generations must be an int, got {type(num_generations).__name__}.")
     if num_generations < 1 or (num_generations < 2 and scale_rewards == "group"):
         raise ValueError(
@@ -203,31 +210,48 @@ def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewa
         )
 
 
-def check_temperature(temperature: torch.Tensor | float, logits: torch.Tensor, layout: Layout) -> None:
-    """A number above 0, or a tensor of them per sequence or token."""
-    if isinstance(temperature, torch.Tensor):
-        shapes = {**layout.per_token, **(layout.per_sequence if layout.B else {})}
-        check_float("temperature", temperature, logits, shapes)
-        if validates(logits.device) and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
-            raise ValueError("temperature must be above 0 everywhere, masked tokens included (1 will do there).")
-    elif isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
-        raise TypeError(f"temperature must be a number, or a tensor of them, got {type(temperature).__name__}.")
-    elif not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number above 0, or a tensor of them, got {temperature!r}.")
+def check_temperature(
+    temperature: torch.Tensor | float, logits: torch.Tensor, layout: Layout
+) -> torch.Tensor | float:
+    """A number above 0, or a tensor of them per sequence or token; one without dimensions comes back as (1, 1)."""
+    if not isinstance(temperature, torch.Tensor) or temperature.dim() == 0:
+        temperature = check_factor("temperature", temperature, logits, "a number, or a tensor of them")
+    if not isinstance(temperature, torch.Tensor):
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be a finite number above 0, or a tensor of them, got {temperature!r}.")
+        return temperature
+    if temperature.dim() == 0:
+        temperature = temperature.float().reshape(1, 1)
+    else:
+        check_float("temperature", temperature, logits, {**layout.per_token, **layout.per_sequence})
+    if validates(logits.device) and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
+        raise ValueError("temperature must be above 0 everywhere, masked tokens included (1 will do there).")
+    return temperature
 
 
-def check_factor(name: str, value: torch.Tensor | float, logits: torch.Tensor) -> torch.Tensor | float:
-    """A number, or a 0-d tensor on the logits' device (a 0-d CPU tensor becomes a number)."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
-        raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}.")
-    if isinstance(value, torch.Tensor):
-        if value.dim() != 0:
-            raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}.")
-        check_no_grad(name, value)
-        if value.device != logits.device:
-            if value.device.type != "cpu":
-                check_device(name, value, logits)
-            return value.item()  # on the CPU: no device is waited for
+def check_factor(
+    name: str, value: torch.Tensor | float, logits: torch.Tensor, wanted: str = "a number or a 0-d tensor"
+) -> torch.Tensor | float:
+    """A Python number, or a 0-d tensor on the logits' device (a 0-d CPU tensor becomes a number)."""
+    if not isinstance(value, torch.Tensor):
+        if not is_number(value):
+            raise TypeError(f"{name} must be {wanted}, got {type(value).__name__}.")
+        return plain(value)
+    check_scalar_tensor(name, value)
+    if value.device != logits.device:
+        if value.device.type != "cpu":
+            check_device(name, value, logits)
+        return value.item()  # on the CPU: no device is waited for
+    return value
+
+
+def check_count(name: str, value: torch.Tensor | float | None, logits: torch.Tensor) -> torch.Tensor | float | None:
+    """`check_factor` of a count, which may be 0 but not less; None where there is none. A tensor is not looked at."""
+    if value is None:
+        return None
+    value = check_factor(name, value, logits)
+    if not isinstance(value, torch.Tensor) and not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a finite number of at least 0, or a 0-d tensor, got {value}.")
     return value
 
 
@@ -292,6 +316,8 @@ def check_vocab_group(group: object) -> object | None:
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Ids inside the vocabulary wherever the mask counts them, and a mask of zeros and ones."""
     check_mask_values(mask)
+    if completion_ids.numel() == 0:
+        return
     low, high = completion_ids.aminmax()
     if low.item() >= 0 and high.item() < V:
         return

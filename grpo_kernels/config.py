@@ -7,10 +7,10 @@ import math
 import torch
 
 from grpo_kernels.correction import CORRECTIONS
+from grpo_kernels.scalars import check_scalar_tensor, is_number, plain
 from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
 from grpo_kernels.weights import AGGREGATIONS
 
-_PARTS = {"policy_term": "term", "importance_sampling_level": "level", "loss_agg_mode": "aggregation"}
 _CLAMP = "it must be None, a number above 0, or a pair (low, high) with low < high."
 # field -> (low, high, may be None); an end in quotes does not belong to the range.
 _RANGES = {
@@ -29,19 +29,16 @@ _RANGES = {
     "vespo_lambda_neg": ("-inf", "inf", False),
     "dro_beta": ("0", "inf", False),
     "kl_clamp": ("0", "inf", True),
-    "max_completion_length": ("0", "inf", True),
-    "global_batch_size": ("0", "inf", True),
-    "entropy_coef": ("-inf", "inf", False),
+    "max_completion_length": (0.0, "inf", True),
+    "global_batch_size": (0.0, "inf", True),
+    "entropy_coef": ("-inf", "inf", True),
     "top_entropy_quantile": (0.0, 1.0, False),
     "off_policy_mask_threshold": ("-inf", math.inf, True),
     "sampling_correction_min": (0.0, math.inf, True),
     "sampling_correction_max": (0.0, math.inf, True),
     "advantage_eps": (0.0, "inf", False),
 }
-
-
-class _Own(str):
-    """A part that is the loss type's own and not the caller's choice: it follows a new loss type."""
+_TENSORS = ("max_completion_length", "global_batch_size", "entropy_coef")  # may be 0-d tensors, which are never read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,11 +71,12 @@ class LossConfig:
             beyond (k1+ and k3+ keep the gradient they borrow); None: off (verl's k3: 10).
         log_ratio_clamp: bounds of the level's log ratio, a number c for ±c or a pair, with gradient 0
             beyond; None: off (verl: 20; its gspo: (−inf, 10)).
-        max_completion_length: the constant that ``dr_grpo`` and seq-mean-token-sum-norm divide by; None:
-            T, the padded length of the batch (Dr. GRPO, arXiv:2503.20783).
-        global_batch_size: sequences that verl's seq-mean modes divide by; None: those of this call that
-            have an unmasked token.
-        entropy_coef: coefficient of the entropy bonus, a mean over the unmasked tokens.
+        max_completion_length: the constant that ``dr_grpo`` and seq-mean-token-sum-norm divide by, at least 1;
+            a number or 0-d tensor; None: T, the padded length of the batch (Dr. GRPO, arXiv:2503.20783).
+        global_batch_size: sequences that verl's seq-mean modes divide by, at least 1; a number or 0-d tensor;
+            None: those of this call that have an unmasked token.
+        entropy_coef: coefficient of the entropy bonus, a mean over the unmasked tokens; None: off; a number or
+            0-d tensor, 0 included: on, so that metrics and sums have the entropy.
         top_entropy_quantile: the policy term acts on this share of tokens, those of highest entropy; 1: all
             ("Beyond the 80/20 rule", arXiv:2506.01939).
         off_policy_mask_threshold: sequences of negative advantage whose mean log-probability has fallen by
@@ -93,8 +91,9 @@ class LossConfig:
         advantage_eps: added to the standard deviation of rewards (TRL 1e-4, verl 1e-6).
         advantage_unbiased: divide the variance of rewards by n − 1, not n.
 
-    The three parts hold their values after construction: ``LossConfig().importance_sampling_level`` is
-    ``"token"``. With ``dataclasses.replace(config, loss_type=...)`` those that were not chosen follow.
+    Fields hold what was given; NumPy's scalars become Python's. `term`, `level` and `aggregation` say which
+    parts that makes: ``LossConfig().importance_sampling_level`` is None, and ``LossConfig().level`` is
+    ``"token"``. With ``dataclasses.replace(config, loss_type=...)`` the parts that were not chosen follow.
 
     Raises:
         ValueError: a value outside its range, a name that is not in the catalogue, a combination
@@ -124,9 +123,9 @@ class LossConfig:
     use_bias_correction_kl: bool = False
     kl_clamp: float | None = None
     log_ratio_clamp: float | tuple[float, float] | None = None
-    max_completion_length: int | None = None
-    global_batch_size: int | None = None
-    entropy_coef: float = 0.0
+    max_completion_length: torch.Tensor | float | None = None
+    global_batch_size: torch.Tensor | float | None = None
+    entropy_coef: torch.Tensor | float | None = None
     top_entropy_quantile: float = 1.0
     off_policy_mask_threshold: float | None = None
     sampling_correction: str | None = None
@@ -138,13 +137,9 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         _one_of("loss_type", self.loss_type, LOSS_TYPES)
-        for field, part in _PARTS.items():
-            given = getattr(self, field)
-            if given is None or isinstance(given, _Own):  # as dataclasses.replace hands it over
-                object.__setattr__(self, field, _Own(getattr(LOSS_TYPES[self.loss_type], part)))
-        _one_of("policy_term", self.policy_term, TERMS)
-        _one_of("importance_sampling_level", self.importance_sampling_level, LEVELS)
-        _one_of("loss_agg_mode", self.loss_agg_mode, AGGREGATIONS)
+        _one_of("policy_term", self.term, TERMS)
+        _one_of("importance_sampling_level", self.level, LEVELS)
+        _one_of("loss_agg_mode", self.aggregation, AGGREGATIONS)
         _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.sampling_correction is not None:
@@ -153,30 +148,35 @@ class LossConfig:
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, (low, high, optional) in _RANGES.items():
-            _in_range(name, getattr(self, name), low, high, optional)
+            value = getattr(self, name)
+            if name in _TENSORS and isinstance(value, torch.Tensor):
+                check_scalar_tensor(name, value)
+            elif value is not None or not optional:
+                number = _in_range(name, value, low, high, optional)
+                if type(value) is not type(number):
+                    object.__setattr__(self, name, number)
         _rising("cispo_min", self.cispo_min, "cispo_max", self.cispo_max)
         _rising("sampling_correction_min", self.sampling_correction_min,
                 "sampling_correction_max", self.sampling_correction_max)  # fmt: skip
-        if isinstance(self.log_ratio_clamp, list):  # so that the config can be hashed
-            object.__setattr__(self, "log_ratio_clamp", tuple(self.log_ratio_clamp))
+        object.__setattr__(self, "log_ratio_clamp", _clamp(self.log_ratio_clamp))
         low, high = self.log_ratio_bounds
         if not low < high:
             raise ValueError(f"log_ratio_clamp={self.log_ratio_clamp} leaves nothing: {_CLAMP}")
         self._check_combination()
 
     def _check_combination(self) -> None:
-        term = TERMS[self.policy_term]
-        if self.importance_sampling_level not in term.levels:
+        term = TERMS[self.term]
+        if self.level not in term.levels:
             raise ValueError(
-                f"the term {self.policy_term!r} has no meaning at importance_sampling_level="
-                f"{self.importance_sampling_level!r}: it is defined at {', '.join(map(repr, term.levels))}."
+                f"the term {self.term!r} has no meaning at importance_sampling_level="
+                f"{self.level!r}: it is defined at {', '.join(map(repr, term.levels))}."
             )
-        if term.aggregations and self.loss_agg_mode not in term.aggregations:
+        if term.aggregations and self.aggregation not in term.aggregations:
             raise ValueError(
-                f"{self.policy_term} is defined with loss_agg_mode {' or '.join(map(repr, term.aggregations))} alone: "
-                f"leave it at None, got {self.loss_agg_mode!r}."
+                f"{self.term} is defined with loss_agg_mode {' or '.join(map(repr, term.aggregations))} alone: "
+                f"leave it at None, got {self.aggregation!r}."
             )
-        if self.policy_term == "cispo" and self.epsilon_high is not None:
+        if self.term == "cispo" and self.epsilon_high is not None:
             raise ValueError(
                 "epsilon_high means two things for cispo. Say cispo_max=epsilon_high for TRL's raw bound of the ratio, "
                 "or cispo_min=1 - epsilon, cispo_max=1 + epsilon_high for verl's."
@@ -184,9 +184,25 @@ class LossConfig:
         for knob in ("delta", "dual_clip", "cispo_min"):
             if getattr(self, knob) is not None and knob not in term.knobs:
                 readers = ", ".join(name for name, other in TERMS.items() if knob in other.knobs)
-                raise ValueError(f"{knob} is read by {readers}, not by {self.policy_term!r}: leave it None.")
+                raise ValueError(f"{knob} is read by {readers}, not by {self.term!r}: leave it None.")
         if self.log_ratio_clamp is not None and term.statistic is not None:
-            raise ValueError(f"{self.policy_term} limits its log ratio itself: leave log_ratio_clamp None.")
+            raise ValueError(f"{self.term} limits its log ratio itself: leave log_ratio_clamp None.")
+
+    @property
+    def term(self) -> str:
+        """``policy_term``, or the loss type's."""
+        return LOSS_TYPES[self.loss_type].term if self.policy_term is None else self.policy_term
+
+    @property
+    def level(self) -> str:
+        """``importance_sampling_level``, or the loss type's."""
+        own = self.importance_sampling_level
+        return LOSS_TYPES[self.loss_type].level if own is None else own
+
+    @property
+    def aggregation(self) -> str:
+        """``loss_agg_mode``, or the loss type's."""
+        return LOSS_TYPES[self.loss_type].aggregation if self.loss_agg_mode is None else self.loss_agg_mode
 
     @property
     def log_ratio_bounds(self) -> tuple[float, float]:
@@ -194,11 +210,7 @@ class LossConfig:
         clamp = self.log_ratio_clamp
         if clamp is None:
             return -math.inf, math.inf
-        if isinstance(clamp, (tuple, list)) and len(clamp) == 2:
-            return clamp[0], clamp[1]
-        if isinstance(clamp, (bool, str, tuple, list)):
-            raise TypeError(f"log_ratio_clamp={clamp!r}: {_CLAMP}")
-        return -clamp, clamp
+        return clamp if isinstance(clamp, tuple) else (-clamp, clamp)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -225,6 +237,8 @@ def _trl_fields(args: object) -> dict:
             "off_policy_mask_threshold", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
             "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "scale_rewards")  # fmt: skip
     fields = {name: getattr(args, name) for name in same if hasattr(args, name)}
+    if not fields.get("entropy_coef"):  # TRL's 0.0 is off
+        fields["entropy_coef"] = None
     if "loss_type" not in fields:
         raise ValueError(f"from_trl takes a GRPOConfig of TRL 1.16, got {type(args).__name__} without a loss_type.")
     scale = fields.get("scale_rewards", "group")
@@ -277,18 +291,28 @@ def _one_of(name: str, value: object, valid) -> None:
         raise ValueError(f"{name}={value!r} is not available. Choose one of: {', '.join(map(repr, valid))}.")
 
 
-def _in_range(name: str, value: float | None, low: float, high: float, optional: bool) -> None:
-    """A number between the ends, which do not belong to it where they are strings."""
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def _in_range(name: str, value: object, low: float | str, high: float | str, optional: bool = False) -> float:
+    """A number between the ends, which do not belong to it where they are strings; as Python's."""
+    if not is_number(value):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {value!r}.")
+    value = plain(value)
     above = value > float(low) if isinstance(low, str) else value >= low
     below = value < float(high) if isinstance(high, str) else value <= high
     if not (above and below):
         ends = "above " + low if isinstance(low, str) else f"at least {low:g}"
         ends += "" if high == math.inf else " and finite" if high == "inf" else f" and at most {high:g}"
         raise ValueError(f"{name} must be {ends}, got {value}.")
+    return value
+
+
+def _clamp(clamp: object) -> float | tuple[float, float] | None:
+    """``log_ratio_clamp`` in Python's numbers; a pair as a tuple, so that the config can be hashed."""
+    if clamp is None:
+        return None
+    ends = clamp if isinstance(clamp, (tuple, list)) else (clamp,)
+    if not all(map(is_number, ends)) or (ends is clamp and len(ends) != 2):
+        raise TypeError(f"log_ratio_clamp={clamp!r}: {_CLAMP}")
+    return tuple(map(plain, ends)) if ends is clamp else plain(clamp)
 
 
 def _rising(low_name: str, low: float | None, high_name: str, high: float | None) -> None:

@@ -29,6 +29,7 @@ class Inputs(NamedTuple):
     count: torch.Tensor | None = None  # (B,) or (): what the weight divides by
     loss_scale: torch.Tensor | None = None  # ()
     tokens: torch.Tensor | None = None  # (): unmasked tokens, which the entropy bonus divides by
+    entropy_coef: torch.Tensor | None = None  # (): factor of the entropy bonus
     threshold: torch.Tensor | None = None  # (): tokens of lower entropy are masked out
     batch_std: torch.Tensor | None = None  # (): spread of the rewards of all ranks
     cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input

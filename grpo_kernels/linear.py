@@ -92,12 +92,12 @@ def fused_linear_grpo_loss(
     config = resolve_config(config, overrides)
     weight, bias = head_tensors(weight, bias)
     layout = check_hidden(hidden, weight, bias, completion_ids, cu_seqlens)
-    temperature, softcap = _scaling(temperature, logit_scale, softcap, hidden, layout)
+    temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
     args = Arguments(
         advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
         sampling_logps, num_items_in_batch, loss_scale, cu_seqlens, reduction, data_group, skip_zero_advantage,
-        temperature, softcap, float(logit_scale),
+        temperature, softcap, logit_scale,
     )  # fmt: skip
     call = prepare(args, config, layout, completion_ids, backend, return_entropy)
     loss, logps, entropy, sums, values = linear_autograd.run_linear_loss(
@@ -137,7 +137,7 @@ def linear_token_logprobs(
     Args:
         hidden, weight, completion_ids, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32:
             as in `fused_linear_grpo_loss`.
-        temperature: divides the logits; a number, or a tensor (B,), (B, T) or (N,).
+        temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
         mask: of zeros and ones, shaped as the ids; masked rows take no part, and have log-probability 0.
         return_entropy: compute the entropies as well.
         backend: None (by device), ``"triton"`` or ``"torch"``.
@@ -151,7 +151,7 @@ def linear_token_logprobs(
     weight, bias = head_tensors(weight, bias)
     layout = check_hidden(hidden, weight, bias, completion_ids, None)
     checks.check_mask("mask", mask, hidden, layout)
-    temperature, softcap = _scaling(temperature, logit_scale, softcap, hidden, layout)
+    temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
     heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
     coefs = Coefs(temperature=1.0 if heat is not None else temperature, softcap=softcap, logit_scale=logit_scale)
@@ -163,14 +163,13 @@ def linear_token_logprobs(
     return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)
 
 
-def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.Tensor | float, float]:
-    """(temperature, softcap): a scale without a cap is a temperature."""
-    checks.check_temperature(temperature, hidden, layout)
-    check_number("logit_scale", logit_scale)
+def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.Tensor | float, float, float]:
+    """(temperature, softcap, logit_scale): a scale without a cap is a temperature."""
+    temperature = checks.check_temperature(temperature, hidden, layout)
+    logit_scale = check_number("logit_scale", logit_scale)
     if softcap is not None:
-        check_number("softcap", softcap)
-        return temperature, float(softcap)
-    return (temperature if logit_scale == 1.0 else temperature / logit_scale), math.inf
+        return temperature, check_number("softcap", softcap), logit_scale
+    return (temperature if logit_scale == 1.0 else temperature / logit_scale), math.inf, logit_scale
 
 
 def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> Options:

@@ -5,6 +5,7 @@ import math
 import torch
 
 from grpo_kernels.checks import LOGITS_DTYPES, Layout, check_layout, check_tensor, is_dtensor, is_integer
+from grpo_kernels.scalars import is_number, is_whole, plain
 
 
 def head_tensors(
@@ -74,8 +75,8 @@ def check_hidden(
     if tuple(hidden.shape[:-1]) not in (shape, *longer):
         forms = "packed (N, H)" if ids.dim() == 1 else "(B, T, H) or (B, T+1, H)"
         raise ValueError(f"hidden must be {forms} for completion_ids {shape}, got {tuple(hidden.shape)}.")
-    if hidden.numel() == 0 or ids.numel() == 0:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and completion_ids {shape} hold no token at all.")
+    if hidden.shape[-1] == 0:
+        raise ValueError(f"hidden {tuple(hidden.shape)} has states without an entry: its last dimension is H.")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(
             f"weight must be (V, H) with H = {hidden.shape[-1]} from hidden, got {tuple(weight.shape)}. It is the "
@@ -92,20 +93,21 @@ def check_hidden(
     return check_layout(shape, cu_seqlens, hidden)
 
 
-def check_number(name: str, value: float) -> None:
-    """A finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_number(name: str, value: float) -> float:
+    """A finite number above 0, as Python's."""
+    if not is_number(value):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}.")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be a finite number above 0, got {value!r}.")
+    return float(value)
 
 
 def check_count(value: int | None) -> int:
     """How many rows are read, -1 if nobody said."""
     if value is None:
         return -1
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not is_whole(value):
         raise TypeError(f"num_rows must be None (the rows are counted) or an int, got {type(value).__name__}.")
     if value < 0:
         raise ValueError(f"num_rows must be 0 or more, got {value}. Leave it out to have the rows counted.")
-    return value
+    return plain(value)

@@ -90,7 +90,9 @@ def row_chunks(
         part = Inputs(*(x if x is None or x.dim() == 0 else x[start:end, None] for x in every))
         if count is not None and count.dim():
             part = part._replace(count=count[start:end])
-        part = part._replace(loss_scale=inputs.loss_scale, tokens=inputs.tokens)
+        part = part._replace(
+            loss_scale=inputs.loss_scale, tokens=inputs.tokens, entropy_coef=inputs.entropy_coef
+        )
         lp, H = run.gradient(z, z, part, coefs, plan, entropy)
         logps[start:end] = lp[:, 0]
         if entropy:
@@ -121,7 +123,8 @@ def sequence_chunks(
             **{name: x if x is None else x[first:last] if x.dim() == 2 else x[None, start:end]
                for name, x in of_either.items()},
             count=inputs.count if inputs.count is None or inputs.count.dim() == 0 else inputs.count[first:last],
-            loss_scale=inputs.loss_scale, tokens=inputs.tokens, cu=on_device[first : last + 1] - start,
+            loss_scale=inputs.loss_scale, tokens=inputs.tokens, entropy_coef=inputs.entropy_coef,
+            cu=on_device[first : last + 1] - start,
         )  # fmt: skip
         part = part._replace(segments=run.segments(None, part.cu, end - start)[0])
         pieces = list(_pieces(start, end, height))

@@ -11,6 +11,8 @@ import os
 import torch
 from torch import Tensor
 
+from grpo_kernels.scalars import is_whole, plain
+
 CHUNK_BYTES = 1 << 30
 CHUNK_ROWS = 4096
 # On a CPU fewer rows suffice, and leave the logits nearer to the cache: but each chunk reads the weight twice, and
@@ -37,11 +39,11 @@ def chunk_rows(chunk_bytes: int | None, V: int, itemsize: int, on_cpu: bool = Fa
         if not setting.isdigit():
             raise ValueError(f"GRPO_KERNELS_CHUNK_BYTES must be a whole number of bytes, got {setting!r}.")
         chunk_bytes = int(setting)
-    if isinstance(chunk_bytes, bool) or not isinstance(chunk_bytes, int):
+    if not is_whole(chunk_bytes):
         raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}.")
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be above 0, got {chunk_bytes}.")
-    return max(1, chunk_bytes // (V * itemsize))
+    return max(1, plain(chunk_bytes) // (V * itemsize))
 
 
 @dataclasses.dataclass

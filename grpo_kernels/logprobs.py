@@ -37,7 +37,7 @@ def token_logprobs(
         logits: (B, T, V), or (B, T+1, V) whose last position is not read, or packed (N, V); fp32, bf16
             or fp16, contiguous in V, other strides free. ``logits[b, t]`` scores ``completion_ids[b, t]``.
         completion_ids: (B, T) or (N,), integers.
-        temperature: divides the logits; a number, or a tensor (B,), (B, T) or (N,).
+        temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
         mask: of zeros and ones, shaped as the ids; masked rows are not read, their ids may be anything.
         return_entropy: compute the entropy as well.
         vocab_group: process group over which the vocabulary is spread, as in `fused_grpo_loss`.
@@ -51,13 +51,13 @@ def token_logprobs(
         ValueError: wrong shape, stride, device or value. TypeError: wrong dtype.
         IndexError: on the CPU, an unmasked id outside the vocabulary (on a GPU its row is NaN).
     """
-    layout = checks.check_logits(logits, completion_ids)
     vocab_group = checks.check_vocab_group(vocab_group)
+    layout = checks.check_logits(logits, completion_ids, part=vocab_group is not None)
     checks.check_mask("mask", mask, logits, layout)
-    checks.check_temperature(temperature, logits, layout)
+    temperature = checks.check_temperature(temperature, logits, layout)
     backend = ops.choose_backend(backend, logits)
     heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
-    coefs = Coefs(temperature=1.0 if heat is not None else float(temperature)).pack()
+    coefs = Coefs(temperature=1.0 if heat is not None else temperature).pack()
     logps, entropy = autograd.TokenLogprobsFunction.apply(
         layout.tokens(logits), layout.tokens(completion_ids), layout.tokens(mask), heat, coefs, _PLAN, return_entropy,
         backend, vocab_group,

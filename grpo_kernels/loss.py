@@ -73,14 +73,16 @@ def fused_grpo_loss(
         num_generations: G, with rewards; rows [k·G, (k+1)·G) share a prompt.
         old_logps: (B, T), log-probabilities under the policy that sampled; None: on-policy, ρ = 1 with
             its gradient.
-        ref_logps: (B, T), log-probabilities under the reference policy; needed if ``beta`` is not 0.
+        ref_logps: (B, T), log-probabilities under the reference policy; needed if ``beta`` is not 0. With
+            ``beta`` 0 they give the metric ``kl`` and no gradient.
         completion_mask: (B, T) of zeros and ones in any pattern; None: all ones. Masked rows are not read.
         importance_weights: (B, T), (B, 1) or (B,): factor of the policy term, not of the KL.
         sampling_logps: (B, T), the sampler's own log-probabilities, NaN where it has none: for
             ``sampling_correction`` and ``off_policy_mask_threshold``.
-        temperature: divides the logits; the one that the completions were sampled at; a number, or a
-            tensor (B,) or (B, T).
-        num_items_in_batch: the tokens of the whole batch, which ``dapo`` divides by; a number or 0-d tensor.
+        temperature: divides the logits; the one that the completions were sampled at; a number, a 0-d
+            tensor, or one (B,) or (B, T).
+        num_items_in_batch: the tokens of the whole batch, which ``dapo`` divides by, at least 1; a number or
+            0-d tensor.
         loss_scale: factor of the loss, e.g. 1/gradient_accumulation_steps; a number or 0-d tensor.
         cu_seqlens: (S+1,) int, with packed input: sequence i is rows [cu_seqlens[i], cu_seqlens[i+1]).
         inplace: write the gradient over the logits' own memory. The logits are gone afterwards; a graph
@@ -113,9 +115,9 @@ def fused_grpo_loss(
         RuntimeError: double backward.
     """
     config = resolve_config(config, overrides)
-    layout = checks.check_logits(logits, completion_ids, cu_seqlens)
     vocab_group = checks.check_vocab_group(vocab_group)
-    checks.check_temperature(temperature, logits, layout)
+    layout = checks.check_logits(logits, completion_ids, cu_seqlens, part=vocab_group is not None)
+    temperature = checks.check_temperature(temperature, logits, layout)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         checks.check_inplace(logits)
     backend = ops.choose_backend(backend, logits)
@@ -171,7 +173,7 @@ def policy_loss(
     """
     config = resolve_config(config, overrides)
     layout = checks.check_logprobs(logps, entropy, cu_seqlens)
-    needs = {"entropy_coef": config.entropy_coef != 0.0, "top_entropy_quantile": config.top_entropy_quantile < 1.0}
+    needs = {"entropy_coef": config.entropy_coef is not None, "top_entropy_quantile": config.top_entropy_quantile < 1.0}
     for name, needed in needs.items():
         if needed and entropy is None:
             raise ValueError(f"{name}={getattr(config, name)} needs entropy, shaped as logps (see token_logprobs).")

@@ -52,13 +52,19 @@ def product(x, trust):
 
 
 @jit
+def scaled(beta, x):
+    """β·x; 0 where β is, whatever x: a KL that is only watched changes nothing, infinite or NaN as it may be."""
+    return tl.where(beta == 0.0, 0.0, beta * x)
+
+
+@jit
 def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, TERM: tl.constexpr, KL: tl.constexpr,
                     BIAS: tl.constexpr, OWN: tl.constexpr, TRUST: tl.constexpr, LIMITED: tl.constexpr,
                     CLAMPED: tl.constexpr):  # fmt: skip
     """One token: (ℓ_policy, kl, ∂ℓ/∂r, ∂ℓ/∂r̂, ∂ℓ/∂lp), the derivatives those of ℓ = ℓ_policy + β·kl.
 
     ``r_hat, passes`` is the log ratio of the level, from `limited_ratio`. Where the term has a
-    statistic of its own (OWN) it sees that, ``r``, instead. ``KL`` is None where β = 0; BIAS
+    statistic of its own (OWN) it sees that, ``r``, instead. ``KL`` is None without a reference; BIAS
     multiplies the KL by ρ = exp r̂, CLAMPED holds it. TRUST: there is one; LIMITED: of `limited_ratio`.
     """
     d_term = 0.0
@@ -83,10 +89,10 @@ def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, T
         kl, d_kl = KL(log_ratio(ref, lp), limits, CLAMPED)
         if BIAS:
             ratio = tl.exp(r_hat)
-            d_ratio = d_ratio + beta * ratio * kl
+            d_ratio = d_ratio + scaled(beta, ratio * kl)
             kl = kl * ratio
             d_kl = d_kl * ratio
-        d_lp = d_lp + beta * d_kl
+        d_lp = d_lp + scaled(beta, d_kl)
     if LIMITED:
         d_ratio = tl.where(passes == 0.0, 0.0, d_ratio)
     return policy, kl, d_term, d_ratio, tl.where(bad, poison, d_lp)

@@ -16,6 +16,7 @@ from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.plan import Plan
+from grpo_kernels.torch_parts import absent_part
 
 _BACKENDS = {"torch": "grpo_kernels.torch_backend", "triton": "grpo_kernels.kernels.launch"}
 
@@ -88,8 +89,10 @@ def shard_op(
     logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
 ) -> Tensor:
     """[4·B·T] of logits that hold a part of the vocabulary, for `unite_op`; ids as `local_ids_op` has them."""
-    run = backend_of(backend)
-    return run.shard(logits, Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+    inputs, coefs, plan = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan)
+    if logits.shape[2] == 0:
+        return absent_part(inputs, coefs, plan)
+    return backend_of(backend).shard(logits, inputs, coefs, plan, entropy)
 
 
 @shard_op.register_fake
@@ -203,6 +206,8 @@ def _(old, tensors, coefs, mode, backend):
 @torch.library.custom_op("grpo_kernels::threshold", mutates_args=())
 def threshold_op(ordered: Tensor, everywhere: Tensor, coefs: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     """The entropy above which a token acts on the policy term [], and how many of this batch do []."""
+    if everywhere.numel() == 0:
+        return ordered.new_full((), torch.inf), ordered.new_zeros(())
     return backend_of(backend).threshold(ordered, everywhere, Coefs.unpack(coefs).quantile)
 
 
@@ -231,6 +236,8 @@ def slope_op(
 ) -> Tensor:  # fmt: skip
     """Gradient of the logits, (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)] times ``up``."""
     out = logits.new_empty(logits.shape)
+    if out.numel() == 0:
+        return out
     backend_of(backend).slope(logits, out, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
     return out
 
@@ -246,6 +253,8 @@ def slope_op_(
     coefs: Tensor, backend: str,
 ) -> None:  # fmt: skip
     """`slope_op`, the gradient taking the place of the logits."""
+    if logits.numel() == 0:
+        return
     backend_of(backend).slope(logits, logits, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
 
 

@@ -80,18 +80,18 @@ def prepare(
     segments = lengths = None
     if layout.packed:
         segments, lengths = call(ops.segments_op, mask, cu, layout.T, backend)
-    num_items = args.num_items_in_batch
-    if num_items is not None:
-        num_items = checks.check_factor("num_items_in_batch", num_items, ids)
-    batch = Batch(mask, lengths, layout.B, layout.T, num_items, config.max_completion_length or layout.T,
-                  config.global_batch_size)  # fmt: skip
-    w = AGGREGATIONS[config.loss_agg_mode].function(batch)
+    num_items = checks.check_count("num_items_in_batch", args.num_items_in_batch, ids)
+    horizon = checks.check_count("max_completion_length", config.max_completion_length, ids)
+    sequences = checks.check_count("global_batch_size", config.global_batch_size, ids)
+    batch = Batch(mask, lengths, layout.B, layout.T, num_items, _or(horizon, layout.T), sequences)
+    w = AGGREGATIONS[config.aggregation].function(batch)
     w_bonus = Weight(None, 1.0)
     if plan.bonus and not plan.quantile:  # else its count follows from the entropies
         w_bonus = batch_tokens(batch)
     loss_scale = checks.check_factor("loss_scale", args.loss_scale, ids)
     scale_number, scale_tensor = (1.0, loss_scale) if isinstance(loss_scale, torch.Tensor) else (loss_scale, None)
-    coefs = _coefficients(args, config, plan, w.factor * scale_number, w_bonus.factor * scale_number)
+    bonus, bonus_tensor = _bonus(config, plan, ids)
+    coefs = _coefficients(args, config, plan, w.factor * scale_number, w_bonus.factor * scale_number * bonus)
     inputs = Inputs(
         ids=layout.tokens(ids),
         mask=mask,
@@ -106,6 +106,7 @@ def prepare(
         count=w.count,
         loss_scale=scale_tensor,
         tokens=w_bonus.count,
+        entropy_coef=bonus_tensor,
         batch_std=_batch_std(args, config),
         cu=cu,
         segments=segments,
@@ -113,7 +114,7 @@ def prepare(
     if plan.correction and not plan.late_correction:
         weights = call(ops.correct_op, inputs.old, tuple(inputs), coefs, plan.correction, backend)
         inputs = inputs._replace(is_weight=weights)
-    term = TERMS[config.policy_term]
+    term = TERMS[config.term]
     names = names_of(
         beta=bool(plan.kl), entropy=has_entropy or plan.bonus or plan.quantile, rewards=args.rewards is not None,
         reports=term.reports, dual=term.caps(config),
@@ -122,7 +123,7 @@ def prepare(
 
 
 def _plan(args: Arguments, config: LossConfig, layout: Layout) -> Plan:
-    level, own = LEVELS[config.importance_sampling_level], TERMS[config.policy_term].statistic
+    level, own = LEVELS[config.level], TERMS[config.term].statistic
     correction = config.sampling_correction
     if args.importance_weights is not None:
         one_weight = _is_per_sequence(args.importance_weights, layout)
@@ -130,16 +131,16 @@ def _plan(args: Arguments, config: LossConfig, layout: Layout) -> Plan:
         one_weight = correction is not None and CORRECTIONS[correction].per_sequence
     one_ratio = level.spreads or (own is not None and not own.spreads)  # of what the region is about
     return Plan(
-        term=config.policy_term,
-        level=config.importance_sampling_level,
-        kl=config.kl_estimator if config.beta != 0.0 else "",
-        bias=config.use_bias_correction_kl and config.beta != 0.0,
+        term=config.term,
+        level=config.level,
+        kl=config.kl_estimator if args.ref_logps is not None else "",
+        bias=config.use_bias_correction_kl and args.ref_logps is not None,
         clamped=config.kl_clamp is not None,
         limited=config.log_ratio_clamp is not None,
         scale_rewards=config.scale_rewards,
         unbiased=config.advantage_unbiased,
         skip=args.skip_zero_advantage and config.beta == 0.0,
-        bonus=args.reduction == "mean" and config.entropy_coef != 0.0,
+        bonus=args.reduction == "mean" and config.entropy_coef is not None,
         quantile=config.top_entropy_quantile < 1.0,
         off_policy=config.off_policy_mask_threshold is not None,
         correction=correction or "",
@@ -149,13 +150,13 @@ def _plan(args: Arguments, config: LossConfig, layout: Layout) -> Plan:
     )
 
 
-def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, w_bonus: float) -> torch.Tensor:
+def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, h: float) -> torch.Tensor:
     low, high = config.log_ratio_bounds
     return Coefs(
         temperature=1.0 if isinstance(args.temperature, torch.Tensor) else args.temperature,
         beta=config.beta,
         w_factor=w,
-        h_factor=w_bonus * config.entropy_coef if plan.bonus else 0.0,
+        h_factor=h,
         adv_eps=config.advantage_eps,
         r_low=low,
         r_high=high,
@@ -168,8 +169,14 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, w_b
         num_generations=float(_or(args.num_generations, 1)),
         softcap=args.softcap,
         logit_scale=args.logit_scale,
-        term=tuple(TERMS[config.policy_term].coefficients(config)),
+        term=tuple(TERMS[config.term].coefficients(config)),
     ).pack()
+
+
+def _bonus(config: LossConfig, plan: Plan, like: torch.Tensor) -> tuple[float, torch.Tensor | None]:
+    """The coefficient of the entropy bonus, a number times a tensor where there is one."""
+    coef = checks.check_factor("entropy_coef", config.entropy_coef, like) if plan.bonus else 0.0
+    return (1.0, coef) if isinstance(coef, torch.Tensor) else (coef, None)
 
 
 def _or(value: float | None, default: float) -> float:
@@ -240,11 +247,12 @@ def _check(args: Arguments, config: LossConfig, layout: Layout, like: torch.Tens
             )
     if args.reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {args.reduction!r}.")
-    if layout.packed and AGGREGATIONS[config.loss_agg_mode].needs_horizon and config.max_completion_length is None:
-        raise ValueError(f"loss_agg_mode={config.loss_agg_mode!r} on packed input needs max_completion_length.")
+    if layout.packed and AGGREGATIONS[config.aggregation].needs_horizon and config.max_completion_length is None:
+        raise ValueError(f"loss_agg_mode={config.aggregation!r} on packed input needs max_completion_length.")
     if args.skip_zero_advantage:
-        reads = {"entropy_coef": config.entropy_coef != 0.0, "top_entropy_quantile": config.top_entropy_quantile < 1.0,
-                 f"policy_term={config.policy_term!r}": TERMS[config.policy_term].acts_without_advantage}  # fmt: skip
+        reads = {"entropy_coef": config.entropy_coef is not None,
+                 "top_entropy_quantile": config.top_entropy_quantile < 1.0,
+                 f"policy_term={config.term!r}": TERMS[config.term].acts_without_advantage}  # fmt: skip
         for name, reads_all in reads.items():
             if reads_all:
                 raise ValueError(

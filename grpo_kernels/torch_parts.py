@@ -4,8 +4,11 @@ import math
 
 import torch
 
+from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import on_torch
+from grpo_kernels.plan import Plan
 from grpo_kernels.softmax import entropy_of, fold, logp_of
+from grpo_kernels.torch_objective import counted_rows
 from grpo_kernels.torch_rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, dot, heat_of, scratch, write_slope
 
 _LN2, _LOG2E, _LOWEST = math.log(2.0), 1.0 / math.log(2.0), torch.finfo(torch.float32).min
@@ -19,6 +22,8 @@ def row_statistics(
     Rows that are not read have total −1 and depth 0.
     """
     V = logits.shape[2]
+    if ids.numel() == 0:
+        return torch.zeros(0, 3, device=logits.device), torch.zeros(0, device=logits.device)
     stats = torch.tensor([0.0, -1.0, 0.0], device=logits.device).repeat(ids.numel(), 1)
     depths = torch.zeros(ids.numel(), device=logits.device)
     flat_ids = ids.reshape(-1, 1)
@@ -36,6 +41,18 @@ def row_statistics(
         stats[tokens] = torch.cat([top, total, mean], dim=1)
         depths[tokens] = torch.where(known, (x_token - top) * scale, torch.nan)[:, 0]
     return stats, depths
+
+
+def absent_part(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
+    """What a rank without an entry of the vocabulary has to say, [4·B·T], as ``shard`` of the backends."""
+    read, unread = counted_rows(inputs, coefs, plan)
+    shape = inputs.ids.shape
+    if read is None:
+        read = torch.ones(shape, dtype=torch.bool, device=inputs.ids.device)
+    zeros = torch.zeros(shape, device=read.device)
+    top, total = torch.where(read, _LOWEST, zeros), torch.where(read, zeros, -1.0)
+    depths = torch.where(read if unread is None else read | unread, torch.nan, zeros)
+    return torch.cat([torch.stack([top, total, zeros], dim=-1).view(-1), depths.view(-1)])
 
 
 def _powers(
@@ -70,6 +87,9 @@ def write_part(
 ) -> None:  # fmt: skip
     """The gradient of these entries, from g = ∂L/∂lp and h = ∂L/∂H, [B·T, 1] each, and the stats of the whole rows."""
     V = logits.shape[2]
+    if ids.numel() == 0:
+        out.zero_()
+        return
     clear(out, read, ids.shape[1])
     flat_ids = ids.reshape(-1, 1)
     height = max(1, CHUNK_ELEMENTS // V)

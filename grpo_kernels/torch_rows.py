@@ -48,6 +48,11 @@ def run_rows(
     B, T = ids.shape
     rows, V = logits.shape[1:]
     logps = entropies = None
+    if ids.numel() == 0:
+        if out is not None:
+            out.zero_()
+        logps = torch.zeros(B, T, device=logits.device)
+        return logps, torch.zeros_like(logps) if entropy else logps.new_empty(0)
     flat_ids = ids.reshape(-1, 1).long()
     if out is not None:
         clear(out, read, T)

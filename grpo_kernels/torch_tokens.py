@@ -14,7 +14,7 @@ from grpo_kernels.advantages import moments, relative_advantages
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import on_numbers, on_torch
 from grpo_kernels.metrics import SUM_NAMES, summarise
-from grpo_kernels.objective import limited_ratio, log_ratio, token_objective, weight
+from grpo_kernels.objective import limited_ratio, log_ratio, scaled, token_objective, weight
 from grpo_kernels.plan import Plan
 from grpo_kernels.variants import TERMS
 
@@ -22,6 +22,8 @@ from grpo_kernels.variants import TERMS
 def expand(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Something per token, per sequence (B, 1), or one number, as one per token."""
     shape = inputs.ids.shape
+    if shape.numel() == 0:
+        return x.new_empty(shape)
     if inputs.cu is not None and x.dim() and x.shape[0] > 1:  # packed: a row per sequence
         x = torch.cat([x, x.new_zeros(1, 1)])[inputs.segments.long(), 0]
     return x.expand(shape)
@@ -31,6 +33,8 @@ def per_sequence(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     """Sums (..., B) in fp64 over the tokens of each sequence, of (..., B, T) or packed (..., 1, N)."""
     if inputs.cu is None:
         return x.sum(-1, dtype=torch.float64)
+    if x.shape[-1] == 0:
+        return x.new_zeros((*x.shape[:-2], inputs.sequences), dtype=torch.float64)
     flat = x.double().reshape(-1, x.shape[-1])  # [K, N]
     sums = torch.segment_reduce(flat.T.contiguous(), "sum", offsets=inputs.cu.long(), initial=0.0, unsafe=True)
     return sums.T.reshape(*x.shape[:-2], -1)
@@ -88,7 +92,7 @@ def judge(
         on_torch(plan.kl_function) if plan.kl else None, plan.bias, own is not None, trust is not None, plan.limited,
         plan.clamped,
     )  # fmt: skip
-    loss = policy + coefs.beta * kl if plan.kl else policy
+    loss = policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy
     marks = (0.0, 0.0, 0.0) if plan.clip_once else on_torch(term.region)(r, r_term, lp, old, A, c)
     return Verdict(loss, kl, *slopes, r, marks)
 
@@ -154,7 +158,7 @@ class Sums:
         """
         inputs, plan = self.tokens.inputs, self.tokens.plan
         shape, device = inputs.ids.shape, inputs.ids.device
-        table = torch.zeros(1, *shape, device=device) if self.table is None else self.table.view(-1, *shape)
+        table = torch.zeros(1, *shape, device=device) if self.table is None else self.table.view(len(self.names), *shape)
         rows = dict(zip(self.names, per_sequence(table, inputs).tolist()))  # name -> [B]
         values = dict.fromkeys(SUM_NAMES, 0.0) | {name: sum(row) for name, row in rows.items()}
         if live is None and inputs.cu is None:
@@ -209,16 +213,17 @@ def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | fl
     def of(count: torch.Tensor | None, factor: float) -> torch.Tensor | float:
         if count is None or count.dim() == 0:
             return on_numbers(weight)(1.0 if count is None else count.item(), factor, scale)
-        w = [[on_numbers(weight)(n, factor, scale)] for n in count.tolist()]
-        return torch.tensor(w, device=count.device)
+        w = [on_numbers(weight)(n, factor, scale) for n in count.tolist()]
+        return torch.tensor(w, dtype=torch.float32, device=count.device)[:, None]
 
-    return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor) if plan.bonus else 0.0
+    coef = 1.0 if inputs.entropy_coef is None else inputs.entropy_coef.item()
+    return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor * coef) if plan.bonus else 0.0
 
 
 def _reward_sums(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, float]:
     """Σ R, Σ R², how many are not NaN, how many sequences lie in a group without spread, and B."""
     size = float(inputs.sequences)
-    if inputs.rewards is None:
+    if inputs.rewards is None or not size:
         return {"sequences": size}
     rewards = inputs.rewards.float()
     if plan.scale_rewards != "batch":

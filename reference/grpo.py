@@ -52,7 +52,7 @@ class LossOutput:
     logps: Tensor  # (B, T) log π_θ of the sampled token
     entropy: Tensor | None  # (B, T) entropy of π_θ at that position, in nats; None if it was not given
     per_token_loss: Tensor  # (B, T) ℓ, unweighted
-    kl: Tensor | None  # (B, T) estimate of KL(π_θ ‖ π_ref), bias-corrected if asked for, without β; None if β = 0
+    kl: Tensor | None  # (B, T) estimate of KL(π_θ ‖ π_ref), bias-corrected if asked for, without β; None without ref_logps
     advantages: Tensor  # (B, T) A
     weights: Tensor  # (B, T) w, loss_scale included
     importance_weights: Tensor | None  # (B, T) as given, or made from sampling_logps; None without either
@@ -125,13 +125,13 @@ def policy_loss(
         entropy: (B, T), of π_θ; needed for the entropy bonus and for top_entropy_quantile.
         old_logps: (B, T), log-probs under the policy that sampled. None: the current one, so that
             ρ = 1. Its gradient is not zero: the loss then has the gradient of −A·log π_θ.
-        ref_logps: (B, T), log-probs under the reference policy; needed if beta is not 0.
+        ref_logps: (B, T), log-probs under the reference policy; needed if beta is not 0, else only watched.
         completion_mask: (B, T), 1 for the tokens that count. What lies elsewhere may be anything.
         importance_weights: (B, T), (B, 1) or (B,); packed: (S,) or (N,). Multiplies the policy term, not
             the KL; vespo and gmpo take it into their statistic.
         sampling_logps: (B, T), log-probs that the sampler itself reported, NaN where it did not; for
             sampling_correction and off_policy_mask_threshold.
-        num_items_in_batch: tokens in the whole batch, if this call sees only a part of it.
+        num_items_in_batch: tokens in the whole batch, if this call sees only a part of it; 0 counts as 1.
         loss_scale: factor on w and so on the loss, e.g. 1 / gradient_accumulation_steps.
         cu_seqlens: (S+1,), bounds of the sequences of packed input: all that is (B, T) above is (N,) then.
         reduction: "mean" for the weighted sum above, "none" for ℓ itself.
@@ -187,7 +187,7 @@ def policy_loss(
     if k.off_policy_mask_threshold is not None:
         samp = old if sampling_logps is None else per_token(sampling_logps, mask, dtype)
         keep = keep & off_policy_mask(lp, samp, A, mask, k.off_policy_mask_threshold)
-    if entropy is None and (k.entropy_coef != 0 or k.top_entropy_quantile < 1):
+    if entropy is None and (k.entropy_coef is not None or k.top_entropy_quantile < 1):
         raise ValueError("entropy_coef and top_entropy_quantile need entropy")
     H = None if entropy is None else torch.where(mask, entropy.to(dtype), 0)
     undecided = mask if k.top_entropy_quantile == 1 else entropy_mask(H, mask, k.top_entropy_quantile)
@@ -199,26 +199,27 @@ def policy_loss(
 
     # The pull towards the reference policy.
     kl = None
-    if k.beta != 0:
-        if ref_logps is None:
-            raise ValueError("beta is not 0: give ref_logps, the log-probs under the reference policy")
+    if k.beta != 0 and ref_logps is None:
+        raise ValueError("beta is not 0: give ref_logps, the log-probs under the reference policy")
+    if ref_logps is not None:
         kl = estimate_kl(lp, per_token(ref_logps, mask, dtype), k.kl_estimator, k.kl_clamp)
         if k.use_bias_correction_kl:
             kl = kl * r.exp()
         kl = torch.where(mask, kl, 0)
-        loss_t = loss_t + k.beta * kl
+        if k.beta != 0:  # else it is only watched: 0·inf is NaN
+            loss_t = loss_t + k.beta * kl
 
     # From tokens to one number.
     m = mask.to(dtype)
     sizes = Sizes(
         tokens=m.sum() if num_items_in_batch is None else m.new_tensor(float(num_items_in_batch)),
-        sequences=m.new_tensor(float(k.global_batch_size or mask.any(dim=1).sum())),
-        length=k.max_completion_length or mask.shape[1],
+        sequences=m.new_tensor(float(mask.any(dim=1).sum() if k.global_batch_size is None else k.global_batch_size)),
+        length=max(float(mask.shape[1] if k.max_completion_length is None else k.max_completion_length), 1.0),
     )
     weights = loss_scale * WEIGHTS[k.aggregation](m, sizes)
     weighted_sum = (weights * loss_t).sum()
     loss = weighted_sum if reduction == "mean" else loss_t
-    if reduction == "mean" and k.entropy_coef != 0:
+    if reduction == "mean" and k.entropy_coef is not None:
         loss = loss - loss_scale * k.entropy_coef * masked_mean(H, undecided)
 
     with torch.no_grad():

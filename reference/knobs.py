@@ -93,9 +93,9 @@ class Knobs:
     use_bias_correction_kl: bool = False  # multiply the estimate by ρ (DeepSeek-V3.2)
     kl_clamp: float | None = None  # bound on the estimate's absolute value, verl's 10
     # From tokens to one number.
-    max_completion_length: int | None = None  # the constant to divide by; None: T
-    global_batch_size: int | None = None  # sequences to average over in verl's seq-mean-*; None: those with tokens
-    entropy_coef: float = 0.0  # reward for staying undecided
+    max_completion_length: float | None = None  # the constant to divide by, at least 1; None: T
+    global_batch_size: float | None = None  # sequences to average over in verl's seq-mean-*; None: those with tokens
+    entropy_coef: float | None = None  # reward for staying undecided; None: no such term
     top_entropy_quantile: float = 1.0  # share of the tokens, the most undecided ones, that the policy term is for
     # Mismatch between the sampler and the trainer.
     off_policy_mask_threshold: float | None = None  # bound on a bad sequence's mean drift (DeepSeek-V3.2)
@@ -165,8 +165,10 @@ class Knobs:
             if not right:
                 raise ValueError(f"{name}={getattr(self, name)!r} must be {wanted}")
 
-        for name in ("delta", "kl_clamp", "max_completion_length", "global_batch_size"):
+        for name in ("delta", "kl_clamp"):
             check(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
+        for name in ("max_completion_length", "global_batch_size"):
+            check(getattr(self, name) is None or getattr(self, name) >= 0, name, "at least 0")
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             check(getattr(self, name) > 0, name, "above 0")
         check(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "above 1")

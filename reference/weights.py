@@ -14,7 +14,7 @@ from torch import Tensor
 class Sizes(NamedTuple):
     tokens: Tensor  # N, in the whole batch, of which this call may see a part
     sequences: Tensor  # B', that have an unmasked token, likewise
-    length: int  # the constant that stands for a sequence's length
+    length: float  # the constant that stands for a sequence's length
 
 
 def tokens_of(m: Tensor) -> Tensor:

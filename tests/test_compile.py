@@ -212,8 +212,8 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
         monkeypatch.setattr(ops, name, recorded(getattr(ops, name)))
     hidden, weight, inputs = batch()
     inputs["advantages"] = torch.tensor([1.0, -0.5], device=DEVICE)
-    for options in itertools.product((False, True), ("mean", "none"), (0.0, 0.1)):
-        kwargs = dict(zip(("inplace", "reduction", "entropy_coef"), options), return_entropy=options[2] > 0)
+    for options in itertools.product((False, True), ("mean", "none"), (None, 0.1)):
+        kwargs = dict(zip(("inplace", "reduction", "entropy_coef"), options), return_entropy=options[2] is not None)
         gradients(train, hidden, weight, **inputs, **kwargs, backend=backend)
     for kwargs in SEQUENCE_CALLS.values():
         gradients(train, hidden, weight, **adapted(inputs, kwargs), **kwargs, backend=backend)

@@ -30,7 +30,7 @@ PRESETS = {
 
 
 def parts(config):
-    return config.policy_term, config.importance_sampling_level, config.loss_agg_mode
+    return config.term, config.level, config.aggregation
 
 
 def test_presets():
@@ -39,7 +39,7 @@ def test_presets():
 
 def test_defaults_are_plain_grpo():
     config = LossConfig()
-    assert (config.loss_type, config.importance_sampling_level, config.kl_estimator) == ("grpo", "token", "k3")
+    assert (config.loss_type, config.level, config.kl_estimator) == ("grpo", "token", "k3")
     assert (config.epsilon, config.beta, config.cispo_max, config.use_bias_correction_kl) == (0.2, 0.0, 5.0, False)
 
 
@@ -66,7 +66,7 @@ def test_a_new_loss_type_brings_its_own_parts():
 def test_every_combination_is_defined_or_refused(term, level):
     allowed = {"gmpo": ("token",), "dppo_tv": ("token", "sequence_token"), "dppo_kl": ("token", "sequence_token")}
     if level in allowed.get(term, tuple(LEVELS)):
-        assert LossConfig(policy_term=term, importance_sampling_level=level).importance_sampling_level == level
+        assert LossConfig(policy_term=term, importance_sampling_level=level).level == level
     else:
         with pytest.raises(ValueError, match=rf"{term}.*no meaning.*{level}"):
             LossConfig(policy_term=term, importance_sampling_level=level)
@@ -77,10 +77,18 @@ def test_replace_brings_the_new_loss_types_parts():
     assert parts(dataclasses.replace(gspo, loss_type="dapo")) == PRESETS["dapo"]
     assert parts(LossConfig(**{**dataclasses.asdict(gspo), "loss_type": "topr"})) == PRESETS["topr"]
     chosen = LossConfig(loss_type="luspo", importance_sampling_level="token")  # what luspo has anyway, but chosen
-    assert dataclasses.replace(chosen, loss_type="gspo").importance_sampling_level == "token"
-    assert resolve_config(chosen, {"loss_type": "gspo"}).importance_sampling_level == "token"
-    assert gspo == LossConfig(loss_type="gspo", importance_sampling_level="sequence")
-    assert hash(gspo) == hash(dataclasses.replace(gspo))
+    assert dataclasses.replace(chosen, loss_type="gspo").level == "token"
+    assert resolve_config(chosen, {"loss_type": "gspo"}).level == "token"
+    assert gspo == dataclasses.replace(gspo) and hash(gspo) == hash(dataclasses.replace(gspo))
+
+
+def test_fields_hold_what_was_given():
+    """And nothing but plain strings, numbers and None, which Dynamo can trace; the parts are read elsewhere."""
+    config = LossConfig(loss_type="gspo", loss_agg_mode="token-sum")
+    given = (config.policy_term, config.importance_sampling_level, config.loss_agg_mode)
+    assert given == (None, None, "token-sum") and type(config.loss_agg_mode) is str
+    assert parts(config) == ("clipped", "sequence", "token-sum")
+    assert all(type(part) is str for part in parts(config))
 
 
 @pytest.mark.parametrize(

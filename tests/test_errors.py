@@ -37,7 +37,7 @@ BAD = [
     ("logits 2-D", lambda c: dict(logits=c.logits[0]), ValueError, "logits must be"),
     ("logits batch", lambda c: dict(logits=c.logits[:2]), ValueError, "logits must be"),
     ("vocabulary strided", lambda c: dict(logits=torch.stack([c.logits] * 2, -1)[..., 0]), ValueError, "contiguous"),
-    ("empty", lambda c: dict(logits=c.logits[:, :0], completion_ids=c.completion_ids[:, :0]), ValueError, "no token"),
+    ("no vocabulary", lambda c: dict(logits=c.logits[..., :0]), ValueError, "without a vocabulary"),
     ("advantages shape", lambda c: dict(advantages=c.advantages[:3]), ValueError, r"advantages must be .*\(4, 5\)"),
     ("integer advantages", lambda c: dict(advantages=c.advantages.long()), TypeError, "advantages must be floating"),
     ("no advantages", lambda c: dict(advantages=None), ValueError, "either advantages or rewards"),
@@ -102,7 +102,7 @@ BAD = [
     ("beta", lambda c: dict(beta=-0.1), ValueError, "beta must be"),
     ("epsilon", lambda c: dict(epsilon=math.nan), ValueError, "epsilon must be"),
     ("delta", lambda c: dict(delta=0.0), ValueError, "delta must be"),
-    ("length", lambda c: dict(max_completion_length=0), ValueError, "max_completion_length"),
+    ("length", lambda c: dict(max_completion_length=-1), ValueError, "max_completion_length must be at least 0"),
     ("skip with bonus", lambda c: dict(skip_zero_advantage=True, entropy_coef=0.1), ValueError, "skip_zero_advantage"),
     ("id", lambda c: dict(completion_ids=c.completion_ids.masked_fill(c.completion_mask, 131)), IndexError, "131"),
 ]  # fmt: skip

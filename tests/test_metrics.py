@@ -71,9 +71,9 @@ def test_empty_parts_do_not_disturb():
 
 def test_combine_errors():
     case = make_case()
-    names = ("completion_ids", "completion_mask", "old_logps", "advantages", "ref_logps")
+    names = ("completion_ids", "completion_mask", "old_logps", "advantages")
     a = fused_grpo_loss(case.logits, **case.inputs(*names))
-    b = fused_grpo_loss(case.logits, **case.inputs(*names), beta=0.1)
+    b = fused_grpo_loss(case.logits, **case.inputs(*names), ref_logps=case.ref_logps)
     with pytest.raises(ValueError, match="at least one"):
         combine([])
     with pytest.raises(ValueError, match="different configurations"):

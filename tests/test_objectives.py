@@ -237,7 +237,7 @@ def test_micro_batches_sum_to_the_batch(loss_type, backend):
     common = dict(loss_type=loss_type, beta=0.1, max_completion_length=9)
     whole, want = ours(case.logits, backend, **inputs, advantages=case.advantages, **common)
     N = case.completion_mask.sum().item()
-    mode = LossConfig(loss_type=loss_type).loss_agg_mode
+    mode = LossConfig(loss_type=loss_type).aggregation
     grads, total = [], 0.0
     for part in (slice(0, 1), slice(1, 4), slice(4, 6)):
         mine = {name: value[part] for name, value in inputs.items()}

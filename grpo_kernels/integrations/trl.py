@@ -7,6 +7,7 @@ All of it happens inside the model's own forward, where TRL has its head too: DD
 weights there, and wait for their gradients.
 """
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -113,7 +114,7 @@ def _aux_loss(model: nn.Module, outputs: object, inputs: dict) -> torch.Tensor:
     )
 
 
-def loss_config(trainer: GRPOTrainer, entropy_coef: float = 0.0) -> LossConfig:
+def loss_config(trainer: GRPOTrainer, entropy_coef: float | None = None) -> LossConfig:
     """The loss of a trainer as it stands: callbacks may have changed its attributes since it was made."""
     own = {
         "epsilon": trainer.epsilon_low,
@@ -121,11 +122,12 @@ def loss_config(trainer: GRPOTrainer, entropy_coef: float = 0.0) -> LossConfig:
             "loss_type", "beta", "epsilon_high", "importance_sampling_level", "max_completion_length",
             "off_policy_mask_threshold", "top_entropy_quantile",
         )},
-        "entropy_coef": entropy_coef,
+        "entropy_coef": 0.0,  # as is said below
         "use_adaptive_entropy": False,  # TRL's controller has set entropy_coef
         "use_vllm": False,  # TRL has made the importance weights
     }  # fmt: skip
-    return LossConfig.from_trl(SimpleNamespace(**{**vars(trainer.args), **own}))
+    config = LossConfig.from_trl(SimpleNamespace(**{**vars(trainer.args), **own}))
+    return dataclasses.replace(config, entropy_coef=entropy_coef)
 
 
 def _get_per_token_logps_and_entropies(
@@ -239,8 +241,10 @@ def _log_loss(trainer: GRPOTrainer, mode: str, out: LossOutput, accumulation: fl
         logged["policy_loss"].append(policy_loss.nanmean() * accumulation)
 
 
-def _entropy_coef(trainer: GRPOTrainer) -> float:
+def _entropy_coef(trainer: GRPOTrainer) -> float | None:
     """Of the steps up to the next; TRL's controller lets the bonus rest while the entropy is above its target."""
+    if not trainer._entropy_bonus_enabled:
+        return None
     resting = trainer.use_adaptive_entropy and trainer._last_world_entropy > trainer.args.entropy_target
     return 0.0 if resting else trainer.entropy_coef
 
@@ -298,7 +302,7 @@ def attach(trainer: GRPOTrainer, loss_path: str = "auto") -> None:
                 f"{type(trainer).__name__} overrides {name}, which the fused loss does not call. Remove the override, "
                 "or use trl.GRPOTrainer."
             )
-    loss_config(trainer, trainer.entropy_coef)
+    loss_config(trainer, _entropy_coef(trainer))
     models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
     models = [_inner(trainer.accelerator.unwrap_model(model)) for model in models]
     trainer._seam = Seam(trainer.args.cast_lm_head_to_fp32)

@@ -46,7 +46,7 @@ def _score(
     rewards = inputs.rewards if inputs.gate is None else None
     V = logits.shape[2]
     with _on(logits):
-        logprob_kernel[(ids.numel(),)](
+        _over(logprob_kernel, ids.numel())(
             logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
             logps, entropies, stats,
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
@@ -71,7 +71,7 @@ def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Ten
     logps = parts.new_empty(inputs.ids.shape)
     entropies, stats = _entropy_like(logps, entropy), parts.new_empty(n, 3)
     with _on(parts):
-        unite_kernel[(triton.cdiv(n, BLOCK),)](
+        _over(unite_kernel, triton.cdiv(n, BLOCK))(
             parts, inputs.temperature, inputs.segments, logps, entropies, stats, *_strides(inputs.temperature), ranks,
             n, inputs.ids.shape[1], 1.0 / coefs.temperature, ENTROPY=entropy, BLOCK=BLOCK, **block_shape(),
         )  # fmt: skip
@@ -95,10 +95,10 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
     entropies = _entropy_like(logps, entropy)
     term = TERMS[plan.term]
     with _on(logits):
-        loss_kernel[(B * rows,)](
+        _over(loss_kernel, B * rows)(
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
             inputs.is_weight, inputs.temperature, inputs.batch_std, inputs.segments, logps, entropies,
-            inputs.count, inputs.loss_scale, inputs.tokens,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef,
             *_strides(logits), *_strides(out), *_strides(inputs.ids), *_strides(inputs.mask),
             *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
             *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
@@ -118,7 +118,7 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
     ids = inputs.ids
     up = None if up is None else up.expand(ids.shape)
     with _on(logits):
-        slope_kernel[(B * rows,)](
+        _over(slope_kernel, B * rows)(
             logits, out, ids, inputs.mask, inputs.temperature, inputs.segments, stats, g, h, up,
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
             *_strides(inputs.temperature), *_strides(up), _at(inputs),
@@ -131,7 +131,7 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     """out = grad · up, in place or not; nothing moves in place where up is 1."""
     B, rows, V = grad.shape
     with _on(grad):
-        scale_kernel[(B * rows,)](
+        _over(scale_kernel, B * rows)(
             grad, out, up, *grad.stride()[:2], *out.stride()[:2], rows, V,
             SAME=grad.data_ptr() == out.data_ptr(), **_tile(gradient_shape, V, grad, out),
         )  # fmt: skip
@@ -149,10 +149,11 @@ def objective(
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
     term, own = TERMS[plan.term], plan.own
     with _on(logps):
-        sequence_kernel[(B,)](
+        _over(sequence_kernel, B)(
             logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
             inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
-            inputs.count, inputs.loss_scale, inputs.tokens, inputs.threshold, inputs.batch_std, inputs.cu,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef, inputs.threshold, inputs.batch_std,
+            inputs.cu,
             *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
             *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
             _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
@@ -175,7 +176,7 @@ def join(local, spread, share, up, cu) -> torch.Tensor:
     up = None if up is None else up.expand(local.shape)
     B = local.shape[0] if cu is None else cu.shape[0] - 1
     with _on(local):
-        spread_kernel[(B,)](
+        _over(spread_kernel, B)(
             g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, B, local.shape[1],
             **block_shape(),
         )  # fmt: skip
@@ -187,7 +188,7 @@ def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.
     B, T = inputs.sequences, old.shape[1]
     out = old.new_empty((B, 1) if correction.per_sequence else old.shape, dtype=torch.float32)
     with _on(old):
-        correction_kernel[(B,)](
+        _over(correction_kernel, B)(
             old, inputs.sampling, inputs.mask, out, inputs.cu, *_strides(old), *_strides(inputs.sampling),
             *_strides(inputs.mask), _at(inputs), B, T, coefs.correction_low, coefs.correction_high,
             PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
@@ -211,8 +212,13 @@ def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch
     numbers = torch.full((N,), B, dtype=torch.int32, device=cu.device)  # tokens of no sequence
     lengths = torch.empty(B, device=cu.device)
     with _on(cu):
-        segments_kernel[(B,)](mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
+        _over(segments_kernel, B)(mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
     return numbers, lengths
+
+
+def _over(kernel, programs: int):
+    """The kernel, to be called over so many programs; over none there is nothing to launch, and CUDA refuses."""
+    return kernel[(programs,)] if programs else lambda *args, **kwargs: None
 
 
 def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:

@@ -9,7 +9,7 @@ from grpo_kernels.kernels.rewards import group_advantage
 from grpo_kernels.kernels.rows import kernel, load_or
 from grpo_kernels.kernels.sequences import BLOCK, add, bounds, load_row, nothing, unmasked
 from grpo_kernels.metrics import SUM_NAMES, summarise
-from grpo_kernels.objective import drift_of, keeps_sequence, limited_ratio, log_ratio, token_objective, weight
+from grpo_kernels.objective import drift_of, keeps_sequence, limited_ratio, log_ratio, scaled, token_objective, weight
 
 SUMS = tl.constexpr(len(SUM_NAMES))
 _INF = tl.constexpr(float("inf"))
@@ -27,7 +27,7 @@ def advantages_at(adv, at, A_seq, inside):
 def sequence_kernel(
     logps, entropy, mask, old, ref, sampling, adv, rewards, gate, is_weight,  # [B, T] ×7, [B], [B, T] ×2
     losses, local, spread, share, h, partial,  # out: [B, T] ×5, [B, SUMS] fp64
-    count, loss_scale, tokens, threshold, batch_std, cu,
+    count, loss_scale, tokens, entropy_coef, threshold, batch_std, cu,
     mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, gate_b, gate_t, is_b, is_t, count_b,
     at_b, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
     drift_limit: tl.float32, limits, c,
@@ -52,7 +52,7 @@ def sequence_kernel(
     w_slope = w if WEIGHTED else 1.0
     bonus = 0.0
     if BONUS:
-        bonus = weight(load_or(tokens, 0, 1.0), h_factor, factor)
+        bonus = weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
     spread_of_rewards = 0.0
     A_seq = 0.0
     if rewards is not None:
@@ -146,7 +146,7 @@ def sequence_kernel(
         )  # fmt: skip
         loss = policy
         if KL is not None:
-            loss = policy + beta * kl
+            loss = policy + scaled(beta, kl)
         loss = tl.where(live, loss, 0.0)
         tl.store(losses + at, loss, mask=inside)
         if SPREAD == "level":

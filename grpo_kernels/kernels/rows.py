@@ -182,7 +182,8 @@ def loss_kernel(
     logits, out, ids, mask, old, ref, adv, rewards, is_weight, temperature,  # [B, rows, V] ×2, [B, T] ×5, [B], ×2
     batch_std, segments,  # [], [N]
     logps, entropy,  # out: [B, T]
-    count, loss_scale, tokens,  # the weight's count [B] or [], factor [], unmasked tokens []
+    count, loss_scale,  # the weight's count [B] or [], and its factor []
+    tokens, entropy_coef,  # the bonus's count [], and its factor []
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t,
     old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, temp_b, temp_t, count_b, at_b,
     B, T, rows, V, G, inv_temperature: tl.float32, cap, beta: tl.float32,
@@ -217,7 +218,7 @@ def loss_kernel(
     w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
     h = 0.0
     if BONUS:
-        h = -weight(load_or(tokens, 0, 1.0), h_factor, factor)
+        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)

@@ -243,7 +243,7 @@ class Options:
             epsilon=self.epsilon,
             epsilon_high=self.epsilon_high,
             scale_rewards=self.scale_rewards,
-            entropy_coef=self.entropy_coef,
+            entropy_coef=self.entropy_coef or None,
             max_completion_length=max_completion_length,
         )
 
