@@ -167,9 +167,9 @@ def run(
         names = [case.name for case in cases_of_it]
         budget = Budget(None if limit is None else 60 * limit, per_row, used=time.monotonic() - start)
         for block in run_suite(cases_of_it, modes, who_runs, device, seconds=budget, seed=arguments.seed):
-            yield block
             print(f"\n[case {names.index(block[0].case) + 1} of {len(names)}, {budget.used:.0f} s]", flush=True)
             print(report.table(block), flush=True)
+            yield block
         start = time.monotonic()
 
 

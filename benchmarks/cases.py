@@ -279,13 +279,13 @@ SUITES: dict[str, tuple[Case, ...]] = {
         _case(16, 1024, QWEN, BF16, hidden=4096),
         _case(1, 512, QWEN, BF16),
         _case(2, 1024, QWEN, BF16),
-        _case(16, 2048, QWEN, BF16),
         _case(8, 1024, LLAMA, FP32),
         _case(8, 1024, GPT2, FP32),
         _case(4, 1024, GEMMA, FP32),
         _case(8, 1024, LLAMA, BF16, **HALF_MASKED),
         _case(8, 1024, LLAMA, BF16, **HALF_ZERO),
         _case(8, 1024, LLAMA, BF16, **SEQUENCE),
+        _case(16, 2048, QWEN, BF16),
     ),
 }
 
