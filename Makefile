@@ -44,7 +44,7 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-experiments test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
+.PHONY: help demo test test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -66,10 +66,7 @@ demo: $(call installed,demo) ## train a tiny model on two-digit addition with GR
 	$(PY) -m grpo_kernels.trainer $(ARGS)
 
 test: $(call installed,test) ## the whole suite on the CPU, kernels interpreted
-	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal --ignore=tests/test_experiments.py $(ARGS)
-
-test-experiments: $(call installed,test) ## the tests of the candidate kernels in benchmarks/experiments
-	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal tests/test_experiments.py $(ARGS)
+	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: $(call installed,test) ## the whole suite on a GPU, kernels compiled
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no CUDA device (driver? CPU build of torch? CUDA_VISIBLE_DEVICES?)")'

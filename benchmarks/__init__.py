@@ -2,8 +2,9 @@
 
 Read in this order: `cases` (what is measured, on which data), `baselines` and `baselines_peers` (who is
 measured), `oracle` (nobody's speed is reported before its result has been checked), `measure` (time and
-memory), `suite` (the loop over all of it), `report` (table, JSON, CSV), `plots` (PNG), `environment`
-(where). `test_small` is a small set for pytest-benchmark: `python -m pytest benchmarks --benchmark-only`.
-`compile_report` and `traffic_report` stand apart: what is known of the kernels without a GPU; and `experiments`: other
-ways to write the loss kernel; and `ppo_vs_grpo`: training with either.
+memory), `budget` (how long), `suite` (the loop over all of it), `warm` (kernels compiled beforehand), `report` (table,
+JSON, CSV), `plots` (PNG), `environment` (where), `records` (what is kept in `results/`, and the README's table of it).
+`test_small` is a small set for pytest-benchmark: `python -m pytest benchmarks --benchmark-only`.
+`compile_report` and `traffic_report` stand apart: what is known of the kernels without a GPU; and `ppo_vs_grpo`:
+training with either.
 """

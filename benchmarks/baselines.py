@@ -24,6 +24,7 @@ class Outcome(NamedTuple):
     loss: Tensor | None = None  # 0-d
     grad: Tensor | None = None  # (B, T+1, V), in the logits' dtype
     logps: Tensor | None = None  # (B, T)
+    entropies: Tensor | None = None  # (B, T)
     grads: tuple[Tensor, Tensor] | None = None  # (B, T, H) and (V, H), in their dtype
 
 
@@ -40,12 +41,16 @@ class Implementation:
             in `inputs`. A mode that is not there has no row.
         missing: (case, device) → why it cannot run that there, or None.
         missing_linear: the same of mode "linear".
+        objectives: those that it has; cases of others have no row of it.
+        compiles: modes that go through torch.compile, which takes longer than measuring.
     """
 
     name: str
     calls: Mapping[str, Call]
     missing: Callable[[Case, torch.device], str | None] = lambda case, device: None
     missing_linear: Callable[[Case, torch.device], str | None] = lambda case, device: None
+    objectives: tuple[str, ...] = ("token", "sequence")
+    compiles: tuple[str, ...] = ()
 
 
 # --- grpo_kernels -------------------------------------------------------------------------------------
@@ -78,6 +83,12 @@ def our_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
         return Outcome(logps=token_logprobs(logits, inputs.completion_ids, mask=inputs.mask).logps)
 
 
+def our_entropies(inputs: Inputs, logits: Tensor) -> Outcome:
+    with torch.no_grad():
+        logps, entropies = token_logprobs(logits, inputs.completion_ids, mask=inputs.mask, return_entropy=True)
+        return Outcome(logps=logps, entropies=entropies)
+
+
 class ModelOutput(torch.autograd.Function):
     """Hands out a buffer as a model hands out logits: not a leaf, so that it may be overwritten."""
 
@@ -104,6 +115,13 @@ def eager_logprobs(inputs: Inputs, logits: Tensor) -> Outcome:
         return Outcome(logps=logps_of_logits(logits, inputs.completion_ids))
 
 
+def eager_entropies(inputs: Inputs, logits: Tensor) -> Outcome:
+    with torch.no_grad():
+        log_p = torch.log_softmax(logits.float(), dim=-1)[:, :-1]
+        logps = log_p.gather(-1, inputs.completion_ids[..., None])[..., 0]
+        return Outcome(logps=logps, entropies=-(log_p.exp() * log_p).sum(-1))
+
+
 def logps_of_logits(x: Tensor, ids: Tensor) -> Tensor:
     """Over all T+1 positions: slicing the last one off first would cost the backward one more copy."""
     ids = torch.nn.functional.pad(ids, (0, 1))
@@ -117,6 +135,8 @@ def logps_of_ids(x: Tensor, ids: Tensor) -> Tensor:
 def loss_of_logps(inputs: Inputs, lp: Tensor) -> Tensor:
     """The objective, (B, T) → 0-d, differentiable: what a trainer's own code does after the log-probs."""
     mask = inputs.mask
+    if inputs.case.objective == "cross-entropy":
+        return -(lp * mask).sum()
     tokens = mask.sum(1).clamp(min=1)
     A = inputs.advantages[:, None]
     log_ratio = lp - inputs.old_logps

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 import grpo_kernels
 
+PACKAGE = Path(grpo_kernels.__file__).resolve().parent
 PACKAGES = ("triton", "liger-kernel", "trl", "numpy")
 
 
@@ -36,7 +39,26 @@ def describe(device: torch.device) -> dict[str, object]:
         **{name.replace("-", "_"): version(name) for name in PACKAGES},
         "grpo_kernels": grpo_kernels.__version__,
         "commit": commit(),
+        "kernels": kernels_digest(),
     }
+
+
+def kernel_files() -> list[Path]:
+    """What the kernels' speed comes from: they, the functions they are compiled from, and the head's chunks."""
+    files = {*PACKAGE.glob("kernels/*.py"), PACKAGE / "linear_chunks.py"}
+    return sorted(files | {path for path in PACKAGE.glob("*.py") if re.search(r"^@(\w+\.)?jit$", read(path), re.M)})
+
+
+def kernels_digest() -> str:
+    """The same for as long as no kernel file changes; by it a record is told from the present, without git too."""
+    digest = hashlib.sha256()
+    for path in kernel_files():
+        digest.update(f"{path.relative_to(PACKAGE).as_posix()}\n{read(path)}".encode())
+    return digest.hexdigest()[:16]
+
+
+def read(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
 
 
 def cpu_name() -> str:

@@ -29,7 +29,7 @@ def nvidia(cubin: bytes) -> dict:
     return {
         "registers": int(found[1]), "stack": int(found[2]),
         "spills": sum(bool(re.search(r"\b(?:LDL|STL)\b", text)) for _, text in code),
-        **_accesses(text for _, text in code), "loops": loops(code, jumps, final), "path": path(code, jumps, final),
+        **_accesses(text for _, text in code), "loops": loops(code, jumps, final),
     }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def amd(assembly: str) -> dict:
     return {
         "registers": field("vgpr_count"), "stack": field("private_segment_fixed_size"),
         "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
-        **_accesses(text for _, text in code), "loops": loops(code, jumps, final), "path": path(code, jumps, final),
+        **_accesses(text for _, text in code), "loops": loops(code, jumps, final),
     }  # fmt: skip
 
 
@@ -98,32 +98,6 @@ def loops(code: list[tuple[int, str]], jumps: dict[int, int], final: set[int]) -
     spans = list(last.items())
     inner = [a for a in spans if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
     return [_accesses(text for at, text in code if first <= at <= end) for first, end in sorted(inner)]
-
-
-def path(code: list[tuple[int, str]], jumps: dict[int, int], final: set[int]) -> int | None:
-    """Instructions on the shortest way through the program that loads and stores 16 bytes a thread, if there is one.
-
-    Of the wide stores the one that is the longest way off: a branch that only writes zeros is shorter.
-    """
-    after = {at: following for (at, _), (following, _) in itertools.pairwise(code) if at not in final}
-
-    def steps(start: int) -> dict[int, int]:
-        found, ahead = {start: 0}, [start]
-        for at in ahead:
-            for following in (ways[at] for ways in (after, jumps) if at in ways):
-                if following not in found:
-                    found[following] = found[at] + 1
-                    ahead.append(following)
-        return found
-
-    wide = {what: [at for at, text in code if _accesses([text])[f"wide_{what}"]] for what in ("loads", "stores")}
-    before = steps(code[0][0])
-    load = min((at for at in wide["loads"] if at in before), key=before.get, default=None)
-    between = steps(load) if load is not None else {}
-    store = max((at for at in wide["stores"] if at in between), key=between.get, default=None)
-    rest = steps(store) if store is not None else {}
-    ends = [rest[at] for at, text in code if at in rest and re.search(r"\bEXIT\b|s_endpgm", text)]
-    return before[load] + between[store] + min(ends) + 1 if ends else None
 
 
 def resident_programs(target: GPUTarget, registers: int, warps: int) -> int:

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
 T = TypeVar("T")
 HOLD_CYCLES = 4_000_000  # about 2 ms: the launches of a few calls
+SHORT_MS, CALLS_PER_ROUND = 8.0, 4  # what is longer is called once a round
 
 
 @dataclass(frozen=True)
@@ -34,32 +35,43 @@ class Timing:
     repetitions: int
 
 
+class Failed(NamedTuple):
+    """Why a subject has no time."""
+
+    status: str
+    reason: str
+
+
 def time_all(
     subjects: Mapping[str, Timed], device: torch.device, seconds: float, *, min_rounds: int = 5, max_rounds: int = 200
-) -> dict[str, Timing | str]:
+) -> dict[str, Timing | Failed]:
     """Median, 20th and 80th percentile of each subject's time.
 
     The subjects take turns, so that whatever disturbs the machine disturbs all of them. A subject that
-    runs out of memory drops out and gets the allocator's message instead of a time.
+    runs out of memory drops out and gets the allocator's message instead of a time. A short one is called
+    several times in a round.
 
     Args:
         subjects: name → what to time.
         seconds: time budget per subject; at least `min_rounds` rounds are made however long they take.
     """
     measure = _cuda_ms if device.type == "cuda" else _cpu_ms
+    calls = dict.fromkeys(subjects, 1)
     times: dict[str, list[float]] = {name: [] for name in subjects}
-    failed: dict[str, str] = {}
+    failed: dict[str, Failed] = {}
     deadline = float("inf")
     for round_ in range(-1, max_rounds):  # round −1 warms up: compilation, allocator, page faults
         for name, subject in subjects.items():
             if name in failed:
                 continue
-            ms, problem = unless_out_of_memory(lambda s=subject: measure(s, device))
+            ms, problem = unless_out_of_memory(lambda s=subject, n=calls[name]: measure(s, device, n))
             if problem is not None:
-                failed[name] = problem
+                failed[name] = Failed("out of memory", problem)
                 continue
             if round_ >= 0:
                 times[name] += ms
+            elif device.type == "cuda" and ms[0] < SHORT_MS:
+                calls[name] = CALLS_PER_ROUND
         if round_ < 0:
             deadline = time.perf_counter() + seconds * len(subjects)
         elif round_ + 1 >= min_rounds and time.perf_counter() > deadline:
@@ -67,7 +79,7 @@ def time_all(
     return {name: failed[name] if name in failed else _summary(times[name]) for name in subjects}
 
 
-def _cuda_ms(subject: Timed, device: torch.device, calls: int = 4) -> list[float]:
+def _cuda_ms(subject: Timed, device: torch.device, calls: int) -> list[float]:
     """The GPU's time, as of a call in the middle of a training step.
 
     The GPU is held up while the calls are queued, so that a short one is not charged for its launch, and
@@ -99,12 +111,27 @@ def _l2_buffer(device: torch.device) -> torch.Tensor:
     return torch.zeros(2 * l2 // 4, device=device)
 
 
-def _cpu_ms(subject: Timed, device: torch.device) -> list[float]:
-    if subject.prepare is not None:
-        subject.prepare()
-    start = time.perf_counter()
-    subject.call()
-    return [(time.perf_counter() - start) * 1e3]
+def _cpu_ms(subject: Timed, device: torch.device, calls: int) -> list[float]:
+    times = []
+    for _ in range(calls):
+        if subject.prepare is not None:
+            subject.prepare()
+        start = time.perf_counter()
+        subject.call()
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def do_bench_ms(call: Callable[[], object], device: torch.device) -> float | None:
+    """The median by Triton's own timer, whose numbers others quote; None off a GPU, or if memory runs out.
+
+    It clears L2 by writing, and does not hold the GPU up while calls are queued.
+    """
+    if device.type != "cuda":
+        return None
+    from triton.testing import do_bench
+
+    return unless_out_of_memory(lambda: do_bench(call, warmup=10, rep=60, return_mode="median"))[0]
 
 
 def _summary(times: list[float]) -> Timing:

@@ -18,6 +18,7 @@ STYLES = {
     "TRL kernel": ("#009E73", "^"),
     "torch.compile": ("#CC79A7", "D"),
     "eager PyTorch": ("#000000", "v"),
+    "quack": ("#56B4E9", "X"),
 }
 OTHER_STYLE = ("#E69F00", "P")
 GREY = "#7F7F7F"
@@ -192,6 +193,7 @@ def out_of_memory(ax, rows: Sequence[Row]) -> None:
 
 def share_of_copy_bandwidth(environment: dict[str, object], rows: Sequence[Row]):
     chosen = [r for r in rows if r["status"] == OK and r["mode"] in ("loss", "inplace")]
+    chosen = [r for r in chosen if r["objective"] != "cross-entropy"]  # another loss
     if not chosen:
         raise PlotError("needs a row of forward + backward")
     dtype = "bf16" if any(r["dtype"] == "bf16" for r in chosen) else chosen[0]["dtype"]

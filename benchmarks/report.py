@@ -23,10 +23,11 @@ LEGEND = (
     "the gradient included. A=0: sequences without advantage, there with beta = 0 for everyone. Every time "
     "comes from an implementation whose result was checked in this run against float64; ms is the median. "
     "From hidden states: x GEMMs is the time as a multiple of the head's three matrix products alone, in the "
-    "same rounds; MiB the peak above the inputs, beyond that without the gradients of hidden states and weight."
+    "same rounds; MiB the peak above the inputs, beyond that without the gradients of hidden states and weight. "
+    "quack: cross-entropy, another loss and no GRPO, by the nearest kernel that writes its gradient in one launch."
 )
 SHORT_STATUS = {MISSING: "-", OOM: "OOM", WRONG: "wrong", ERROR: "error"}
-SHORT_MODES = {"loss": "fwd+bwd", "inplace": "inplace", "logprobs": "logp", "linear": "head"}
+SHORT_MODES = {"loss": "fwd+bwd", "inplace": "inplace", "logprobs": "logp", "entropies": "logp+H", "linear": "head"}
 
 
 def header(environment: dict[str, object]) -> str:
@@ -59,7 +60,17 @@ def table(rows: Sequence[Row]) -> str:
     if any(row.status == OK for row in rows):
         titles = f"{'x copy':>7}{'GB/s':>8}{'% copy':>7}{'memory':>8}{'vs eager':>9}"
         lines.insert(1, f"  {'':<14}{'ms':>9}  {'p20-p80':<13}{titles}")
-    return "\n".join(lines + [line(row) for row in rows])
+    return "\n".join(lines + [line(row) for row in rows] + second_timer(rows))
+
+
+def second_timer(rows: Sequence[Row]) -> list[str]:
+    """What `triton.testing.do_bench` said, where it was asked."""
+    timed = [row for row in rows if row.do_bench_ms is not None]
+    if not timed:
+        return []
+    each = (f"{row.implementation} {row.do_bench_ms:.3f} ms ({row.do_bench_copy_multiple:.2f} x copy)" for row in timed)
+    text = f"by triton's do_bench: {', '.join(each)}"
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ")
 
 
 def linear_table(rows: Sequence[Row]) -> str:

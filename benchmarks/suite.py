@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from benchmarks.baselines import Implementation
+from benchmarks.budget import Budget
 from benchmarks.cases import DTYPE_NAMES, Case, Inputs, make_inputs
 from benchmarks.linear_data import LinearOracle, Products, make_linear_inputs
 from benchmarks.measure import (
+    Failed,
     Timed,
+    Timing,
+    do_bench_ms,
     first_line,
     free_memory,
     is_out_of_memory,
     peak_extra_bytes,
     time_all,
-    unless_out_of_memory,
 )
 from benchmarks.oracle import Oracle
 
@@ -63,36 +66,8 @@ class Row:
     products_ms: float | None = None  # mode "linear": median of the head's three products alone, in the same rounds
     products_multiple: float | None = None  # median_ms / products_ms
     beyond_gradients_bytes: int | None = None  # extra_bytes without the gradients of hidden states and weight
-
-
-class Budget:
-    """Seconds to time each row for, so that the whole run keeps to a number of seconds.
-
-    What is left is dealt out anew before every block of rows, half of it for timing: the rest is for
-    data, checks and compilation.
-
-    Args:
-        seconds: of the whole run; None: no limit, and `per_row` for every row.
-        per_row: seconds of one row, at most.
-    """
-
-    def __init__(self, seconds: float | None, per_row: float) -> None:
-        self.per_row = per_row
-        self.seconds = seconds
-        self._start = time.monotonic()
-
-    @property
-    def used(self) -> float:
-        return time.monotonic() - self._start
-
-    @property
-    def spent(self) -> bool:
-        return self.seconds is not None and self.used >= self.seconds
-
-    def for_a_row(self, rows_left: int) -> float:
-        if self.seconds is None:
-            return self.per_row
-        return min(self.per_row, 0.5 * max(self.seconds - self.used, 0.0) / max(rows_left, 1))
+    do_bench_ms: float | None = None  # median by triton.testing.do_bench, where a case asks for it
+    do_bench_copy_multiple: float | None = None  # the same as a multiple of a copy by the same timer
 
 
 def run_suite(
@@ -110,33 +85,55 @@ def run_suite(
         seconds: time budget per row, checks not counted; or the budget of the whole run.
     """
     budget = seconds if isinstance(seconds, Budget) else Budget(None, seconds)
-    rows_left = sum(len(new_rows(c, m, implementations)) + 1 for c in cases for m in modes if m in c.modes)
-    for case in cases:
-        if budget.spent:
-            prepared, status, problem = None, MISSING, f"the run's {budget.seconds:.0f} s are spent; --minutes"
+    rows_left = sum(len(new_rows(c, m, implementations)) + 1 for c in cases for m in modes)
+    for number, case in enumerate(cases, 1):
+        blocks = {mode: rows for mode in modes if (rows := new_rows(case, mode, implementations))}
+        absent = [missing(i, case, mode, device) for mode in blocks for i in implementations if offers(i, case, mode)]
+        prepared, status, problem = None, OK, ""
+        if all(absent):  # no data for nobody; each row has its own reason
+            status = MISSING
+        elif not budget.start_case():
+            status, problem = MISSING, f"the run's {budget.seconds:.0f} s are spent; --minutes"
         else:
-            prepared, message = unless_out_of_memory(lambda case=case: prepare(case, device, seed))
-            status, problem = OOM, message and f"no room for logits, a copy and the float64 check: {message}"
-        for mode in modes:
-            rows = new_rows(case, mode, implementations)
-            if not rows:
-                continue
-            seconds_per_row = budget.for_a_row(rows_left)
+            prepared, status, problem = try_to_prepare(case, device, seed)
+        for mode, rows in blocks.items():
+            seconds_per_row = budget.for_a_row(rows_left, len(cases) - number)
             rows_left -= len(rows) + 1  # and the copy
-            if problem is None:
-                rows = run_mode(*prepared, mode, implementations, device, seconds_per_row)
+            if prepared is not None and budget.spent:
+                prepared, status, problem = None, MISSING, f"the run's {budget.seconds:.0f} s are spent; --minutes"
+            if prepared is not None:
+                rows = run_mode(*prepared, mode, implementations, device, seconds_per_row, budget)
             else:
-                for row in rows:
-                    row.status, row.detail = status, problem
+                reasons = [missing(i, case, mode, device) for i in implementations if offers(i, case, mode)]
+                for row, reason in zip(rows, reasons):
+                    row.status, row.detail = (MISSING, reason) if reason else (status, problem)
             yield rows
         prepared = None  # before the next case allocates its own
         free_memory(device)
 
 
+def offers(implementation: Implementation, case: Case, mode: str) -> bool:
+    return mode in case.modes and mode in implementation.calls and case.objective in implementation.objectives
+
+
+def missing(implementation: Implementation, case: Case, mode: str, device: torch.device) -> str | None:
+    """Why it cannot run there, or None."""
+    return (implementation.missing_linear if mode == "linear" else implementation.missing)(case, device)
+
+
+def try_to_prepare(case: Case, device: torch.device, seed: int) -> tuple[tuple | None, str, str]:
+    """(what `prepare` gives or None, status, why there is nothing): the run goes on without a case."""
+    try:
+        return prepare(case, device, seed), OK, ""
+    except Exception as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if is_out_of_memory(error):
+            return None, OOM, f"no room for logits, a copy and the float64 check: {reason}"
+        return None, ERROR, f"no data: {reason}"
+
+
 def new_rows(case: Case, mode: str, implementations: Sequence[Implementation]) -> list[Row]:
-    if mode not in case.modes:
-        return []
-    return [new_row(case, mode, i.name) for i in implementations if mode in i.calls]
+    return [new_row(case, mode, i.name) for i in implementations if offers(i, case, mode)]
 
 
 def prepare(
@@ -161,6 +158,7 @@ def run_mode(
     implementations: Sequence[Implementation],
     device: torch.device,
     seconds: float,
+    budget: Budget | None = None,
 ) -> list[Row]:
     """Rows of one case in one mode; `scratch` is the third of what `prepare` gives."""
 
@@ -171,12 +169,11 @@ def run_mode(
     yardstick = "products" if mode == "linear" else "copy"
     subjects: dict[str, Timed] = {yardstick: Timed(scratch if mode == "linear" else refill)}
     for implementation in implementations:
-        if mode not in implementation.calls:
+        if not offers(implementation, inputs.case, mode):
             continue
         row = new_row(inputs.case, mode, implementation.name)
         rows.append(row)
-        missing = implementation.missing_linear if mode == "linear" else implementation.missing
-        if reason := missing(inputs.case, device):
+        if reason := missing(implementation, inputs.case, mode, device):
             row.status, row.detail = MISSING, reason
             continue
         subject = bind(implementation, mode, inputs, scratch, refill)
@@ -185,28 +182,51 @@ def run_mode(
 
     if len(subjects) == 1:
         return rows
-    timings = time_all(subjects, device, seconds)
+    start = time.monotonic()
+    try:
+        timings = time_all(subjects, device, seconds)
+    except Exception as error:  # whatever a peer raises is a row, and the run goes on
+        timings = dict.fromkeys(subjects, Failed(ERROR, f"while timed, {type(error).__name__}: {first_line(error)}"))
+    if budget is not None:
+        budget.timed(time.monotonic() - start)
     yard = timings[yardstick]
-    if isinstance(yard, str):
-        raise RuntimeError(f"{yardstick}, with everything allocated, ran out of memory: {yard}")
     for row in rows:
         timing = timings.get(row.implementation)
-        if isinstance(timing, str):
-            row.status, row.detail = OOM, timing
-        elif timing is not None:
-            row.median_ms, row.p20_ms, row.p80_ms = timing.median, timing.p20, timing.p80
-            row.repetitions = timing.repetitions
-            if mode == "linear":
-                row.products_ms, row.products_multiple = yard.median, timing.median / yard.median
-                continue
-            row.copy_ms, row.copy_multiple = yard.median, timing.median / yard.median
-            row.gigabytes_per_second = row.minimum_bytes / timing.median / 1e6
-            row.share_of_copy_bandwidth = row.minimum_bytes / (2 * row.logits_bytes) / row.copy_multiple
+        if timing is None:
+            continue
+        if isinstance(yard, Failed):
+            timing = Failed(yard.status, f"{yardstick}, with everything allocated: {yard.reason}")
+        if isinstance(timing, Failed):
+            row.status, row.detail = timing
+        else:
+            fill(row, timing, yard)
     eager_ms = next((row.median_ms for row in rows if row.implementation.startswith("eager")), None)
     for row in rows:
         if eager_ms is not None and row.median_ms is not None:
             row.speedup_over_eager = eager_ms / row.median_ms
+    if inputs.case.second_timer and mode == "loss":
+        use_second_timer([row for row in rows if row.status == OK], subjects, device)
     return rows
+
+
+def fill(row: Row, timing: Timing, yard: Timing) -> None:
+    row.median_ms, row.p20_ms, row.p80_ms = timing.median, timing.p20, timing.p80
+    row.repetitions = timing.repetitions
+    if row.mode == "linear":
+        row.products_ms, row.products_multiple = yard.median, timing.median / yard.median
+        return
+    row.copy_ms, row.copy_multiple = yard.median, timing.median / yard.median
+    row.gigabytes_per_second = row.minimum_bytes / timing.median / 1e6
+    row.share_of_copy_bandwidth = row.minimum_bytes / (2 * row.logits_bytes) / row.copy_multiple
+
+
+def use_second_timer(rows: Sequence[Row], subjects: Mapping[str, Timed], device: torch.device) -> None:
+    """Times once more by `triton.testing.do_bench`, in which others quote their kernels."""
+    copy_ms = do_bench_ms(subjects["copy"].call, device)
+    for row in rows:
+        ms = do_bench_ms(subjects[row.implementation].call, device)
+        if copy_ms is not None and ms is not None:
+            row.do_bench_ms, row.do_bench_copy_multiple = ms, ms / copy_ms
 
 
 def bind(implementation: Implementation, mode: str, inputs: Inputs, scratch: object, refill: Callable) -> Timed:

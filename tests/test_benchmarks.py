@@ -9,11 +9,12 @@ import torch
 
 from benchmarks import report
 from benchmarks.__main__ import main
-from benchmarks.baselines import Implementation, Outcome, eager, eager_logprobs, ours
+from benchmarks.baselines import Implementation, Outcome, eager, eager_entropies, eager_logprobs, ours
 from benchmarks.baselines_peers import EAGER, OURS, implementations
+from benchmarks.budget import Budget
 from benchmarks.cases import MODES, SUITES, Case, parse_shape
 from benchmarks.measure import Timing
-from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Budget, Row, new_rows, run_suite
+from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Row, new_rows, run_suite
 
 CPU = torch.device("cpu")
 DEVICES = [CPU] + [torch.device("cuda")] * torch.cuda.is_available()
@@ -32,7 +33,7 @@ def run(call, mode="loss", case=CASE, device=CPU, missing=lambda case, device: N
 
 
 def eager_implementation() -> Implementation:
-    calls = {"loss": eager, "logprobs": eager_logprobs, "inplace": eager}
+    calls = {"loss": eager, "logprobs": eager_logprobs, "entropies": eager_entropies, "inplace": eager}
     return Implementation("eager PyTorch", calls)
 
 
@@ -52,12 +53,13 @@ def test_command_measures_and_writes(device, tmp_path, capsys):
 
     results = json.loads((tmp_path / "results.json").read_text())
     where = results["environment"]
-    for key in ("date", "device", "driver", "cpu", "torch", "triton", "liger_kernel", "grpo_kernels", "commit"):
+    for key in ("date", "device", "driver", "cpu", "torch", "triton", "liger_kernel", "grpo_kernels"):
         assert key in where
+    assert "commit" in where and len(where["kernels"]) == 16
     assert where["torch"] == torch.__version__ and where["device"]
     rows = results["rows"]
     assert {tuple(row) for row in rows} == {tuple(field.name for field in fields(Row))}
-    assert len(rows) == 2 * 2 * (5 + 2 + 5)  # shapes × dtypes × implementations that have the mode
+    assert len(rows) == 2 * 2 * (5 + 2 + 5 + 3)  # shapes × dtypes × implementations that have the mode
     for row in rows:
         if row["status"] == OK:
             assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["copy_multiple"] > 0
@@ -95,6 +97,7 @@ def test_command_fails_if_ours_is_wrong(capsys):
         ["--suite", "cpu", "--shapes", "2x5x97"],
         ["--threads", "0"],
         ["--minutes", "0"],
+        ["--compile-minutes", "0"],
         ["--shapes", "2x5x97", "--masked", "0.6"],
         ["--shapes", "2x5x97", "--zero-advantage", "-1"],
         ["--suite", "cpu", "--objective", "sequence"],
@@ -117,7 +120,7 @@ def test_command_runs_one_case_of_any_kind(capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "4x5x97 fp32 25% masked 50% A=0 sequence: forward + backward in place" in printed
-    assert "torch.compile   not run: --compile none" in printed
+    assert "torch.compile   not run: not measured; --compile auto" in printed
 
 
 def test_gpu_suite_on_a_cpu_is_the_cpu_suite(capsys, monkeypatch):
@@ -255,8 +258,8 @@ def test_case_without_room_is_rows(monkeypatch):
 
     monkeypatch.setattr("benchmarks.suite.make_inputs", no_room)
     blocks = list(run_suite([CASE], ["loss", "logprobs"], implementations(), CPU, seconds=0.0))
-    assert [row.status for rows in blocks for row in rows] == [OOM] * 10
-    assert "9 GiB" in blocks[0][0].detail
+    assert [row.status for rows in blocks for row in rows] == [OOM, OOM, MISSING, MISSING, MISSING] * 2
+    assert "9 GiB" in blocks[0][0].detail and blocks[0][3].detail == "needs a GPU"
 
 
 # --- what is derived and written ------------------------------------------------------------------------
@@ -303,7 +306,8 @@ def test_report_is_at_most_80_columns_wide():
             rows += block
             assert max(map(len, report.table(block).splitlines())) <= 80
     lines = report.summary(rows).splitlines()
-    assert max(map(len, lines)) <= 80 and len(lines) == 1 + sum(len(case.modes) for case in SUITES["gpu"])
+    ours = [case for case in SUITES["gpu"] if case.objective != "cross-entropy"]
+    assert max(map(len, lines)) <= 80 and len(lines) == 1 + sum(len(case.modes) for case in ours)
     assert len({line[:35] for line in lines}) == len(lines)  # no two rows read the same
     assert "OOM" in lines[1]
 
@@ -313,25 +317,65 @@ def test_report_is_at_most_80_columns_wide():
 
 def test_budget_is_dealt_out(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("benchmarks.suite.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.budget.time.monotonic", lambda: now[0])
     budget = Budget(60.0, per_row=1.0)
-    assert budget.for_a_row(10) == 1.0  # never more than a row needs
-    assert budget.for_a_row(300) == pytest.approx(0.1)  # half of it is for timing
-    now[0] = 150.0
-    assert budget.for_a_row(100) == pytest.approx(0.05) and not budget.spent
+    assert budget.start_case()
+    assert budget.for_a_row(10, 5) == 1.0  # never more than a row needs
+    assert budget.for_a_row(300, 5) == pytest.approx(0.1)  # at first half of it is for timing
+    now[0] = 110.0  # 4 of 10 s were timing: each of the 5 cases after this one is taken to need 6 s beside it
+    budget.timed(4.0)
+    assert budget.start_case()
+    assert budget.for_a_row(100, 5) == pytest.approx((50 - 5 * 6) / 100)
+    assert budget.for_a_row(100, 20) == 0.0  # then rows get the fewest rounds, and no case is left out for it
+    now[0] = 149.0
+    assert budget.start_case() and not budget.spent
+    now[0] = 155.0
+    assert not budget.start_case()  # the shortest took 6 s
     now[0] = 160.0
-    assert budget.spent and budget.for_a_row(100) == 0.0
+    assert budget.spent and budget.for_a_row(100, 0) == 0.0
     now[0] = 1e9
-    assert not Budget(None, 3.0).spent and Budget(None, 3.0).for_a_row(7) == 3.0
+    assert not Budget(None, 3.0).spent and Budget(None, 3.0).for_a_row(7, 0) == 3.0
+    assert Budget(60.0, 1.0, used=50.0).used == 50.0
 
 
 def test_spent_budget_leaves_rows_with_a_reason(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("benchmarks.suite.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.budget.time.monotonic", lambda: now[0])
     blocks = []
-    for block in run_suite([CASE, replace(CASE, batch=3)], ["loss"], [OURS], CPU, seconds=Budget(60.0, 0.0)):
+    cases = [CASE, replace(CASE, batch=3)]
+    for block in run_suite(cases, ["loss", "logprobs"], [OURS], CPU, seconds=Budget(60.0, 0.0)):
         blocks.append(block)
         now[0] += 61.0
-    ((first,), (second,)) = blocks
-    assert first.status == OK and second.status == MISSING
-    assert second.detail == "the run's 60 s are spent; --minutes"
+    (first,), *others = blocks
+    assert first.status == OK and [(row.case, row.mode) for (row,) in others] == [
+        (CASE.name, "logprobs"), (cases[1].name, "loss"), (cases[1].name, "logprobs")
+    ]  # fmt: skip
+    assert all((row.status, row.detail) == (MISSING, "the run's 60 s are spent; --minutes") for (row,) in others)
+
+
+def test_what_is_left_out_is_said(monkeypatch, capsys, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.budget.time.monotonic", lambda: now[0])
+
+    def slow(inputs, logits):
+        now[0] += 20.0
+        return eager(inputs, logits)
+
+    arguments = ["--shapes", "2x5x97", "2x5x101", "2x5x103", "--dtypes", "fp32", "--modes", "loss", "--device", "cpu"]
+    who = [Implementation("peer", {"loss": slow})]
+    assert main([*arguments, "--seconds", "0", "--minutes", "1", "--out", str(tmp_path), "--no-plots"], who) == 0
+    assert "Left out, for want of time:\n  2x5x101 fp32\n  2x5x103 fp32\n" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "results.json").read_text())["rows"]) == 3
+
+
+def test_results_are_there_if_the_run_is_cut_off(tmp_path):
+    def cut(inputs, logits):
+        if inputs.case.vocab == 101:
+            raise KeyboardInterrupt
+        return eager(inputs, logits)
+
+    arguments = ["--shapes", "2x5x97", "2x5x101", "--dtypes", "fp32", "--modes", "loss", "--device", "cpu"]
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--seconds", "0", "--out", str(tmp_path)], [Implementation("peer", {"loss": cut})])
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert row["case"] == "2x5x97 fp32" and row["median_ms"] > 0

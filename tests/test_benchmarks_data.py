@@ -48,10 +48,11 @@ def test_truth_is_the_reference_on_the_whole_batch(case, chunk, monkeypatch):
     whole.loss.backward()
     oracle = Oracle(inputs)
     grad = torch.zeros_like(x)
-    for t in oracle.truth():
-        grad[t.b, t.start : t.stop] = t.grad
+    for t in oracle.truth:
+        grad[t.b, t.t] = t.grad
     torch.testing.assert_close(oracle.loss, whole.loss.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(oracle.logps, whole.logps, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(oracle.entropies, whole.entropy, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(grad, x.grad, rtol=1e-12, atol=1e-15)
     assert grad.any()
 
@@ -152,12 +153,26 @@ def test_suites_are_sound():
 
 def test_gpu_suite_covers_what_it_should():
     cases = SUITES["gpu"]
-    assert {case.vocab for case in cases} == {151936, 128256, 262144, 50257}
+    assert {case.vocab for case in cases} == {151936, 128256, 262144, 50257, 32000}
     rows = [case.batch * case.length for case in cases]
     assert (min(rows), max(rows)) == (512, 32768)
     assert {case.dtype for case in cases} == {torch.float32, torch.bfloat16}
     assert {case.masked for case in cases} == {case.zero_advantage for case in cases} == {0.0, 0.5}
-    assert {case.objective for case in cases} == {"token", "sequence"}
+    assert {case.objective for case in cases} == {"token", "sequence", "cross-entropy"}
+
+
+def test_gpu_suite_begins_with_what_the_readme_quotes():
+    first = SUITES["gpu"][:8]
+    assert all(case.batch * case.length == 8192 for case in first)
+    assert [(c.vocab, c.dtype) for c in first[:5]] == [(v, torch.bfloat16) for v in (151936, 128256, 50257, 262144)] + [
+        (151936, torch.float32)
+    ]
+    assert [(c.objective, c.masked, c.hidden) for c in first[5:]] == [
+        ("sequence", 0, 0),
+        ("token", 0.5, 0),
+        ("token", 0, 4096),
+    ]
+    assert first[0].second_timer and not any(case.second_timer for case in SUITES["gpu"][1:])
 
 
 def test_suite_falls_back_to_the_cpu():
@@ -172,7 +187,7 @@ def test_suite_falls_back_to_the_cpu():
 
 def test_percentiles(monkeypatch):
     times = iter([99.0, *map(float, range(1, 12))])  # the first is the warm-up
-    monkeypatch.setattr("benchmarks.measure._cpu_ms", lambda subject, device: [next(times)])
+    monkeypatch.setattr("benchmarks.measure._cpu_ms", lambda subject, device, calls: [next(times)])
     timing = time_all({"x": Timed(lambda: None)}, CPU, 0.0, min_rounds=11)["x"]
     assert (timing.p20, timing.median, timing.p80, timing.repetitions) == (3.0, 6.0, 9.0, 11)
 
@@ -192,7 +207,7 @@ def test_subject_that_runs_out_of_memory_while_timed_drops_out():
         raise torch.OutOfMemoryError("full\ndetails")
 
     timings = time_all({"a": Timed(fails), "b": Timed(lambda: None)}, CPU, 0.0)
-    assert timings["a"] == "full" and timings["b"].repetitions >= 5
+    assert timings["a"] == ("out of memory", "full") and timings["b"].repetitions >= 5
 
 
 def test_peak_memory_counts_what_a_call_allocates_and_frees():
@@ -227,8 +242,13 @@ def test_cuda_clock(monkeypatch):
     subject = Timed(lambda: log.append("call"), prepare=lambda: log.append("prepare"))
     timing = time_all({"x": subject}, torch.device("cuda"), 0.0, min_rounds=1)["x"]
     assert (timing.median, timing.repetitions) == (2.5, 4)
-    one_round = ["hold", *["prepare", "sweep", "event", "call", "event"] * 4, "wait"]
-    assert log == one_round * 2  # the first one warms up
+    call = ["prepare", "sweep", "event", "call", "event"]
+    assert log == ["hold", *call, "wait", "hold", *call * 4, "wait"]  # the first round warms up
+
+    log.clear()
+    monkeypatch.setattr(Event, "elapsed_time", lambda self, end: 500.0)
+    timing = time_all({"x": subject}, torch.device("cuda"), 0.0, min_rounds=2)["x"]
+    assert (timing.median, timing.repetitions) == (500.0, 2)  # what takes long is called once a round
 
 
 # --- peers ----------------------------------------------------------------------------------------------
@@ -269,8 +289,8 @@ def test_compile_says_why_it_is_not_run(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: name)
     assert Compiled("auto").missing(marked, cuda) is None is Compiled("all").missing(CASE, CPU)
     assert "every shape" in Compiled("auto").missing(CASE, cuda)
+    assert Compiled().missing(marked, cuda) == "not measured; --compile auto"
     assert "on a GPU" in Compiled("auto").missing(marked, CPU)
-    assert Compiled("none").missing(marked, cuda) == "--compile none"
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert "no compiler" in missing_compiler(CPU) and "$CXX" in Compiled("all").missing(CASE, CPU)
     assert "$CC" in Compiled("auto").missing(marked, cuda)
@@ -281,7 +301,7 @@ def test_peers_that_are_not_there_say_so(monkeypatch):
         raise RuntimeError(f"{name} wants another torch\nmore")
 
     monkeypatch.setattr(baselines.importlib, "import_module", broken)
-    for peer in (baselines_peers.trl_missing, baselines_peers.liger_missing):
+    for peer in (baselines_peers.trl_missing, baselines_peers.liger_missing, baselines_peers.quack_missing):
         assert peer(CASE, CPU) == "needs a GPU"
         reason = peer(CASE, torch.device("cuda"))
         assert reason.startswith("pip install") and reason.endswith("wants another torch)")
