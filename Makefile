@@ -44,7 +44,7 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-experiments test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
+.PHONY: help demo test test-experiments test-gpu smoke-gpu test-triton test-verl bench traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -74,6 +74,9 @@ test-experiments: $(call installed,test) ## the tests of the candidate kernels i
 test-gpu: $(call installed,test) ## the whole suite on a GPU, kernels compiled
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no CUDA device (driver? CPU build of torch? CUDA_VISIBLE_DEVICES?)")'
 	unset TRITON_INTERPRET; $(PY) -m pytest $(ARGS)
+
+smoke-gpu: $(call installed,test) ## every kernel on a GPU against float64, within a minute
+	$(PY) -m benchmarks.smoke $(ARGS)
 
 bench: $(call installed,bench) ## benchmarks against eager PyTorch and Liger-Kernel
 	$(PY) -m benchmarks $(ARGS)

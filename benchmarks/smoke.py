@@ -28,16 +28,11 @@ else:
 
 from benchmarks import environment
 from benchmarks.interpreter import hasten
-from benchmarks.smoke_cases import Case, Job, all_cases, errors
+from benchmarks.smoke_cases import Case, all_cases
+from benchmarks.smoke_job import Job, errors
 
-SMALL = 131  # the vocabulary of what is interpreted
 WARM_UP_SECONDS = 150  # after which checks begin anyway, and compile what is missing
 WIDTH = 80
-
-
-def small_cases() -> list[Case]:
-    """What an interpreter does in seconds, and every way through the kernels occurs in."""
-    return [case for case in all_cases() if SMALL == case.V and not case.gpu_only]
 
 
 def device() -> torch.device:
@@ -46,14 +41,15 @@ def device() -> torch.device:
 
 def compile_kernels(index: int, with_compile: bool) -> None:
     """In a worker process: whatever the case launches is in Triton's cache afterwards."""
+    hasten()
     job = Job(all_cases(with_compile)[index], device())
     if job.case.how != "compile":
         job._run(job.fresh())
-    torch.cuda.synchronize()
+    if job.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def start_workers(indices: Sequence[int], with_compile: bool) -> tuple[ProcessPoolExecutor, list]:
-    count = max(1, min(8, (os.cpu_count() or 1) - 2))
+def start_workers(count: int, indices: Sequence[int], with_compile: bool) -> tuple[ProcessPoolExecutor, list]:
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
     return pool, [pool.submit(compile_kernels, index, with_compile) for index in indices]
 
@@ -73,24 +69,19 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(raw(a[name]), raw(b[name])) for name in a)
 
 
-def milliseconds(job: Job, rounds: int) -> float:
-    """Median of a call, forward and backward, the host's work included."""
-    times = []
-    for _ in range(rounds):
-        leaves = job.fresh()
-        if job.device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize()
-            start.record()
-            job.run(leaves)
-            end.record()
-            torch.cuda.synchronize()
-            times.append(start.elapsed_time(end))
-        else:
-            began = time.perf_counter()
-            job.run(leaves)
-            times.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(times)
+def timed(job: Job) -> tuple[dict[str, torch.Tensor], float]:
+    """(results, milliseconds) of a call, forward and backward, the host's work included."""
+    leaves = job.fresh()
+    if job.device.type != "cuda":
+        began = time.perf_counter()
+        return job.run(leaves), 1e3 * (time.perf_counter() - began)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    results = job.run(leaves)
+    end.record()
+    torch.cuda.synchronize()
+    return results, start.elapsed_time(end)
 
 
 def check(case: Case, found: tuple[Job, dict] | Exception) -> tuple[str, list[str]]:
@@ -101,12 +92,10 @@ def check(case: Case, found: tuple[Job, dict] | Exception) -> tuple[str, list[st
         job, truth = found
         first = job.run(job.fresh())
         error, what = max(errors(first, truth))
-        again = job.run(job.fresh())
+        runs = [timed(job) for _ in range(5 if job.device.type == "cuda" else 1)]
         wrong = [f"{what} is off by {error:.3g} times the tolerance"] if error > 1 else []
-        wrong += [] if same_bits(first, again) else ["two runs do not give the same bits"]
-        ms = milliseconds(job, 5 if job.device.type == "cuda" else 1)
-        if job.device.type == "cuda":
-            torch.cuda.synchronize()
+        wrong += [] if all(same_bits(first, each) for each, _ in runs) else ["two runs do not give the same bits"]
+        ms = statistics.median(ms for _, ms in runs)
     except Exception as error:  # see `prepared`
         return f"{case.name} {'-':>8} {'-':>9} ERROR", [f"{type(error).__name__}: {error}".splitlines()[0]]
     span = f"{ms:.1f} ms" if ms >= 10 else f"{ms * 1e3:.0f} us"
@@ -127,9 +116,10 @@ def gpu_is_lost() -> bool:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) too, which takes longer")
-    parser.add_argument("--small", action="store_true", help=f"cases of V = {SMALL} alone, as without a GPU")
+    parser.add_argument("--small", action="store_true", help="the few cases that also run without a GPU")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose line begins so")
-    parser.add_argument("--no-warm-up", action="store_true", help="compile in this process alone")
+    parser.add_argument("--workers", type=int, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) - 2)),
+                        help="processes that compile kernels first (%(default)s); 0: none, this process compiles")  # fmt: skip
     parser.add_argument("--resume", metavar="N,FAULTS,SECONDS", default="0,0,0", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
@@ -138,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     on_gpu = device().type == "cuda"
     hasten()
     everything = all_cases(arguments.compile)
-    chosen = small_cases() if arguments.small or not on_gpu else everything
+    chosen = [case for case in everything if case.small] if arguments.small or not on_gpu else everything
     chosen = [case for case in chosen if re.match(arguments.only, " ".join(case.name.split()))]
     if not chosen:
         parser.error(f"no case begins with {arguments.only!r}")
@@ -149,14 +139,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{len(chosen)} cases; error over tolerance against float64; time of one call")
     cases = chosen[resumed:]
     pool, futures = None, []
-    if on_gpu and not (arguments.no_warm_up or resumed):
-        pool, futures = start_workers([everything.index(case) for case in cases], arguments.compile)
+    if on_gpu and arguments.workers and not resumed:
+        places = [everything.index(case) for case in cases]
+        pool, futures = start_workers(arguments.workers, places, arguments.compile)
     ready = [prepared(case) for case in cases]
     if pool is not None:
         late = wait(futures, timeout=WARM_UP_SECONDS).not_done
-        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children() if late else ():
+            worker.kill()
+        pool.shutdown(cancel_futures=True)
         failed = sum(future.done() and future.exception() is not None for future in futures)
-        print(f"compiled by worker processes: {time.perf_counter() - began:.1f} s, {failed} failed, {len(late)} late")
+        spent = f"{time.perf_counter() - began:.1f} s"
+        print(f"compiled by {arguments.workers} processes: {spent}, {failed} failed, {len(late)} late", flush=True)
     for number, case in enumerate(cases, resumed + 1):
         line, wrong = check(case, ready[number - resumed - 1])
         ready[number - resumed - 1] = None  # its memory
@@ -168,8 +162,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             given += ["--resume", f"{number},{faults},{time.perf_counter() - began}"]
             subprocess.run([sys.executable, "-m", "benchmarks.smoke", *given], check=False)
             return 1
-    parts = [f"torch {where['torch']}", f"Triton {where['triton']}", f"commit {str(where['commit'])[:12]}"]
-    print(f"{where['device']}, {', '.join(parts)}")
+    commit, plus, changes = str(where["commit"]).partition("+")
+    print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {commit[:9]}{plus}{changes}")
     print(f"{len(chosen)} cases, {faults or 'no'} faults, {time.perf_counter() - began:.1f} s", flush=True)
     return int(faults > 0)
 
