@@ -113,13 +113,18 @@ def gpu_is_lost() -> bool:
         return True
 
 
+def continue_in_a_new_process(arguments: list[str]) -> None:
+    subprocess.run([sys.executable, "-m", "benchmarks.smoke", *arguments], check=False)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) too, which takes longer")
     parser.add_argument("--small", action="store_true", help="the few cases that also run without a GPU")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose line begins so")
-    parser.add_argument("--workers", type=int, metavar="N", default=max(1, min(8, (os.cpu_count() or 1) - 2)),
-                        help="processes that compile kernels first (%(default)s); 0: none, this process compiles")  # fmt: skip
+    workers = max(1, min(8, (os.cpu_count() or 1) - 2))
+    how_many = f"processes that compile kernels first ({workers}); 0: this one compiles them"
+    parser.add_argument("--workers", type=int, metavar="N", default=workers, help=how_many)
     parser.add_argument("--resume", metavar="N,FAULTS,SECONDS", default="0,0,0", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     began = time.perf_counter()
@@ -160,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print("    the GPU is lost to this process: the rest runs in a new one", flush=True)
             given = list(sys.argv[1:] if argv is None else argv)
             given += ["--resume", f"{number},{faults},{time.perf_counter() - began}"]
-            subprocess.run([sys.executable, "-m", "benchmarks.smoke", *given], check=False)
+            continue_in_a_new_process(given)
             return 1
     commit, plus, changes = str(where["commit"]).partition("+")
     print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {commit[:9]}{plus}{changes}")

@@ -17,7 +17,7 @@ from grpo_kernels.plan import Plan
 from reference import policy_loss as exact_policy_loss
 from reference import token_logprobs as exact_token_logprobs
 
-B, T, BOUNDS = 4, 8, (0, 8, 9, 9, 16, 32)  # 32 rows, or packed, with an empty sequence
+B, T, BOUNDS = 4, 8, (0, 8, 9, 9, 16, 32)  # 32 rows; packed, with an empty sequence. Half of it where interpreted
 H = 128  # of hidden states
 # fp32 has 24 bits; sums over a row cost up to 8 of them: relative, of log-probs, of probabilities and of sums.
 SUMS = 2.0**-16
@@ -39,8 +39,10 @@ class Job:
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         self.case, self.device, self.V = case, device, case.V
         self.generator = torch.Generator(device).manual_seed(seed)
-        self.shape = (BOUNDS[-1],) if case.packed else (B, T)
-        self.cu = torch.tensor(BOUNDS, device=device) if case.packed else None
+        half = 2 if self.interpreted else 1
+        self.T = T // half
+        self.shape = (BOUNDS[-1] // half,) if case.packed else (B, self.T)
+        self.cu = torch.tensor(BOUNDS, device=device) // half if case.packed else None
         sequences = len(BOUNDS) - 1 if case.packed else B
         mask = torch.rand(self.shape, device=device, generator=self.generator) < 0.8
         mask.view(-1)[::8] = True
@@ -315,9 +317,9 @@ class Job:
 
     def _odd(self, found: Truth) -> Truth:
         """NaN where it must show: the odd row, and the loss; log-probs of rows that were skipped."""
-        at = divmod(self.odd, T)
+        at = divmod(self.odd, self.T)
         if self.case.spoil in ("nan", "id"):
-            rows = [at] if self.case.options.get("loss_type") != "gspo" else [(at[0], t) for t in range(T)]
+            rows = [at] if self.case.options.get("loss_type") != "gspo" else [(at[0], t) for t in range(self.T)]
             for row in rows:
                 if bool(self.mask[row]):
                     found["gradient of logits"][0][row] = math.nan

@@ -102,13 +102,13 @@ def test_a_lost_gpu_is_left_to_a_new_process(monkeypatch, capsys):
     started = []
     monkeypatch.setattr(Job, "run", lambda *args: 1 / 0)
     monkeypatch.setattr(smoke, "gpu_is_lost", lambda: True)
-    monkeypatch.setattr(smoke.subprocess, "run", lambda command, **_: started.append(command))
+    monkeypatch.setattr(smoke, "continue_in_a_new_process", started.append)
     status, lines = run(capsys, BF16_LOSS, PACKED_LOGPS)
     assert status == 1 and len(started) == 1
-    *same, option, value = started[0][3:]
+    *same, option, value = started[0]
     assert same[:3] == ["--small", "--workers", "0"] and option == "--resume" and value.startswith("1,1,")
     monkeypatch.undo()
-    assert smoke.main(started[0][3:]) == 1  # a fault before
+    assert smoke.main(started[0]) == 1  # a fault before
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(PACKED_LOGPS) and lines[0].endswith(" ok") and "1 faults" in lines[-1]
 
