@@ -44,7 +44,7 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
+.PHONY: help demo test test-gpu smoke-gpu test-triton test-verl bench traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -71,6 +71,9 @@ test: $(call installed,test) ## the whole suite on the CPU, kernels interpreted
 test-gpu: $(call installed,test) ## the whole suite on a GPU, kernels compiled
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no CUDA device (driver? CPU build of torch? CUDA_VISIBLE_DEVICES?)")'
 	unset TRITON_INTERPRET; $(PY) -m pytest $(ARGS)
+
+smoke-gpu: $(call installed,test) ## every kernel on a GPU against float64, within a minute
+	$(PY) -m benchmarks.smoke $(ARGS)
 
 bench: $(call installed,bench) ## benchmarks against eager PyTorch and Liger-Kernel
 	$(PY) -m benchmarks $(ARGS)

@@ -1,0 +1,140 @@
+"""The cases of `benchmarks.smoke`: every form of a call that users meet, one line each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
+QWEN, LLAMA, GPT2 = 151936, 128256, 50257
+
+
+@dataclass(frozen=True)
+class Case:
+    what: str
+    V: int = QWEN
+    dtype: torch.dtype = BF16
+    kind: str = "loss"  # "logps", "head", "head logps", "policy", "parts"
+    layout: str = "padded"  # "extra": (B, T+1, V); "packed": (N, V)
+    masked: bool = True
+    old: bool = True
+    spoil: str = ""  # "inf", "rare", "nan", "id": what is odd about the logits or ids
+    upstream: float = 1.0
+    backward: bool = True
+    bias: bool = False
+    how: str = ""  # "graph": captured and replayed; "compile": by torch.compile
+    small: bool = False  # runs without a GPU, interpreted
+    options: dict = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        dtype = {BF16: "bf16", FP32: "fp32", FP16: "fp16"}[self.dtype]
+        return f"{self.what:39} {dtype} {self.V:>6}"
+
+    @property
+    def packed(self) -> bool:
+        return self.layout == "packed"
+
+    @property
+    def head(self) -> bool:
+        return self.kind.startswith("head")
+
+    @property
+    def metrics(self) -> bool:
+        """Whether they can be compared: not where a row is NaN, nor where rows were skipped."""
+        return self.spoil not in ("nan", "id") and not self.options.get("skip_zero_advantage")
+
+
+def case(what: str, V: int = QWEN, dtype: torch.dtype = BF16, **rest) -> Case:
+    own = {name: rest.pop(name) for name in list(rest) if name in Case.__dataclass_fields__}
+    if dtype == FP16:
+        own.setdefault("upstream", 1024.0)  # as loss scalers have it: without one fp16 loses most of a gradient
+    return Case(what, V, dtype, options=rest, **own)
+
+
+def all_cases(with_compile: bool = False) -> list[Case]:
+    full = {"beta": 0.04}
+    cases = [case("loss: grpo, KL k3", V, dtype, small=(V, dtype) == (131, BF16), **full)
+             for V in (QWEN, LLAMA, GPT2, 32000, 131) for dtype in (BF16, FP32, FP16)]  # fmt: skip
+    cases += [case("loss: in place", V, BF16, inplace=True, **full) for V in (QWEN, LLAMA, GPT2, 32000)]
+    cases += [case("loss: in place", V, FP32, inplace=True, **full) for V in (QWEN, 131)]
+    cases += [case("loss: sequence level (gspo)", V, dtype, small=V == 131, loss_type="gspo", **full)
+              for V, dtype in ((QWEN, BF16), (QWEN, FP32), (GPT2, BF16), (131, FP16))]  # fmt: skip
+    cases += [
+        case("loss: sequence level, in place", loss_type="gspo", inplace=True),
+        case("loss: gspo-token", 131, FP32, importance_sampling_level="sequence_token"),
+        case("loss: (B, T+1, V)", layout="extra", **full),
+        case("loss: (B, T+1, V)", GPT2, layout="extra", **full),
+        case("loss: (B, T+1, V), in place", 131, FP32, layout="extra", inplace=True),
+        case("loss: packed", layout="packed", **full),
+        case("loss: packed, in place", GPT2, layout="packed", inplace=True),
+        case("loss: packed, sequence level", 131, FP32, small=True, layout="packed", loss_type="gspo", **full),
+        case("loss: no mask, on policy", masked=False, old=False),
+        case("loss: entropies", return_entropy=True),
+        case("loss: entropies and bonus", return_entropy=True, entropy_coef=0.01),
+        case("loss: entropies and bonus", 131, FP32, small=True, return_entropy=True, entropy_coef=0.01, inplace=True),
+        case("loss: entropies, fp16, bonus", 32000, FP16, return_entropy=True, entropy_coef=0.01),
+        case("loss: KL k3, bias correction", use_bias_correction_kl=True, **full),
+        case("loss: KL k3, clamped", 131, FP32, kl_clamp=0.05, **full),
+        case("loss: KL k1", 131, FP32, kl_estimator="k1", **full),
+        case("loss: KL k2, packed", 131, layout="packed", kl_estimator="k2", **full),
+        case("loss: rewards in the launch", num_generations=2, **full),
+        case("loss: rewards, spread of the batch", 131, FP32, num_generations=2, scale_rewards="batch"),
+        case("loss: temperature 0.7", temperature=0.7, **full),
+        case("loss: temperatures (B,)", temperature="sequences", **full),
+        case("loss: temperatures (B, T), gspo", 131, FP32, temperature="tokens", loss_type="gspo"),
+        case("loss: dapo, num_items, loss_scale", loss_type="dapo", num_items_in_batch=True, loss_scale=0.5),
+        case("loss: delta, dual clip", 131, FP32, delta=1.3, dual_clip=1.2),
+        *(case(f"loss: {name}", 131, FP32, loss_type=name, **full) for name in ("cispo", "sapo", "vespo", "gmpo")),
+        case("loss: reduction none", reduction="none", **full),
+        case("loss: reduction none, gspo", 131, FP32, reduction="none", loss_type="gspo", inplace=True),
+        case("loss: skip_zero_advantage", skip_zero_advantage=True),
+        case("loss: skip_zero_advantage, gspo", 131, FP32, skip_zero_advantage=True, loss_type="gspo"),
+        case("loss: top entropy half of the tokens", 32000, top_entropy_quantile=0.5, return_entropy=True),
+        case("loss: sampling correction, off-policy", 131, FP32, small=True, sampling_correction="token_truncate",
+             off_policy_mask_threshold=0.01),
+        case("loss: correction of on-policy sequences", 131, FP32, sampling_correction="sequence_mask",
+             old=False),
+        case("loss: half a vocabulary of -inf", spoil="inf", return_entropy=True, **full),
+        case("loss: half a vocabulary of -inf", GPT2, FP32, spoil="inf", loss_type="gspo"),
+        case("loss: tokens of probability e^-200", spoil="rare", return_entropy=True, **full),
+        case("loss: a NaN row", spoil="nan", **full),
+        case("loss: a NaN row, gspo", GPT2, spoil="nan", loss_type="gspo", reduction="none"),
+        case("loss: an id out of range", spoil="id", **full),
+        case("loss: upstream 3", upstream=3.0, **full),
+        case("loss: upstream 3, in place", 131, FP32, upstream=3.0, inplace=True, **full),
+        case("loss: without gradient", backward=False, return_entropy=True, **full),
+        case("policy_loss: from log-probs", 32000, kind="policy", **full),
+    ]  # fmt: skip
+    for V, dtype in ((QWEN, BF16), (QWEN, FP32), (LLAMA, BF16), (GPT2, BF16), (32000, FP16), (131, FP32)):
+        cases += [
+            case("log-probs: forward", V, dtype, kind="logps", backward=False),
+            case("log-probs: forward, entropies", V, dtype, kind="logps", backward=False, return_entropy=True),
+        ]
+    cases += [
+        case("log-probs: and backward", kind="logps"),
+        case("log-probs: and backward, entropies", kind="logps", return_entropy=True),
+        case("log-probs: and backward, temperatures", GPT2, kind="logps", return_entropy=True, temperature="tokens"),
+        case("log-probs: and backward, packed", 131, FP32, small=True, kind="logps", layout="packed", temperature=0.7),
+        case("log-probs: half a vocabulary of -inf", kind="logps", spoil="inf", return_entropy=True),
+        case("log-probs: e^-200", kind="logps", spoil="rare", return_entropy=True),
+        case("log-probs: a NaN row", kind="logps", spoil="nan", return_entropy=True),
+        case("log-probs: two parts of a vocabulary", kind="parts", return_entropy=True),
+        case("head: grpo, KL k3", kind="head", **full),
+        case("head: grpo, KL k3, chunks, bias", 32000, kind="head", bias=True, chunk_bytes=10 * 64000, **full),
+        case("head: sequence level (gspo)", 32000, FP32, kind="head", loss_type="gspo", return_entropy=True),
+        case("head: fp16, scale, soft cap", 131, FP16, small=True, kind="head", logit_scale=0.5, softcap=5.0, **full),
+        case("head: soft cap", 32000, kind="head", logit_scale=0.5, softcap=5.0, **full),
+        case("head: bias, entropy bonus", 131, FP32, kind="head", bias=True, entropy_coef=0.01, **full),
+        case("head log-probs: forward, entropies", kind="head logps", backward=False, return_entropy=True),
+        case("head log-probs: and backward", GPT2, kind="head logps"),
+        case("loss: CUDA graph", how="graph", **full),
+        case("loss: CUDA graph, gspo", GPT2, how="graph", loss_type="gspo"),
+    ]
+    if with_compile:
+        cases += [
+            case("loss: torch.compile", how="compile", **full),
+            case("loss: torch.compile, gspo", how="compile", loss_type="gspo", **full),
+        ]
+    return cases
