@@ -2,8 +2,9 @@
 
 Every tensor stays in the host's memory. Its storage carries a tag, "cpu" or "cuda", that follows it through
 torch's operations. What fails on a GPU fails here: an operation or a comparison across the two, a CPU tensor that
-is given to a compiled kernel, a "cuda" tensor that NumPy is to read. ``x.device`` answers by the tag. Kernels are
-interpreted. A tensor that torch makes inside of an operation has no tag, and goes with either device.
+is given to a compiled kernel, a "cuda" tensor that NumPy is to read. ``x.device`` answers by the tag. In place of the
+kernels the torch backend computes, under their conditions: pretended_backend.py. A tensor that torch makes inside of
+an operation has no tag, and goes with either device.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ import os
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 _VARIABLE = "GRPO_KERNELS_TESTS_PRETEND_GPU"
@@ -211,11 +212,6 @@ def _move(func, args, kwargs):
     return result
 
 
-def _check_launch(executor, args, kwargs) -> None:
-    for x in _tensors((args, kwargs)):
-        _check_argument(executor.fn.__name__, x)
-
-
 def _gradients_like(outputs, gradients):
     """Autograd moves a 0-d gradient to its output's device, and refuses another."""
 
@@ -234,22 +230,25 @@ def _gradients_like(outputs, gradients):
 @contextlib.contextmanager
 def pretended_gpu(monkeypatch):
     """Pretends within the context. torch.cuda stays as it is: a test that needs streams or graphs is skipped."""
-    from triton.runtime.interpreter import GridExecutor
+    from grpo_kernels import linear_ops, ops
+    from grpo_kernels.kernels import launch
 
-    launch = GridExecutor.__call__
+    sizes = ops.stats_shape
     autocast, enabled, cast = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
     on_host = lambda device: "cpu" if _is_cuda(device) else device  # noqa: E731
 
-    def checked(executor, *args, **kwargs):
-        _check_launch(executor, args, kwargs)
-        with _disable_current_modes(), torch._C.DisableTorchFunction():
-            return launch(executor, *args, **kwargs)
-
-    monkeypatch.setattr(GridExecutor, "__call__", checked)
+    monkeypatch.setitem(ops._BACKENDS, "triton", "pretended_backend")
+    monkeypatch.setattr(launch, "is_interpreted", lambda kernel: False)
+    for module in (ops, linear_ops):
+        monkeypatch.setattr(module, "stats_shape", lambda rows, backend: sizes(rows, "torch"))
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **named: autocast(on_host(device), *rest, **named))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": enabled(on_host(device)))
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: cast(on_host(device)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    ops.backend_of.cache_clear()
     storages = _Storages()
-    with storages, _Calls(storages):
-        yield
+    try:
+        with storages, _Calls(storages):
+            yield
+    finally:
+        ops.backend_of.cache_clear()
