@@ -10,7 +10,9 @@ an operation has no tag, and goes with either device.
 import contextlib
 import os
 
+import pytest
 import torch
+import torch.utils.checkpoint
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -190,6 +192,8 @@ def _shares(x: torch.Tensor, given: list[torch.Tensor]) -> bool:
 
 def _move(func, args, kwargs):
     x, rest = args[0], args[1:]
+    if x.device.type != "cpu":
+        return func(*args, **kwargs)
     if func is torch.Tensor.cpu:
         target, rest, kwargs = "cpu", (), {}
     elif func is torch.Tensor.cuda:
@@ -241,6 +245,10 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(launch, "is_interpreted", lambda kernel: False)
     for module in (ops, linear_ops):
         monkeypatch.setattr(module, "stats_shape", lambda rows, backend: sizes(rows, "torch"))
+    # Neither traces under a mode. What would be compiled runs as it is, on the same devices.
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for module, name in ((torch.library, "opcheck"), (torch.utils.checkpoint, "checkpoint")):
+        monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.skip(f"{name} sees no pretended GPU"))
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **named: autocast(on_host(device), *rest, **named))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": enabled(on_host(device)))
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: cast(on_host(device)))
