@@ -29,6 +29,19 @@ def pytest_configure(config):
         pretend_gpu.pretend()
 
 
+# Tests that train on the CPU: curves, seeds and sampled tokens are those that it makes. A process that sees a GPU
+# would train there.
+ON_THE_CPU = ("test_trainer", "test_trl_trainer", "test_examples", "test_group_size", "test_ppo_vs_grpo")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="trains on the CPU, and this process sees a GPU: CUDA_VISIBLE_DEVICES= hides it")
+        for item in items:
+            if item.path.name.startswith(ON_THE_CPU):
+                item.add_marker(skip)
+
+
 @pytest.fixture(autouse=True)
 def _devices(request, monkeypatch):
     """With --pretend-gpu every test runs as if cases.DEVICE were a GPU."""

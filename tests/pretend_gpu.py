@@ -8,7 +8,6 @@ an operation has no tag, and goes with either device.
 """
 
 import contextlib
-import os
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-_VARIABLE = "GRPO_KERNELS_TESTS_PRETEND_GPU"
+_pretended = False
 _CPU, _CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # Operations that CUDA allows on tensors of two devices: copies, and indices on the CPU.
 _CROSSING = {"copy_", "_to_copy", "copy", "set_", "index", "index_put_", "index_put", "_index_put_impl_"}
@@ -39,18 +38,21 @@ class DeviceMismatch(AssertionError):
 
 def pretend() -> None:
     """To be called before the tests are imported."""
-    os.environ[_VARIABLE] = "1"
+    global _pretended
+    _pretended = True
 
 
 def pretended() -> bool:
-    return os.environ.get(_VARIABLE) == "1"
+    return _pretended
 
 
 def tag_of(x: torch.Tensor) -> str | None:
     """ "cpu" or "cuda"; None where torch made it on its way. What was made before pretending began is on the CPU."""
     if x.layout != torch.strided:
         return None
-    return getattr(x.untyped_storage(), "pretended", None if _within else "cpu") if x.device.type == "cpu" else x.device.type
+    if x.device.type != "cpu":
+        return x.device.type
+    return getattr(x.untyped_storage(), "pretended", None if _within else "cpu")
 
 
 def _put(x: torch.Tensor, tag: str | None) -> torch.Tensor:
@@ -121,6 +123,8 @@ def _check_argument(name: str, x: torch.Tensor) -> None:
 def _common(name: str, given: list[tuple[str | None, int]]) -> str | None:
     """The device of an operation's result; raises where CUDA would. A number (0-d) on the CPU goes with any."""
     if name in _CROSSING:
+        if name.startswith("index") and given[0][0] == "cpu" and any(tag == "cuda" for tag, _ in given):
+            raise DeviceMismatch(f"{name}: a tensor on the CPU is indexed by one on the GPU")
         return given[0][0]
     strict = name in _STRICT
     tags = {tag for tag, dim in given if tag in ("cpu", "cuda") and (strict or dim > 0 or tag == "cuda")}
@@ -173,8 +177,6 @@ class _Calls(TorchFunctionMode):
             if kwargs.get("generator") is not None:
                 raise DeviceMismatch(f"{func.__name__}: a CPU generator for a tensor on the GPU")
             kwargs["device"] = "cpu"
-        elif func is torch.Tensor.new_tensor and device is None and want == "cuda":
-            kwargs["device"] = "cpu"
         outer, self.storages.want = self.storages.want, want
         try:
             result = func(*args, **kwargs)
@@ -211,9 +213,29 @@ def _move(func, args, kwargs):
         rest, kwargs = tuple(map(on_host, rest)), tree_map(on_host, kwargs)
     result = torch.Tensor.to(x, *rest, **kwargs) if rest or kwargs else x
     if target in ("cpu", "cuda") and result.device.type == "cpu" and tag_of(result) != target:
-        with torch.device("cpu"):
-            result = _put(result.clone() if _shares(result, [x]) else result, target)
+        if result.requires_grad:
+            return _Moved.apply(result, tag_of(x), target)
+        result = _put(result.clone() if _shares(result, [x]) else result, target)
     return result
+
+
+class _Moved(torch.autograd.Function):
+    """A copy on the other device, whose gradient comes back."""
+
+    @staticmethod
+    def forward(ctx, x, source, target):
+        ctx.source = source
+        return _put(x.clone(), target)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _put(grad.clone(), ctx.source), None, None
+
+
+def _uncompiled(function, backend="inductor", **_):
+    if hasattr(backend, "frame_count"):  # a backend that counts: whatever is called was compiled once
+        backend.frame_count = 1
+    return function
 
 
 def _gradients_like(outputs, gradients):
@@ -246,7 +268,7 @@ def pretended_gpu(monkeypatch):
     for module in (ops, linear_ops):
         monkeypatch.setattr(module, "stats_shape", lambda rows, backend: sizes(rows, "torch"))
     # Neither traces under a mode. What would be compiled runs as it is, on the same devices.
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch, "compile", _uncompiled)
     for module, name in ((torch.library, "opcheck"), (torch.utils.checkpoint, "checkpoint")):
         monkeypatch.setattr(module, name, lambda *_, name=name, **__: pytest.skip(f"{name} sees no pretended GPU"))
     monkeypatch.setattr(torch, "autocast", lambda device, *rest, **named: autocast(on_host(device), *rest, **named))
