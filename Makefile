@@ -10,6 +10,16 @@ TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 # Whatever may run a kernel: everything but the tests of other things.
 TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
 
+# Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
+# trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
+# own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
+NOT_OF_A_GPU    ?= reference trainer trl_trainer examples group_size ppo_vs_grpo distributed linear_distributed \
+    vocab_parallel compile_report traffic experiments benchmarks docs package explain host pretend_gpu
+GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
+# Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
+GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
+    [ $$j -gt 14 ] && j=14; [ $$j -lt 1 ] && j=1; echo $$j)
+
 # The first interpreter that is new enough; empty if there is none.
 ifeq ($(origin PYTHON),undefined)
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -44,7 +54,7 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-gpu smoke-gpu test-triton test-verl bench traffic compile-report lint clean check-python
+.PHONY: help demo test test-gpu test-pretend-gpu smoke-gpu test-triton test-verl bench traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -53,6 +63,7 @@ help: ## list the targets and the variables
 	@echo "Variables"
 	@echo "  ARGS=            passed on to the command, e.g. make demo ARGS=\"--seed 1\""
 	@echo "  JOBS=            processes that test, test-triton and test-verl run in (now: $(JOBS)); 0: no extra process"
+	@echo "  GPU_JOBS=        processes that test-gpu runs in, on one GPU (now: $(GPU_JOBS))"
 	@echo "  PYTHON=          the interpreter to start from, 3.10 or newer (now: $(or $(PYTHON),none found))"
 	@echo "  VENV=            the virtual environment (now: $(or $(VENV),none, PYTHON as it is)); empty: use"
 	@echo "                   PYTHON as it is and install nothing"
@@ -68,9 +79,12 @@ demo: $(call installed,demo) ## train a tiny model on two-digit addition with GR
 test: $(call installed,test) ## the whole suite on the CPU, kernels interpreted
 	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-test-gpu: $(call installed,test) ## the whole suite on a GPU, kernels compiled
+test-gpu: $(call installed,test) ## whatever a GPU may change, on a GPU, kernels compiled
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no CUDA device (driver? CPU build of torch? CUDA_VISIBLE_DEVICES?)")'
-	unset TRITON_INTERPRET; $(PY) -m pytest $(ARGS)
+	unset TRITON_INTERPRET; OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(GPU_JOBS) --dist worksteal $(GPU_TESTS) $(ARGS)
+
+test-pretend-gpu: $(call installed,test) ## the tests of test-gpu without a GPU: fail where they mix devices
+	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal --pretend-gpu $(GPU_TESTS) $(ARGS)
 
 smoke-gpu: $(call installed,test) ## every kernel on a GPU against float64, within a minute
 	$(PY) -m benchmarks.smoke $(ARGS)

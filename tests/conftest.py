@@ -11,10 +11,45 @@ if os.environ["TRITON_INTERPRET"] == "0":
 
 import pytest
 
+import pretend_gpu
 from benchmarks.interpreter import hasten
 
 hasten()
 torch.set_num_threads(2)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--pretend-gpu", action="store_true", help="fail where tests mix devices; needs no GPU")
+
+
+def pytest_configure(config):
+    if config.getoption("--pretend-gpu"):
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            raise pytest.UsageError("--pretend-gpu needs TRITON_INTERPRET=1: there is nothing to compile for")
+        pretend_gpu.pretend()
+
+
+# Tests that train on the CPU: curves, seeds and sampled tokens are those that it makes. A process that sees a GPU
+# would train there.
+ON_THE_CPU = ("test_trainer", "test_trl_trainer", "test_examples", "test_group_size", "test_ppo_vs_grpo")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="trains on the CPU, and this process sees a GPU: CUDA_VISIBLE_DEVICES= hides it")
+        for item in items:
+            if item.path.name.startswith(ON_THE_CPU):
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _devices(request, monkeypatch):
+    """With --pretend-gpu every test runs as if cases.DEVICE were a GPU."""
+    if not pretend_gpu.pretended():
+        yield
+        return
+    with pretend_gpu.pretended_gpu(monkeypatch):
+        yield
 
 
 def _poisoned(allocate):
@@ -22,7 +57,8 @@ def _poisoned(allocate):
         x = allocate(*args, **kwargs)
         if isinstance(x, torch.Tensor) and x.dtype.is_floating_point and x.device.type != "meta":
             if not torch.compiler.is_compiling():
-                x.fill_(float("nan"))
+                with torch.no_grad():  # it may be a leaf that requires grad
+                    x.fill_(float("nan"))
         return x
 
     return wrapper

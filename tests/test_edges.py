@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import BACKENDS, DEVICE, VALUE, assert_grad_close, check, expected, make_case, on_device, ours
-from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels import fused_grpo_loss, group_advantages, token_logprobs
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")
 INF = math.inf
@@ -146,12 +146,12 @@ def test_id_outside_the_vocabulary(outside, mode, backend, monkeypatch):
     def call():
         inputs = case.inputs("completion_ids", "completion_mask")
         if mode == "logprobs":
-            x = case.logits.clone().requires_grad_()
-            lp = token_logprobs(x, case.completion_ids, mask=case.completion_mask, backend=backend).logps
+            x, (ids, mask) = case.logits.to(DEVICE).requires_grad_(), on_device(inputs).values()
+            lp = token_logprobs(x, ids, mask=mask, backend=backend).logps
             lp.sum().backward()
             return lp, x.grad
         if mode == "no_grad":
-            out = fused_grpo_loss(case.logits, **inputs, advantages=case.advantages, backend=backend)
+            out = fused_grpo_loss(**on_device(case.inputs("logits", *inputs, "advantages")), backend=backend)
             return out.loss, None
         out, grad = ours(case.logits, backend, **inputs, advantages=case.advantages,
                          reduction="none" if mode == "none" else "mean")  # fmt: skip
@@ -192,12 +192,20 @@ def test_skip_zero_advantage(given, reduction, dtype, backend):
     case.logits[idle] = math.nan
     out, grad = ours(case.logits, backend, **inputs, **kwargs, reduction=reduction, skip_zero_advantage=True,
                      return_entropy=True)  # fmt: skip
-    assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
+    # Kernels with entropies and without are compiled apart, so sums and contractions may differ: in fp32 roundings of
+    # a log-sum-exp of V = 131 entries and of the log ratio, and in one rounding of what is stored.
+    roundings = 2 * torch.finfo(torch.float32).eps * (math.log2(131) + want.logps.abs().max().item())
+    taken = kwargs.get("advantages", group_advantages(case.rewards, 2))
+    loss = {"rtol": roundings, "atol": roundings * taken.abs().max().item() * want.metrics["ratio/max"].item()}
+    torch.testing.assert_close(out.loss, want.loss, **loss)
+    ulp, least = (2**-10, 2**-24) if dtype == torch.float16 else (0.0, 0.0)
+    atol = max(roundings * want_grad.abs().max().item(), least)
+    torch.testing.assert_close(grad, want_grad, rtol=roundings + ulp, atol=atol)
     assert torch.equal(out.logps.isnan().cpu(), idle) and torch.equal(out.entropy.isnan().cpu(), idle)
     assert out.sums["tokens"].item() == (~idle).sum().item()
-    off = fused_grpo_loss(case.logits.detach(), **inputs, **kwargs, skip_zero_advantage=True, backend=backend)
-    torch.testing.assert_close(off.loss, out.loss.mean(1).mean() if reduction == "none" else out.loss,
-                               rtol=1e-6, atol=1e-7)  # fmt: skip
+    off = fused_grpo_loss(**on_device({"logits": case.logits.detach(), **inputs, **kwargs}), skip_zero_advantage=True,
+                          backend=backend)  # fmt: skip
+    torch.testing.assert_close(off.loss, out.loss.mean(1).mean() if reduction == "none" else out.loss, **loss)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

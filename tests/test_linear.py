@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reference
-from cases import BACKENDS, DEVICE
+from cases import BACKENDS, DEVICE, on_device
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.variants import LOSS_TYPES
 from linear_cases import B, H, T, V, assert_close, batch, expected, gradients, leaves_of, logits_of, ours
@@ -245,10 +245,10 @@ def test_logprobs(entropy, softcap, backend):
 def test_the_logits_path_says_the_same():
     head, inputs = batch(seed=11)
     out, grads = ours(head, inputs, "torch", beta=0.1, return_entropy=True, chunk_bytes=4 * ROW)
-    leaves = leaves_of(head)
+    leaves = leaves_of(on_device(head))
     z = leaves["hidden"] @ leaves["weight"].T + leaves["bias"]
-    want = fused_grpo_loss(z, **inputs, beta=0.1, return_entropy=True)
-    torch.testing.assert_close(grads, list(gradients(want.loss, leaves)), rtol=1e-4, atol=1e-6)
+    want = fused_grpo_loss(z, **on_device(inputs), beta=0.1, return_entropy=True, backend="torch")
+    torch.testing.assert_close(grads, [g.cpu() for g in gradients(want.loss, leaves)], rtol=1e-4, atol=1e-6)
     for name in ("loss", "logps", "entropy", "metrics", "sums"):
         torch.testing.assert_close(getattr(out, name), getattr(want, name), rtol=1e-5, atol=1e-6)
 

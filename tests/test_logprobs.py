@@ -60,6 +60,6 @@ def test_own_objective_equals_the_built_in(backend):
 def test_no_grad(backend):
     case = make_case(seed=2)
     with torch.no_grad():
-        out = token_logprobs(case.logits.clone().requires_grad_(), case.completion_ids, mask=case.completion_mask,
-                             return_entropy=True, backend=backend)  # fmt: skip
+        out = token_logprobs(case.logits.to(DEVICE).requires_grad_(), case.completion_ids.to(DEVICE),
+                             mask=case.completion_mask.to(DEVICE), return_entropy=True, backend=backend)  # fmt: skip
     assert not out.logps.requires_grad and not out.entropy.requires_grad

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from cases import BACKENDS, assert_grad_close, check, expected, make_case, ours
+from cases import BACKENDS, DEVICE, assert_grad_close, check, expected, make_case, on_device, ours
 from grpo_kernels import LossConfig, fused_grpo_loss
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -152,14 +152,14 @@ def test_strides(kind, inplace, reduction, backend):
     case = make_case(seed=10, extra=1)
     kwargs = dict(**case.inputs(*FULL, "advantages"), beta=0.1, reduction=reduction)
     _, want_grad = expected(case.logits, **kwargs)
-    leaf = case.logits.clone().requires_grad_()
+    leaf = case.logits.to(DEVICE).clone().requires_grad_()
     z = _strided(kind, leaf * 1)
-    assert z.stride() == _strided(kind, case.logits).stride() and torch.equal(z, case.logits)
+    assert z.stride() == _strided(kind, case.logits).stride() and torch.equal(z.cpu(), case.logits)
     around = (z._base if z._base is not None else z).detach().clone()
     z.retain_grad()
-    out = fused_grpo_loss(z, **kwargs, backend=backend, inplace=inplace)
+    out = fused_grpo_loss(z, **on_device(kwargs), backend=backend, inplace=inplace)
     torch.autograd.backward(out.loss, torch.ones_like(out.loss))
-    assert_grad_close(z.grad, want_grad, torch.float32)
+    assert_grad_close(z.grad.cpu(), want_grad, torch.float32)
     after = z._base if z._base is not None else z
     if inplace:
         torch.as_strided(around, z.shape, z.stride(), z.storage_offset()).copy_(z.detach())
@@ -226,26 +226,28 @@ def test_no_grad_and_plain_logits(backend):
     case = make_case(seed=15)
     kwargs = dict(**case.inputs(*FULL, "advantages"), beta=0.1, return_entropy=True, backend=backend)
     want, _ = ours(case.logits, **kwargs)
-    before = case.logits.clone()
-    plain = fused_grpo_loss(case.logits, inplace=True, **kwargs)
+    kwargs = on_device(kwargs)
+    logits = case.logits.to(DEVICE)
+    before = logits.clone()
+    plain = fused_grpo_loss(logits, inplace=True, **kwargs)
     with torch.no_grad():
-        leaf = case.logits.clone().requires_grad_()
+        leaf = logits.clone().requires_grad_()
         off = fused_grpo_loss(leaf, inplace=True, **kwargs)
     for out in (plain, off):
         assert not out.loss.requires_grad
         for name in ("loss", "logps", "entropy"):
             torch.testing.assert_close(getattr(out, name), getattr(want, name), rtol=1e-6, atol=1e-6)
-    assert torch.equal(case.logits, before) and torch.equal(leaf, before)
+    assert torch.equal(logits, before) and torch.equal(leaf, before)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_config_and_keywords(backend):
     case = make_case(seed=16)
-    inputs = case.inputs(*FULL, "advantages")
+    inputs = on_device(case.inputs("logits", *FULL, "advantages"))
     config = LossConfig(loss_type="dapo", beta=0.1, epsilon_high=0.3)
-    a = fused_grpo_loss(case.logits, **inputs, config=config, backend=backend)
-    b = fused_grpo_loss(case.logits, **inputs, loss_type="dapo", beta=0.1, epsilon_high=0.3, backend=backend)
-    c = fused_grpo_loss(case.logits, **inputs, config=config, beta=0.0, backend=backend)
+    a = fused_grpo_loss(**inputs, config=config, backend=backend)
+    b = fused_grpo_loss(**inputs, loss_type="dapo", beta=0.1, epsilon_high=0.3, backend=backend)
+    c = fused_grpo_loss(**inputs, config=config, beta=0.0, backend=backend)
     assert torch.equal(a.loss, b.loss) and not torch.equal(a.loss, c.loss)
 
 
