@@ -27,13 +27,14 @@ SUM_NAMES = {
     "approx_kl": "sum",
     "reward": "sum",
     "reward_squared": "sum",
-    "rewards": "sum",  # rewards that are not NaN
+    "rewards": "sum",  # rewards that are finite
     "zero_std": "sum",  # sequences in a group without spread
     "sequences": "sum",
     "ratio/min": "min",
     "clip_ratio/low_min": "min",
     "ratio/max": "max",
     "clip_ratio/high_max": "max",
+    "reward_not_finite": "sum",
 }
 
 METRIC_NAMES = (
@@ -53,6 +54,7 @@ METRIC_NAMES = (
     "reward",
     "reward_std",
     "frac_reward_zero_std",
+    "reward_not_finite",
 )
 
 
@@ -71,7 +73,7 @@ def std_of(total, square, count):
 
 @jit
 def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored, flat,
-              sequences, ratio_min, low_min, ratio_max, high_max):  # fmt: skip
+              sequences, ratio_min, low_min, ratio_max, high_max, not_finite):  # fmt: skip
     """The metrics in the order of METRIC_NAMES; 0 where no token counts."""
     some = tokens > 0.0
     any_clip = clips > 0.0
@@ -92,6 +94,7 @@ def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift,
         mean_of(reward, scored),
         std_of(reward, reward_square, scored),
         mean_of(flat, sequences),
+        not_finite,
     )
 
 
@@ -102,7 +105,7 @@ def metrics_of(sums: torch.Tensor) -> torch.Tensor:
     return torch.stack(on_torch(summarise)(*sums[1:].unbind())).float()
 
 
-_REWARD = ("reward", "reward_std", "frac_reward_zero_std")
+_REWARD = ("reward", "reward_std", "frac_reward_zero_std", "reward_not_finite")
 _CLIP = "clip_ratio"
 _SINGLE = ("clip_ratio/high", "clip_ratio/count")  # the columns of a report of one number
 
@@ -121,6 +124,7 @@ _SUM_NEEDS = {
     "reward_squared": "reward",
     "rewards": "reward",
     "zero_std": "reward",
+    "reward_not_finite": "reward",
 }
 
 

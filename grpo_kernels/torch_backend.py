@@ -6,6 +6,7 @@ functions (`grpo_kernels.jit.on_torch`).
 
 import torch
 
+from grpo_kernels.advantages import group_rows as groups
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import threshold
@@ -15,8 +16,8 @@ from grpo_kernels.torch_rows import run_rows
 from grpo_kernels.torch_tokens import Sums, Tokens, expand, judge, total_slope
 
 __all__ = [
-    "correct", "gradient", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope", "threshold",
-    "unite",
+    "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope",
+    "threshold", "unite",
 ]  # fmt: skip
 
 

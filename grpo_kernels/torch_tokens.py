@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_kernels.advantages import moments, relative_advantages
+from grpo_kernels.advantages import group_moments, is_known, moments, relative_advantages
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import on_numbers, on_torch
 from grpo_kernels.metrics import SUM_NAMES, summarise
@@ -196,8 +196,8 @@ def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
     if inputs.rewards is None:
         return inputs.adv.float()
     return relative_advantages(
-        inputs.rewards.float(), int(coefs.num_generations), plan.scale_rewards, plan.unbiased, coefs.adv_eps,
-        inputs.batch_std,
+        inputs.rewards.float(), int(coefs.num_generations), inputs.groups, plan.scale_rewards, plan.unbiased,
+        coefs.adv_eps, inputs.batch_std,
     )[:, None]  # fmt: skip
 
 
@@ -216,20 +216,21 @@ def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | fl
 
 
 def _reward_sums(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, float]:
-    """Σ R, Σ R², how many are not NaN, how many sequences lie in a group without spread, and B."""
+    """Σ R, Σ R², how many are finite, and how many not, how many sequences lie in a group without spread, and B."""
     size = float(inputs.sequences)
     if inputs.rewards is None:
         return {"sequences": size}
     rewards = inputs.rewards.float()
     if plan.scale_rewards != "batch":
-        spread = moments(rewards.view(-1, int(coefs.num_generations)), plan.unbiased)[1]
+        spread = group_moments(rewards, int(coefs.num_generations), inputs.groups, plan.unbiased)[1]
     else:
         spread = moments(rewards.view(1, -1), plan.unbiased)[1] if inputs.batch_std is None else inputs.batch_std
-    known = rewards[rewards == rewards].double()
+    known = rewards[on_torch(is_known)(rewards)].double()
     return {
         "reward": known.sum().item(),
         "reward_squared": known.square().sum().item(),
         "rewards": float(known.numel()),
+        "reward_not_finite": size - known.numel(),
         "zero_std": (spread == 0.0).double().mean().item() * size,
         "sequences": size,
     }

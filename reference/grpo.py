@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.advantages import group_advantages
+from reference.advantages import GroupSizes, group_advantages
 from reference.corrections import entropy_mask, off_policy_mask, sampling_weights
 from reference.kl import estimate_kl
 from reference.knobs import Knobs
@@ -104,7 +104,7 @@ def policy_loss(
     *,
     entropy: Tensor | None = None,
     rewards: Tensor | None = None,
-    num_generations: int | None = None,
+    num_generations: GroupSizes | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -121,7 +121,7 @@ def policy_loss(
     Args:
         logps: (B, T), log π_θ of the sampled tokens; (N,) if packed.
         advantages: (B,), or (B, T) to give every token its own; packed: (S,) or (N,). Instead of it:
-        rewards, num_generations: (B,) and G; see `group_advantages`.
+        rewards, num_generations: (B,), and G or the sizes of the groups; see `group_advantages`.
         entropy: (B, T), of π_θ; needed for the entropy bonus and for top_entropy_quantile.
         old_logps: (B, T), log-probs under the policy that sampled. None: the current one, so that
             ρ = 1. Its gradient is not zero: the loss then has the gradient of −A·log π_θ.

@@ -7,6 +7,7 @@ import torch
 from grpo_kernels.correction import Correction
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
+from grpo_kernels.kernels.groups import groups_kernel
 from grpo_kernels.kernels.quantile import threshold_kernel
 from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
 from grpo_kernels.kernels.row import Cap
@@ -72,8 +73,8 @@ def _score(
     V = logits.shape[2]
     with _on(logits):
         logprob_kernel[(ids.numel(),)](
-            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
-            logps, entropies, stats,
+            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.groups, inputs.batch_std,
+            inputs.segments, logps, entropies, stats,
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
             inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
@@ -122,7 +123,7 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
     with _on(logits):
         loss_kernel[(B * rows,)](
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
-            inputs.is_weight, inputs.temperature, inputs.batch_std, inputs.segments, logps, entropies,
+            inputs.is_weight, inputs.temperature, inputs.groups, inputs.batch_std, inputs.segments, logps, entropies,
             inputs.count, inputs.loss_scale, inputs.tokens,
             *_strides(logits), *_strides(out), *_strides(inputs.ids), *_strides(inputs.mask),
             *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
@@ -177,7 +178,8 @@ def objective(
         sequence_kernel[(B,)](
             logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
             inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
-            inputs.count, inputs.loss_scale, inputs.tokens, inputs.threshold, inputs.batch_std, inputs.cu,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.threshold, inputs.groups, inputs.batch_std,
+            inputs.cu,
             *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
             *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
             _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
@@ -227,6 +229,15 @@ def threshold(ordered, everywhere, q: float) -> tuple[torch.Tensor, torch.Tensor
     with _on(ordered):
         threshold_kernel[(1,)](ordered, everywhere, value, kept, ordered.numel(), everywhere.numel(), q, num_warps=1)
     return value, kept
+
+
+def groups(sizes: torch.Tensor, B: int) -> torch.Tensor:
+    """`grpo_kernels.advantages.group_rows`."""
+    out = sizes.new_empty((2, B), dtype=torch.int32)
+    n = sizes.shape[0]
+    with _on(sizes):
+        groups_kernel[(n,)](sizes.contiguous(), out, B, n, num_warps=1)
+    return out
 
 
 def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,6 +4,7 @@ They run on log-probabilities, not on logits, and so cost next to nothing. Sums 
 taken in fp64, in a fixed order.
 """
 
+from grpo_kernels.advantages import is_known
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
 from grpo_kernels.kernels.rows import kernel, load_or
@@ -27,7 +28,7 @@ def advantages_at(adv, at, A_seq, inside):
 def sequence_kernel(
     logps, entropy, mask, old, ref, sampling, adv, rewards, gate, is_weight,  # [B, T] ×7, [B], [B, T] ×2
     losses, local, spread, share, h, partial,  # out: [B, T] ×5, [B, SUMS] fp64
-    count, loss_scale, tokens, threshold, batch_std, cu,
+    count, loss_scale, tokens, threshold, groups, batch_std, cu,
     mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, gate_b, gate_t, is_b, is_t, count_b,
     at_b, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
     drift_limit: tl.float32, limits, c,
@@ -56,7 +57,7 @@ def sequence_kernel(
     spread_of_rewards = 0.0
     A_seq = 0.0
     if rewards is not None:
-        A_seq, spread_of_rewards = group_advantage(rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
+        A_seq, spread_of_rewards = group_advantage(rewards, groups, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
 
     size = nothing()
     total_r = nothing()
@@ -198,14 +199,15 @@ def sequence_kernel(
     flat = nothing()
     if rewards is not None:
         reward = tl.load(rewards + seq).to(tl.float64)
-        scored = tl.where(reward == reward, 1.0, 0.0).to(tl.float64)
-        reward = tl.where(reward == reward, reward, 0.0)
+        scored = tl.where(is_known(reward), 1.0, 0.0).to(tl.float64)
+        reward = tl.where(is_known(reward), reward, 0.0)
         flat = tl.where(spread_of_rewards == 0.0, 1.0, 0.0).to(tl.float64)
     row = (
         s_loss, s_policy, s_tokens, s_kl, s_entropy, s_low, s_high, s_cap, s_clips, s_ratio, s_drift,
         reward, reward * reward, scored, flat, nothing() + 1.0,
         tl.min(ratio_min, axis=0).to(tl.float64), tl.where(empty, _INF, s_low / s_clips),
         tl.max(ratio_max, axis=0).to(tl.float64), tl.where(empty, -_INF, s_high / s_clips),
+        1.0 - scored,
     )  # fmt: skip
     for k in tl.static_range(SUMS):
         tl.store(partial + seq * SUMS + k, row[k])
@@ -256,12 +258,13 @@ def total_kernel(partial, sums, loss, metrics, B):
     low_min = column(partial, B, 17, "min")
     ratio_max = column(partial, B, 18, "max")
     high_max = column(partial, B, 19, "max")
+    not_finite = column(partial, B, 20, "sum")
     every = (total, policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored,
-             flat, sequences, ratio_min, low_min, ratio_max, high_max)  # fmt: skip
+             flat, sequences, ratio_min, low_min, ratio_max, high_max, not_finite)  # fmt: skip
     for k in tl.static_range(SUMS):
         tl.store(sums + k, every[k])
     tl.store(loss, total.to(tl.float32))
     values = summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored,
-                       flat, sequences, ratio_min, low_min, ratio_max, high_max)  # fmt: skip
+                       flat, sequences, ratio_min, low_min, ratio_max, high_max, not_finite)  # fmt: skip
     for k in tl.static_range(len(values)):
         tl.store(metrics + k, values[k].to(tl.float32))
