@@ -119,7 +119,8 @@ def prepare(
     term = TERMS[config.policy_term]
     names = names_of(
         beta=bool(plan.kl), entropy=has_entropy or plan.bonus or plan.quantile, rewards=args.rewards is not None,
-        reports=term.reports, dual=term.caps(config),
+        reports=term.reports, dual=term.caps(config), sampling=args.sampling_logps is not None,
+        corrected=bool(plan.correction),
     )  # fmt: skip
     return Call(inputs, coefs, plan, args.reduction == "mean", names)
 

@@ -143,12 +143,14 @@ class Sums:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def finish(
-        self, live: torch.Tensor | None, r_seq: torch.Tensor | None = None, statistic: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+        self, live: torch.Tensor | None, mismatch: dict[str, float], r_seq: torch.Tensor | None = None,
+        statistic: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """(loss [], sums [S] fp64, metrics [M]).
 
         Args:
             live: as in `add`, (B, T).
+            mismatch: of `mismatch_sums`.
             r_seq: (B, 1), the level's log ratio, for clip metrics with one value per sequence.
             statistic: (B, 1), the term's own, for the same.
         """
@@ -173,6 +175,7 @@ class Sums:
         values["loss"] = values["policy_loss"] - values.pop("bonus", 0.0)
         values["approx_kl"] = values["ratio"] - values["tokens"] - values.pop("r", 0.0)
         values["ratio/min"], values["ratio/max"] = self.low, self.high
+        values |= mismatch
         values |= _reward_sums(inputs, self.tokens.coefs, plan)
         row = [values[name] for name in SUM_NAMES]
         sums = torch.tensor(row, dtype=torch.float64, device=device)

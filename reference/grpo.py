@@ -37,7 +37,7 @@ from reference.corrections import entropy_mask, off_policy_mask, sampling_weight
 from reference.kl import estimate_kl
 from reference.knobs import Knobs
 from reference.levels import LEVELS
-from reference.metrics import TERM_METRICS, ratio_metrics, reward_metrics
+from reference.metrics import TERM_METRICS, ratio_metrics, reward_metrics, sampling_metrics
 from reference.packed import Layout, layout_of, sequence_of_token
 from reference.tensors import as_column, as_mask, compute_dtype, masked_mean, per_token
 from reference.terms import Tokens, policy_term
@@ -227,6 +227,9 @@ def policy_loss(
             metrics |= TERM_METRICS[k.term](tokens, advantages, k)
         if H is not None:
             metrics["entropy"] = masked_mean(H, mask)
+        if sampling_logps is not None:
+            made = None if k.sampling_correction is None else importance_weights
+            metrics |= sampling_metrics(old, per_token(sampling_logps, mask, dtype), mask, made, k)
         if kl is not None:
             metrics["kl"] = masked_mean(kl, mask)
         if rewards is not None:

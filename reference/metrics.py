@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reference.advantages import GroupSizes, group_sizes, nan_std, no_spread, of_completions, split_groups
+from reference.corrections import CORRECTIONS, ONE_WEIGHT_PER_SEQUENCE, difference
 from reference.knobs import Knobs
 from reference.levels import ONE_RATIO_PER_SEQUENCE
 from reference.tensors import as_column, masked_mean, nan_min
@@ -124,6 +125,33 @@ TERM_METRICS: dict[str, Callable[[Tokens, Tensor, Knobs], dict[str, Tensor]]] = 
     "cispo": cispo_metrics,
     "vespo": vespo_metrics,
 }  # sapo, reinforce and dro have nothing that clips
+
+
+def sampling_metrics(
+    old: Tensor, samp: Tensor, mask: Tensor, weights: Tensor | None, k: Knobs
+) -> dict[str, Tensor]:
+    """How far the sampler is from the trainer: |log π_old − log π_sampler| where the sampler has said something, and
+    the ratio of the two, a correction's bounds applied: of tokens, or of sequences (those without tokens included).
+
+    Args:
+        weights: (B, T) or (B, 1), what `k.sampling_correction` makes; None without one.
+    """
+    d = difference(old, samp, mask)
+    gap = d.abs()[mask & ~samp.isnan()]
+    ratio = d.exp() if weights is None else weights
+    counts = torch.ones_like(ratio, dtype=torch.bool) if k.sampling_correction in ONE_WEIGHT_PER_SEQUENCE else mask
+    metrics = {
+        "sampling/sampling_logp_difference/mean": gap.sum() / max(gap.numel(), 1),
+        "sampling/sampling_logp_difference/max": gap.max() if gap.numel() else d.new_zeros(()),
+        "sampling/importance_sampling_ratio/min": nan_min(ratio[counts]),
+        "sampling/importance_sampling_ratio/mean": ratio[counts].sum() / max(int(counts.sum()), 1),
+        "sampling/importance_sampling_ratio/max": -nan_min(-ratio[counts]),
+    }
+    if weights is not None:
+        free = CORRECTIONS[k.sampling_correction](d, mask, -torch.inf, torch.inf)
+        metrics["sampling/corrected_share"] = masked_mean((weights != free).to(d.dtype), counts)
+        metrics["sampling/weight_mean"] = masked_mean(weights.expand(mask.shape), mask)
+    return metrics
 
 
 def reward_metrics(rewards: Tensor, num_generations: GroupSizes, scale_rewards: str) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 
 import torch
 
-from grpo_kernels.correction import Correction
+from grpo_kernels.correction import CORRECTIONS, Correction
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
 from grpo_kernels.kernels.groups import groups_kernel
@@ -174,6 +174,7 @@ def objective(
     sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
     term, own = TERMS[plan.term], plan.own
+    correction = CORRECTIONS[plan.correction] if plan.correction and inputs.sampling is not None else None
     with _on(logps):
         sequence_kernel[(B,)](
             logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
@@ -183,16 +184,19 @@ def objective(
             *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
             *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
             _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
-            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.limits, term.kind(*coefs.term),
+            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.correction_low, coefs.correction_high, coefs.limits,
+            term.kind(*coefs.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
             LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(inputs), SUMMARY=plan.of_sequence,
             WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
+            CORRECTED=correction is not None, CORRECTED_ONCE=correction is not None and correction.per_sequence,
+            GATED=correction is not None and correction.gated,
             **block_shape(),
         )  # fmt: skip
-        total_kernel[(1,)](partial, sums, total, metrics, B, **block_shape())
+        total_kernel[(1,)](partial, sums, total, metrics, B, SAMPLED=inputs.sampling is not None, **block_shape())
     return total, sums, metrics, losses, local, spread, share, h
 
 
