@@ -50,7 +50,7 @@ TARGETS = {
 }
 KERNELS = (
     "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "correction_kernel", "segments_kernel", "threshold_kernel", "unite_kernel",
+    "correction_kernel", "segments_kernel", "groups_kernel", "threshold_kernel", "unite_kernel",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Which passes over a row a kernel makes; how many exponentials per element they may take together; and
@@ -147,6 +147,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     run("full", full, full_plan, entropy=True)
     run("full sequence", full._replace(sampling=token, threshold=one, gate=token),
         full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
+    run("groups", full._replace(ref=None, groups=segments.view(2, B)), Plan(term="clipped", scale_rewards="group"))
     run("softcap", weighted, Plan(term="clipped"), softcap=30.0)
     run("softcap full", full, full_plan, entropy=True, softcap=30.0)
     run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True))
@@ -160,6 +161,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         for correction in CORRECTIONS.values():
             launch.correct(token, full._replace(sampling=token), Coefs(), correction)
         launch.segments(flat_ids, cu, B * T)
+        launch.groups(cu, B)
         for inputs in (lean, full, packed._replace(temperature=column)):
             for entropy in (False, True):
                 launch.unite(torch.zeros(2, 4 * B * T), inputs, Coefs(), entropy)

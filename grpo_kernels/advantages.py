@@ -1,15 +1,23 @@
 """Group-relative advantages."""
 
+from collections.abc import Sequence
+
 import torch
 
-from grpo_kernels.checks import check_rewards
+from grpo_kernels.checks import check_group_sizes, check_rewards, validates
 from grpo_kernels.jit import jit, on_torch, tl
 
 
 @jit
+def is_known(reward):
+    """Whether a reward counts: it is neither NaN nor infinite."""
+    return tl.abs(reward) < float("inf")
+
+
+@jit
 def standardise(reward, mean, spread, divisor):
-    """(R − mean)/divisor; exactly 0 in a group without spread, and for a NaN reward."""
-    return tl.where((spread > 0.0) & (reward == reward), (reward - mean) / divisor, 0.0)
+    """(R − mean)/divisor; exactly 0 in a group without spread, and for a reward that is not finite."""
+    return tl.where((spread > 0.0) & is_known(reward), (reward - mean) / divisor, 0.0)
 
 
 @jit
@@ -22,14 +30,14 @@ def spread_of(square, count, low, high, UNBIASED: tl.constexpr):
 
 def group_advantages(
     rewards: torch.Tensor,
-    num_generations: int | None,
+    num_generations: int | Sequence[int] | torch.Tensor | None,
     *,
     scale_rewards: str = "group",
     unbiased: bool = True,
     eps: float = 1e-4,
     data_group: torch.distributed.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Group-relative advantages of the rewards of ``num_generations`` completions per prompt.
+    """Group-relative advantages of rewards: ``num_generations`` completions per prompt, or groups of any sizes.
 
     ==========  ============================================  ==========================
     group       (R − mean_group)/(std_group + eps)            GRPO, arXiv:2402.03300
@@ -37,12 +45,15 @@ def group_advantages(
     none        R − mean_group                                Dr. GRPO, arXiv:2503.20783
     ==========  ============================================  ==========================
 
-    A NaN reward is left out of mean and std and gets advantage 0. A group whose rewards are all the
-    same, or with one valid reward, gets exactly 0.
+    A reward that is not finite (NaN, ±inf) is left out of mean and std and gets advantage 0. A group whose
+    rewards are all the same, or with one finite reward, gets exactly 0.
 
     Args:
-        rewards: (B,), float; rows [k·G, (k+1)·G) belong to one prompt.
-        num_generations: G, the completions per prompt; B must be a multiple of it.
+        rewards: (B,), float; the completions of a prompt lie side by side.
+        num_generations: G, the completions per prompt; B must be a multiple of it. Or the sizes of the groups, in
+            their order, which add up to B: a list, or a 1-D tensor of integers on the rewards' device, which is
+            not read back. On a GPU without GRPO_KERNELS_VALIDATE=1 a group that does not lie within the B rows,
+            and rows of no group, get NaN.
         scale_rewards: ``"group"``, ``"batch"`` or ``"none"``, as in the table.
         unbiased: divide the variance by n − 1 (TRL), not n.
         eps: added to the standard deviation (TRL: 1e-4, verl: 1e-6).
@@ -52,29 +63,96 @@ def group_advantages(
         (B,) advantages, fp32 (fp64 for fp64 rewards), detached.
 
     Raises:
-        ValueError: wrong shape, B not a multiple of G, G < 2 with ``"group"``, unknown ``scale_rewards``.
-        TypeError: rewards that are not floating point.
+        ValueError: wrong shape, B not a multiple of G, G < 2 with ``"group"``, unknown ``scale_rewards``; sizes
+            that are not positive or do not add up to B; a list while a CUDA graph is captured.
+        TypeError: rewards that are not floating point, sizes that are not integers.
     """
     check_rewards(rewards, num_generations, scale_rewards)
+    sizes = group_sizes(num_generations, rewards)
+    groups = None
+    if sizes is not None:
+        if not torch.compiler.is_compiling() and validates(sizes.device):
+            check_group_sizes(sizes.tolist(), rewards.shape[0])
+        groups = group_rows(sizes, rewards.shape[0])
     rewards = rewards.detach()
     rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
     batch_std = batch_spread(rewards, unbiased, data_group) if scale_rewards == "batch" else None
-    return relative_advantages(rewards, num_generations, scale_rewards, unbiased, eps, batch_std)
+    size = 1 if sizes is not None else int(num_generations)
+    return relative_advantages(rewards, size, groups, scale_rewards, unbiased, eps, batch_std)
 
 
-def relative_advantages(rewards, num_generations, scale_rewards, unbiased, eps, batch_std=None) -> torch.Tensor:
-    """`group_advantages` of checked arguments; ``batch_std``: as known, else that of these rewards."""
+def group_sizes(num_generations: int | Sequence[int] | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """The sizes as a tensor on the device of ``like``; None for one number.
+
+    A list goes to a GPU in one small copy from pinned memory, for which nobody waits.
+    """
+    if isinstance(num_generations, torch.Tensor):
+        if num_generations.device == like.device:
+            return num_generations
+        num_generations = num_generations.tolist()  # of the CPU: no device is waited for
+    elif not isinstance(num_generations, (list, tuple)):
+        return None
+    sizes = torch.tensor([int(size) for size in num_generations], dtype=torch.int32, device="cpu")
+    if like.is_cuda and not torch.compiler.is_compiling():
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a CUDA graph would keep a list of group sizes as it is, and read it from host memory that is gone by "
+                "then: pass num_generations as a tensor on the device."
+            )
+        sizes = sizes.pin_memory()
+    return sizes.to(like.device, non_blocking=True)
+
+
+def group_rows(sizes: torch.Tensor, B: int) -> torch.Tensor:
+    """(2, B) int32: first row and size of each row's group; size 0 where that does not lie within the B rows."""
+    ends = sizes.cumsum(0)
+    at = torch.arange(B, device=sizes.device)
+    group = torch.searchsorted(ends, at, right=True).clamp(max=sizes.shape[0] - 1)
+    size, end = sizes.long()[group], ends[group]
+    first = end - size
+    fits = (first >= 0) & (first <= at) & (at < end) & (end <= B)
+    return torch.stack([torch.where(fits, first, at), torch.where(fits, size, 0)]).int()
+
+
+def relative_advantages(rewards, size: int, groups, scale_rewards, unbiased, eps, batch_std=None) -> torch.Tensor:
+    """`group_advantages` of checked arguments: (B,).
+
+    Args:
+        size: of every group, where ``groups`` is None.
+        groups: (2, B), see `group_rows`.
+        batch_std: as known, else that of these rewards.
+    """
     if rewards.numel() == 0:
         return rewards.clone()
-    groups = rewards.reshape(-1, num_generations)  # [B/G, G]
-    mean, spread = moments(groups, unbiased)
+    mean, spread = group_moments(rewards, size, groups, unbiased)
     if scale_rewards == "none":
         divisor = torch.ones_like(spread)
     elif scale_rewards == "batch":
-        divisor = (moments(rewards.reshape(1, -1), unbiased)[1] if batch_std is None else batch_std) + eps
+        divisor = (moments(rewards.reshape(1, -1), unbiased)[1][0] if batch_std is None else batch_std) + eps
     else:
         divisor = spread + eps
-    return on_torch(standardise)(groups, mean, spread, divisor).reshape(-1)
+    advantages = on_torch(standardise)(rewards, mean, spread, divisor)
+    return advantages if groups is None else torch.where(groups[1] == 0, torch.nan, advantages)
+
+
+def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(mean, std) of each row's group, (B,) each; see `moments`."""
+    if groups is None:
+        return tuple(x.expand(-1, size).reshape(-1) for x in moments(rewards.reshape(-1, size), unbiased))
+    first, count = groups.long()
+    starts = torch.where(first == torch.arange(len(first), device=first.device), count, 0)  # a size, at its first row
+    offsets = torch.nn.functional.pad(starts.cumsum(0), (1, 0)).clamp(max=len(first))
+    valid = on_torch(is_known)(rewards)
+
+    def over_groups(x: torch.Tensor, how: str, nothing: float) -> torch.Tensor:
+        x = torch.where(valid, x, nothing)
+        return torch.segment_reduce(x, how, offsets=offsets, initial=nothing, unsafe=True)[first]
+
+    known = over_groups(torch.ones_like(rewards), "sum", 0.0)
+    mean = over_groups(rewards, "sum", 0.0) / known.clamp(min=1.0)
+    square = over_groups((rewards - mean).square(), "sum", 0.0)
+    low, high = over_groups(rewards, "min", torch.inf), over_groups(rewards, "max", -torch.inf)
+    return mean, on_torch(spread_of)(square, known, low, high, unbiased)
 
 
 def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor | None:
@@ -82,7 +160,7 @@ def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor |
     if group is None:
         return None
     reduce = torch.distributed.all_reduce
-    valid = rewards == rewards
+    valid = on_torch(is_known)(rewards)
     known = torch.where(valid, rewards, 0.0).double()
     totals = torch.stack([valid.sum(dtype=torch.float64), known.sum()])
     reduce(totals, group=group)
@@ -100,8 +178,8 @@ def _largest(x: torch.Tensor) -> torch.Tensor:
 
 
 def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of each row, [n, 1] each, NaN left out; std exactly 0 where all valid are the same."""
-    valid = rows == rows
+    """(mean, std) of each row, [n, 1] each, of what is finite; std exactly 0 where all of that is the same."""
+    valid = on_torch(is_known)(rows)
     count = valid.sum(-1, keepdim=True).to(rows.dtype)
     mean = torch.where(valid, rows, 0.0).sum(-1, keepdim=True) / count.clamp(min=1.0)
     square = torch.where(valid, (rows - mean).square(), 0.0).sum(-1, keepdim=True)

@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -186,7 +187,7 @@ def check_mask(name: str, mask: torch.Tensor | None, logits: torch.Tensor, layou
     check_no_grad(name, mask)
 
 
-def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewards: str) -> None:
+def check_rewards(rewards: torch.Tensor, num_generations: object, scale_rewards: str) -> None:
     check_tensor("rewards", rewards)
     if not rewards.dtype.is_floating_point:
         raise TypeError(f"rewards must be floating point, got {rewards.dtype}. Cast them: rewards.float().")
@@ -195,9 +196,21 @@ def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewa
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
     if num_generations is None:
-        raise ValueError("rewards need num_generations, the number of completions per prompt.")
+        raise ValueError("rewards need num_generations: the completions per prompt, or the sizes of the groups.")
+    if isinstance(num_generations, torch.Tensor):
+        check_sizes_tensor(num_generations, rewards)
+        return
+    if isinstance(num_generations, (list, tuple)):
+        wrong = [size for size in num_generations if not is_whole(size)]
+        if wrong:
+            raise TypeError(f"num_generations must hold integers, got a {type(wrong[0]).__name__}, {wrong[0]!r}.")
+        check_group_sizes(num_generations, rewards.shape[0])
+        return
     if not is_whole(num_generations):
-        raise TypeError(f"num_generations must be an int, got {type(num_generations).__name__}.")
+        raise TypeError(
+            "num_generations must be an int, or the sizes of the groups, a list or 1-D tensor of them; got "
+            f"{type(num_generations).__name__}."
+        )
     if num_generations < 1 or (num_generations < 2 and scale_rewards == "group"):
         raise ValueError(
             f"num_generations={num_generations} gives no group to compare with: sample at least 2 completions per "
@@ -206,7 +219,28 @@ def check_rewards(rewards: torch.Tensor, num_generations: int | None, scale_rewa
     if rewards.shape[0] % num_generations:
         raise ValueError(
             f"rewards has {rewards.shape[0]} rows, which is not a multiple of num_generations={num_generations}: "
-            "rows [k·G, (k+1)·G) must share a prompt."
+            "rows [k·G, (k+1)·G) must share a prompt. Where groups differ in size pass their sizes."
+        )
+
+
+def check_sizes_tensor(sizes: torch.Tensor, rewards: torch.Tensor) -> None:
+    """Sizes of groups as a tensor; of its values only what costs no waiting."""
+    if not is_integer(sizes):
+        raise TypeError(f"num_generations must hold integers, got {sizes.dtype}.")
+    if sizes.dim() != 1 or sizes.numel() == 0:
+        raise ValueError(f"num_generations must be an int, or (groups,), their sizes; got {tuple(sizes.shape)}.")
+    if sizes.device != rewards.device:
+        if sizes.device.type != "cpu":
+            check_device("num_generations", sizes, rewards)
+        check_group_sizes(sizes.tolist(), rewards.shape[0])
+
+
+def check_group_sizes(sizes: Sequence[int], B: int) -> None:
+    """Values of sizes of groups: positive, and B together."""
+    if any(size < 1 for size in sizes) or sum(sizes) != B:
+        raise ValueError(
+            f"num_generations as sizes of groups must be positive and add up to the {B} rewards, got {list(sizes)}, "
+            f"which add up to {sum(sizes)}."
         )
 
 

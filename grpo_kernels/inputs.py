@@ -34,6 +34,7 @@ class Inputs(NamedTuple):
     batch_std: torch.Tensor | None = None  # (): spread of the rewards of all ranks
     cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input
     segments: torch.Tensor | None = None  # (N,) int32: the sequence of each packed token
+    groups: torch.Tensor | None = None  # (2, B) int32: first row and size of each sequence's group; None: all the same
 
     @property
     def sequences(self) -> int:

@@ -1,6 +1,7 @@
 """`fused_linear_grpo_loss` and `linear_token_logprobs`: from hidden states and the head, without [N, V] logits."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -26,7 +27,7 @@ def fused_linear_grpo_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     rewards: torch.Tensor | None = None,
-    num_generations: int | None = None,
+    num_generations: int | Sequence[int] | torch.Tensor | None = None,
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
     completion_mask: torch.Tensor | None = None,

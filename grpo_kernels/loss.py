@@ -3,6 +3,7 @@
 `policy_loss` is the same from log-probabilities.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,7 @@ def fused_grpo_loss(
     advantages: torch.Tensor | None = None,
     *,
     rewards: torch.Tensor | None = None,
-    num_generations: int | None = None,
+    num_generations: int | Sequence[int] | torch.Tensor | None = None,
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
     completion_mask: torch.Tensor | None = None,
@@ -69,8 +70,9 @@ def fused_grpo_loss(
             where it says (B, T) below, and (S,) where it says (B,).
         advantages: (B,) or (B, T), float. Either these or ``rewards``.
         rewards: (B,) float: the group-relative advantage is computed inside the launch, see
-            `group_advantages`. NaN rewards get advantage 0.
-        num_generations: G, with rewards; rows [k·G, (k+1)·G) share a prompt.
+            `group_advantages`. Rewards that are not finite get advantage 0.
+        num_generations: with rewards: G, rows [k·G, (k+1)·G) share a prompt; or the sizes of the groups, which add
+            up to B, as a list or an integer tensor (groups,) on the device, see `group_advantages`.
         old_logps: (B, T), log-probabilities under the policy that sampled; None: on-policy, ρ = 1 with
             its gradient.
         ref_logps: (B, T), log-probabilities under the reference policy; needed if ``beta`` is not 0. With
@@ -146,7 +148,7 @@ def policy_loss(
     *,
     entropy: torch.Tensor | None = None,
     rewards: torch.Tensor | None = None,
-    num_generations: int | None = None,
+    num_generations: int | Sequence[int] | torch.Tensor | None = None,
     old_logps: torch.Tensor | None = None,
     ref_logps: torch.Tensor | None = None,
     completion_mask: torch.Tensor | None = None,

@@ -27,13 +27,23 @@ SUM_NAMES = {
     "approx_kl": "sum",
     "reward": "sum",
     "reward_squared": "sum",
-    "rewards": "sum",  # rewards that are not NaN
+    "rewards": "sum",  # rewards that are finite
     "zero_std": "sum",  # sequences in a group without spread
     "sequences": "sum",
     "ratio/min": "min",
     "clip_ratio/low_min": "min",
     "ratio/max": "max",
     "clip_ratio/high_max": "max",
+    "reward_not_finite": "sum",
+    "sampling/sampling_logp_difference": "sum",  # |log π_old − log π_sampler|, where the sampler's is known
+    "sampling/sampling_logp_difference/count": "sum",
+    "sampling/importance_sampling_ratio": "sum",
+    "sampling/importance_sampling_ratio/count": "sum",  # tokens, or sequences where there is one weight per sequence
+    "sampling/corrected": "sum",  # of these, those that were truncated or masked
+    "sampling/weight": "sum",  # of tokens
+    "sampling/sampling_logp_difference/max": "max",
+    "sampling/importance_sampling_ratio/min": "min",
+    "sampling/importance_sampling_ratio/max": "max",
 }
 
 METRIC_NAMES = (
@@ -53,6 +63,14 @@ METRIC_NAMES = (
     "reward",
     "reward_std",
     "frac_reward_zero_std",
+    "reward_not_finite",
+    "sampling/sampling_logp_difference/mean",
+    "sampling/sampling_logp_difference/max",
+    "sampling/importance_sampling_ratio/min",
+    "sampling/importance_sampling_ratio/mean",
+    "sampling/importance_sampling_ratio/max",
+    "sampling/corrected_share",
+    "sampling/weight_mean",
 )
 
 
@@ -71,10 +89,12 @@ def std_of(total, square, count):
 
 @jit
 def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored, flat,
-              sequences, ratio_min, low_min, ratio_max, high_max):  # fmt: skip
+              sequences, ratio_min, low_min, ratio_max, high_max, not_finite, gap, heard, drawn, draws,
+              corrected, trust, gap_max, drawn_min, drawn_max):  # fmt: skip
     """The metrics in the order of METRIC_NAMES; 0 where no token counts."""
     some = tokens > 0.0
     any_clip = clips > 0.0
+    any_drawn = draws > 0.0
     return (
         policy,
         mean_of(kl, tokens),
@@ -92,6 +112,14 @@ def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift,
         mean_of(reward, scored),
         std_of(reward, reward_square, scored),
         mean_of(flat, sequences),
+        not_finite,
+        mean_of(gap, heard),
+        gap_max,
+        tl.where(any_drawn, drawn_min, 0.0),
+        mean_of(drawn, draws),
+        tl.where(any_drawn, drawn_max, 0.0),
+        mean_of(corrected, draws),
+        mean_of(trust, tokens),
     )
 
 
@@ -102,7 +130,9 @@ def metrics_of(sums: torch.Tensor) -> torch.Tensor:
     return torch.stack(on_torch(summarise)(*sums[1:].unbind())).float()
 
 
-_REWARD = ("reward", "reward_std", "frac_reward_zero_std")
+_REWARD = ("reward", "reward_std", "frac_reward_zero_std", "reward_not_finite")
+_SAMPLING = "sampling/"
+_CORRECTED = ("sampling/corrected_share", "sampling/weight_mean")
 _CLIP = "clip_ratio"
 _SINGLE = ("clip_ratio/high", "clip_ratio/count")  # the columns of a report of one number
 
@@ -121,6 +151,10 @@ _SUM_NEEDS = {
     "reward_squared": "reward",
     "rewards": "reward",
     "zero_std": "reward",
+    "reward_not_finite": "reward",
+    **{name: "sampling/importance_sampling_ratio/mean" for name in SUM_NAMES if name.startswith(_SAMPLING)},
+    "sampling/corrected": "sampling/corrected_share",
+    "sampling/weight": "sampling/weight_mean",
 }
 
 
@@ -132,7 +166,9 @@ class Names(NamedTuple):
 
 
 @functools.cache
-def names_of(*, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool) -> Names:
+def names_of(
+    *, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool, sampling: bool, corrected: bool
+) -> Names:
     """The names of a call; ``reports``: what the term's region is for, see `grpo_kernels.variants.Term`."""
     names = {name: name for name in METRIC_NAMES if not name.startswith(_CLIP)}
     public = {}
@@ -145,6 +181,10 @@ def names_of(*, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bo
         public = dict(zip(_SINGLE, (reports, f"{reports}/count")))
     for name in (*(() if beta else ("kl",)), *(() if entropy else ("entropy",)), *(() if rewards else _REWARD)):
         del names[name]
+    if not corrected:
+        names = {name: public for name, public in names.items() if name not in _CORRECTED}
+    if not sampling:
+        names = {name: public for name, public in names.items() if not name.startswith(_SAMPLING)}
     sums = {name: public.get(name, name) for name in SUM_NAMES if name not in _SUM_NEEDS or _SUM_NEEDS[name] in names}
     return Names(names, sums)
 
@@ -174,7 +214,7 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         raise ValueError("combine() got the sums of calls with different configurations: their names differ.")
     reports = _CLIP if "clip_ratio/low" in parts[0] else ""
     for name in parts[0]:
-        if name.endswith("/count") and name != "clip_ratio/count":
+        if name.endswith("/count") and name not in SUM_NAMES:
             reports = name.removesuffix("/count")
     columns = dict(zip((reports, f"{reports}/count"), _SINGLE)) if reports not in ("", _CLIP) else {}
     how = {"sum": lambda x: x.sum(0), "min": lambda x: x.amin(0), "max": lambda x: x.amax(0)}
@@ -185,5 +225,7 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
     nothing = torch.zeros_like(joined["loss"])
     values = metrics_of(torch.stack([joined.get(name, nothing) for name in SUM_NAMES]))
     names = names_of(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
-                     reports=reports, dual="clip_ratio/dual" in joined)  # fmt: skip
+                     reports=reports, dual="clip_ratio/dual" in joined,
+                     sampling="sampling/importance_sampling_ratio" in joined,
+                     corrected="sampling/corrected" in joined)  # fmt: skip
     return named(values, METRIC_NAMES, names.metrics)

@@ -229,6 +229,19 @@ def _(mask, cu, N, backend):
     return cu.new_empty(N, dtype=torch.int32), cu.new_empty(cu.shape[0] - 1, dtype=torch.float32)
 
 
+@torch.library.custom_op("grpo_kernels::groups", mutates_args=())
+def groups_op(sizes: Tensor, B: int, backend: str) -> Tensor:
+    """(2, B) int32: first row and size of each row's group, see `grpo_kernels.advantages.group_rows`."""
+    if checks.validates(sizes.device):
+        checks.check_group_sizes(sizes.tolist(), B)
+    return backend_of(backend).groups(sizes, B)
+
+
+@groups_op.register_fake
+def _(sizes, B, backend):
+    return sizes.new_empty((2, B), dtype=torch.int32)
+
+
 @torch.library.custom_op("grpo_kernels::slope", mutates_args=())
 def slope_op(
     logits: Tensor, tensors: Sequence[Tensor | None], stats: Tensor, g: Tensor, h: Tensor | None, up: Tensor | None,

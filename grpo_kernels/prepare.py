@@ -1,11 +1,13 @@
 """From the arguments of a public function to what the ops take: inputs, coefficients and plan."""
 
 import dataclasses
+import numbers
+from collections.abc import Sequence
 
 import torch
 
 from grpo_kernels import checks, ops
-from grpo_kernels.advantages import batch_spread
+from grpo_kernels.advantages import batch_spread, group_sizes
 from grpo_kernels.checks import Layout
 from grpo_kernels.config import LossConfig
 from grpo_kernels.correction import CORRECTIONS
@@ -23,7 +25,7 @@ class Arguments:
 
     advantages: torch.Tensor | None
     rewards: torch.Tensor | None
-    num_generations: int | None
+    num_generations: int | Sequence[int] | torch.Tensor | None
     old_logps: torch.Tensor | None
     ref_logps: torch.Tensor | None
     completion_mask: torch.Tensor | None
@@ -110,6 +112,7 @@ def prepare(
         batch_std=_batch_std(args, config),
         cu=cu,
         segments=segments,
+        groups=_groups(args, layout, ids, backend),
     )
     if plan.correction and not plan.late_correction:
         weights = call(ops.correct_op, inputs.old, tuple(inputs), coefs, plan.correction, backend)
@@ -117,7 +120,8 @@ def prepare(
     term = TERMS[config.term]
     names = names_of(
         beta=bool(plan.kl), entropy=has_entropy or plan.bonus or plan.quantile, rewards=args.rewards is not None,
-        reports=term.reports, dual=term.caps(config),
+        reports=term.reports, dual=term.caps(config), sampling=args.sampling_logps is not None,
+        corrected=bool(plan.correction),
     )  # fmt: skip
     return Call(inputs, coefs, plan, args.reduction == "mean", names)
 
@@ -166,7 +170,7 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, h: 
         correction_low=_or(config.sampling_correction_min, -torch.inf),
         correction_high=_or(config.sampling_correction_max, torch.inf),
         quantile=1.0 - config.top_entropy_quantile,
-        num_generations=float(_or(args.num_generations, 1)),
+        num_generations=float(args.num_generations) if isinstance(args.num_generations, numbers.Integral) else 1.0,
         softcap=args.softcap,
         logit_scale=args.logit_scale,
         term=tuple(TERMS[config.term].coefficients(config)),
@@ -198,6 +202,11 @@ def _is_per_sequence(x: torch.Tensor | None, layout: Layout) -> bool:
     if layout.packed:
         return tuple(x.shape) == (layout.B,)
     return tuple(x.shape) != (layout.B, layout.T)
+
+
+def _groups(args: Arguments, layout: Layout, like: torch.Tensor, backend: str) -> torch.Tensor | None:
+    sizes = group_sizes(args.num_generations, like)
+    return None if sizes is None else call(ops.groups_op, sizes, layout.B, backend)
 
 
 def _batch_std(args: Arguments, config: LossConfig) -> torch.Tensor | None:

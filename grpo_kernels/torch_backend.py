@@ -6,17 +6,19 @@ functions (`grpo_kernels.jit.on_torch`).
 
 import torch
 
+from grpo_kernels.advantages import group_rows as groups
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import threshold
+from grpo_kernels.torch_mismatch import mismatch_sums
 from grpo_kernels.torch_objective import correct, join, objective, rows_to_read, segments
 from grpo_kernels.torch_parts import row_statistics, unite_parts, write_part
 from grpo_kernels.torch_rows import run_rows
 from grpo_kernels.torch_tokens import Sums, Tokens, expand, judge, total_slope
 
 __all__ = [
-    "correct", "gradient", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope", "threshold",
-    "unite",
+    "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope",
+    "threshold", "unite",
 ]  # fmt: skip
 
 
@@ -66,7 +68,8 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
     logps, entropies = run_rows(
         logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs), out=out, slopes=slopes
     )
-    return *_mark_unread(unread, logps, entropies), *sums.finish(read)
+    totals = sums.finish(read, mismatch_sums(inputs, coefs, plan, logps, read))
+    return *_mark_unread(unread, logps, entropies), *totals
 
 
 def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:

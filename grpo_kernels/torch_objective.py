@@ -7,6 +7,7 @@ from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import on_torch
 from grpo_kernels.objective import drift_of, keeps_sequence, log_ratio
 from grpo_kernels.plan import Plan
+from grpo_kernels.torch_mismatch import mismatch_sums
 from grpo_kernels.torch_tokens import Sums, Tokens, advantages, expand, judge, per_sequence, total_slope
 from grpo_kernels.variants import LEVELS, TERMS
 
@@ -81,7 +82,7 @@ def objective(
     if plan.bonus:
         h = h - tokens.at("bonus", None)
         h = h if chosen is None else torch.where(chosen, h, 0.0)
-    totals = sums.finish(live, r_seq, statistic)
+    totals = sums.finish(live, mismatch_sums(inputs, coefs, plan, logps, live), r_seq, statistic)
     return *totals, counted(said.loss).contiguous(), local, spread, share, h
 
 

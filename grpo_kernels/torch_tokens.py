@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_kernels.advantages import moments, relative_advantages
+from grpo_kernels.advantages import group_moments, is_known, moments, relative_advantages
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import on_numbers, on_torch
 from grpo_kernels.metrics import SUM_NAMES, summarise
@@ -147,18 +147,21 @@ class Sums:
         self.low, self.high = min(self.low, low), max(self.high, high)
 
     def finish(
-        self, live: torch.Tensor | None, r_seq: torch.Tensor | None = None, statistic: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, ...]:
+        self, live: torch.Tensor | None, mismatch: dict[str, float], r_seq: torch.Tensor | None = None,
+        statistic: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """(loss [], sums [S] fp64, metrics [M]).
 
         Args:
             live: as in `add`, (B, T).
+            mismatch: of `mismatch_sums`.
             r_seq: (B, 1), the level's log ratio, for clip metrics with one value per sequence.
             statistic: (B, 1), the term's own, for the same.
         """
         inputs, plan = self.tokens.inputs, self.tokens.plan
         shape, device = inputs.ids.shape, inputs.ids.device
-        table = torch.zeros(1, *shape, device=device) if self.table is None else self.table.view(len(self.names), *shape)
+        table = torch.zeros(1, *shape, device=device) if self.table is None else self.table
+        table = table.view(-1, *shape)
         rows = dict(zip(self.names, per_sequence(table, inputs).tolist()))  # name -> [B]
         values = dict.fromkeys(SUM_NAMES, 0.0) | {name: sum(row) for name, row in rows.items()}
         if live is None and inputs.cu is None:
@@ -177,6 +180,7 @@ class Sums:
         values["loss"] = values["policy_loss"] - values.pop("bonus", 0.0)
         values["approx_kl"] = values["ratio"] - values["tokens"] - values.pop("r", 0.0)
         values["ratio/min"], values["ratio/max"] = self.low, self.high
+        values |= mismatch
         values |= _reward_sums(inputs, self.tokens.coefs, plan)
         row = [values[name] for name in SUM_NAMES]
         sums = torch.tensor(row, dtype=torch.float64, device=device)
@@ -200,8 +204,8 @@ def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
     if inputs.rewards is None:
         return inputs.adv.float()
     return relative_advantages(
-        inputs.rewards.float(), int(coefs.num_generations), plan.scale_rewards, plan.unbiased, coefs.adv_eps,
-        inputs.batch_std,
+        inputs.rewards.float(), int(coefs.num_generations), inputs.groups, plan.scale_rewards, plan.unbiased,
+        coefs.adv_eps, inputs.batch_std,
     )[:, None]  # fmt: skip
 
 
@@ -221,20 +225,21 @@ def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | fl
 
 
 def _reward_sums(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, float]:
-    """Σ R, Σ R², how many are not NaN, how many sequences lie in a group without spread, and B."""
+    """Σ R, Σ R², how many are finite, and how many not, how many sequences lie in a group without spread, and B."""
     size = float(inputs.sequences)
     if inputs.rewards is None or not size:
         return {"sequences": size}
     rewards = inputs.rewards.float()
     if plan.scale_rewards != "batch":
-        spread = moments(rewards.view(-1, int(coefs.num_generations)), plan.unbiased)[1]
+        spread = group_moments(rewards, int(coefs.num_generations), inputs.groups, plan.unbiased)[1]
     else:
         spread = moments(rewards.view(1, -1), plan.unbiased)[1] if inputs.batch_std is None else inputs.batch_std
-    known = rewards[rewards == rewards].double()
+    known = rewards[on_torch(is_known)(rewards)].double()
     return {
         "reward": known.sum().item(),
         "reward_squared": known.square().sum().item(),
         "rewards": float(known.numel()),
+        "reward_not_finite": size - known.numel(),
         "zero_std": (spread == 0.0).double().mean().item() * size,
         "sequences": size,
     }

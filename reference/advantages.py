@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from reference.tensors import compute_dtype
 
+GroupSizes = int | Sequence[int] | Tensor
+
 
 def group_advantages(
     rewards: Tensor,
-    num_generations: int,
+    num_generations: GroupSizes,
     *,
     scale_rewards: str = "group",
     unbiased: bool = True,
@@ -22,40 +26,58 @@ def group_advantages(
     the "group"'s, the whole "batch"'s, or "none"'s: dividing favours prompts that are almost always
     or almost never solved (Dr. GRPO). `unbiased` divides the variance by n − 1 rather than n.
 
-    A completion without a reward (NaN) is left out of mean and std and gets A = 0. So does a group
+    A completion without a finite reward (NaN, ±inf) is left out of mean and std and gets A = 0. So does a group
     whose rewards are all equal, *exactly*: R − mean is rounding noise there, and eps would magnify it.
 
     Args:
         rewards: (B,); rows [i·G, (i+1)·G) answer the same prompt.
-        num_generations: G.
+        num_generations: G; or the sizes of the groups, if they differ.
 
     Returns: (B,), float32 or float64.
 
     Raises:
-        ValueError: B is not a multiple of G, G < 2 with "group", or an unknown `scale_rewards`.
+        ValueError: B is not a multiple of G, or not the sum of the sizes, G < 2 with "group", or an unknown
+            `scale_rewards`.
     """
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards={scale_rewards!r} is unknown; choose 'group', 'batch' or 'none'")
-    if scale_rewards == "group" and num_generations < 2:
+    if scale_rewards == "group" and isinstance(num_generations, int) and num_generations < 2:
         raise ValueError(f"num_generations={num_generations}: a group needs two completions to have a std")
-    groups = split_groups(rewards.to(compute_dtype(rewards)), num_generations)
+    sizes = group_sizes(num_generations, rewards)
+    groups = split_groups(rewards.to(compute_dtype(rewards)), sizes)
 
     centred = torch.where(no_spread(groups), 0, groups - groups.nanmean(dim=1, keepdim=True))
     if scale_rewards == "group":
         centred = centred / (nan_std(groups, unbiased) + eps)
     elif scale_rewards == "batch":
         centred = centred / (nan_std(groups.reshape(1, -1), unbiased) + eps)
-    return torch.where(groups.isnan(), 0, centred).reshape(-1)
+    return of_completions(torch.where(groups.isnan(), 0, centred), sizes)
 
 
-def split_groups(rewards: Tensor, num_generations: int) -> Tensor:
-    """(B,) → (B/G, G)."""
-    if rewards.dim() != 1 or num_generations < 1 or rewards.numel() % num_generations:
+def group_sizes(num_generations: GroupSizes, rewards: Tensor) -> list[int]:
+    """How many completions each prompt has."""
+    count = rewards.numel()
+    if isinstance(num_generations, int):
+        sizes = [num_generations] * (count // max(num_generations, 1))
+    else:
+        sizes = [int(size) for size in num_generations]
+    if rewards.dim() != 1 or any(size < 1 for size in sizes) or sum(sizes) != count:
         raise ValueError(
             f"rewards of shape {tuple(rewards.shape)} do not divide into groups of "
             f"num_generations={num_generations}"
         )
-    return rewards.reshape(-1, num_generations)
+    return sizes
+
+
+def split_groups(rewards: Tensor, sizes: list[int]) -> Tensor:
+    """(B,) → (P, the largest group's size): NaN where a group has no such completion, or it no finite reward."""
+    known = torch.where(rewards.isfinite(), rewards, torch.nan)
+    return torch.nn.utils.rnn.pad_sequence(known.split(sizes), batch_first=True, padding_value=torch.nan)
+
+
+def of_completions(groups: Tensor, sizes: list[int]) -> Tensor:
+    """(P, G), or (P, 1) for one value per group → (B,)."""
+    return torch.cat([row.expand(max(sizes))[:size] for row, size in zip(groups, sizes)])
 
 
 def no_spread(groups: Tensor) -> Tensor:

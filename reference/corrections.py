@@ -60,6 +60,9 @@ CORRECTIONS: dict[str, Callable[[Tensor, Tensor, float, float], Tensor]] = {
 }
 
 
+ONE_WEIGHT_PER_SEQUENCE = ("sequence_truncate", "sequence_mask")
+
+
 def sampling_weights(old: Tensor, samp: Tensor, mask: Tensor, k: Knobs) -> Tensor:
     """π_old/π_sampler, made bounded: (B, T) or (B, 1)."""
     correct = choose(CORRECTIONS, k.sampling_correction, "sampling_correction")

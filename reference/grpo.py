@@ -32,12 +32,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.advantages import group_advantages
+from reference.advantages import GroupSizes, group_advantages
 from reference.corrections import entropy_mask, off_policy_mask, sampling_weights
 from reference.kl import estimate_kl
 from reference.knobs import Knobs
 from reference.levels import LEVELS
-from reference.metrics import TERM_METRICS, ratio_metrics, reward_metrics
+from reference.metrics import TERM_METRICS, ratio_metrics, reward_metrics, sampling_metrics
 from reference.packed import Layout, layout_of, sequence_of_token
 from reference.tensors import as_column, as_mask, compute_dtype, masked_mean, per_token
 from reference.terms import Tokens, policy_term
@@ -52,7 +52,7 @@ class LossOutput:
     logps: Tensor  # (B, T) log π_θ of the sampled token
     entropy: Tensor | None  # (B, T) entropy of π_θ at that position, in nats; None if it was not given
     per_token_loss: Tensor  # (B, T) ℓ, unweighted
-    kl: Tensor | None  # (B, T) estimate of KL(π_θ ‖ π_ref), bias-corrected if asked for, without β; None without ref_logps
+    kl: Tensor | None  # (B, T) KL(π_θ ‖ π_ref), bias-corrected if asked for, without β; None without ref_logps
     advantages: Tensor  # (B, T) A
     weights: Tensor  # (B, T) w, loss_scale included
     importance_weights: Tensor | None  # (B, T) as given, or made from sampling_logps; None without either
@@ -104,7 +104,7 @@ def policy_loss(
     *,
     entropy: Tensor | None = None,
     rewards: Tensor | None = None,
-    num_generations: int | None = None,
+    num_generations: GroupSizes | None = None,
     old_logps: Tensor | None = None,
     ref_logps: Tensor | None = None,
     completion_mask: Tensor | None = None,
@@ -121,7 +121,7 @@ def policy_loss(
     Args:
         logps: (B, T), log π_θ of the sampled tokens; (N,) if packed.
         advantages: (B,), or (B, T) to give every token its own; packed: (S,) or (N,). Instead of it:
-        rewards, num_generations: (B,) and G; see `group_advantages`.
+        rewards, num_generations: (B,), and G or the sizes of the groups; see `group_advantages`.
         entropy: (B, T), of π_θ; needed for the entropy bonus and for top_entropy_quantile.
         old_logps: (B, T), log-probs under the policy that sampled. None: the current one, so that
             ρ = 1. Its gradient is not zero: the loss then has the gradient of −A·log π_θ.
@@ -228,6 +228,9 @@ def policy_loss(
             metrics |= TERM_METRICS[k.term](tokens, advantages, k)
         if H is not None:
             metrics["entropy"] = masked_mean(H, mask)
+        if sampling_logps is not None:
+            made = None if k.sampling_correction is None else importance_weights
+            metrics |= sampling_metrics(old, per_token(sampling_logps, mask, dtype), mask, made, k)
         if kl is not None:
             metrics["kl"] = masked_mean(kl, mask)
         if rewards is not None:

@@ -11,7 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from reference.advantages import nan_std, no_spread, split_groups
+from reference.advantages import GroupSizes, group_sizes, nan_std, no_spread, of_completions, split_groups
+from reference.corrections import CORRECTIONS, ONE_WEIGHT_PER_SEQUENCE, difference
 from reference.knobs import Knobs
 from reference.levels import ONE_RATIO_PER_SEQUENCE
 from reference.tensors import as_column, masked_mean, nan_min
@@ -126,14 +127,43 @@ TERM_METRICS: dict[str, Callable[[Tokens, Tensor, Knobs], dict[str, Tensor]]] = 
 }  # sapo, reinforce and dro have nothing that clips
 
 
-def reward_metrics(rewards: Tensor, num_generations: int, scale_rewards: str) -> dict[str, Tensor]:
-    """Mean and unbiased std of all valid rewards, and the share of completions that teach nothing
+def sampling_metrics(
+    old: Tensor, samp: Tensor, mask: Tensor, weights: Tensor | None, k: Knobs
+) -> dict[str, Tensor]:
+    """How far the sampler is from the trainer: |log π_old − log π_sampler| where the sampler has said something, and
+    the ratio of the two, a correction's bounds applied: of tokens, or of sequences (those without tokens included).
+
+    Args:
+        weights: (B, T) or (B, 1), what `k.sampling_correction` makes; None without one.
+    """
+    d = difference(old, samp, mask)
+    gap = d.abs()[mask & ~samp.isnan()]
+    ratio = d.exp() if weights is None else weights
+    counts = torch.ones_like(ratio, dtype=torch.bool) if k.sampling_correction in ONE_WEIGHT_PER_SEQUENCE else mask
+    metrics = {
+        "sampling/sampling_logp_difference/mean": gap.sum() / max(gap.numel(), 1),
+        "sampling/sampling_logp_difference/max": gap.max() if gap.numel() else d.new_zeros(()),
+        "sampling/importance_sampling_ratio/min": nan_min(ratio[counts]),
+        "sampling/importance_sampling_ratio/mean": ratio[counts].sum() / max(int(counts.sum()), 1),
+        "sampling/importance_sampling_ratio/max": -nan_min(-ratio[counts]),
+    }
+    if weights is not None:
+        free = CORRECTIONS[k.sampling_correction](d, mask, -torch.inf, torch.inf)
+        metrics["sampling/corrected_share"] = masked_mean((weights != free).to(d.dtype), counts)
+        metrics["sampling/weight_mean"] = masked_mean(weights.expand(mask.shape), mask)
+    return metrics
+
+
+def reward_metrics(rewards: Tensor, num_generations: GroupSizes, scale_rewards: str) -> dict[str, Tensor]:
+    """Mean and unbiased std of all finite rewards, how many are not, and the share of completions that teach nothing
     since the rewards they are compared with (the group's; the batch's if that scales) are all equal."""
-    groups = split_groups(rewards, num_generations)
-    compared = groups.reshape(1, -1) if scale_rewards == "batch" else groups
-    two_valid = (~rewards.isnan()).sum() > 1
+    compared = [len(rewards)] if scale_rewards == "batch" else group_sizes(num_generations, rewards)
+    flat = of_completions(no_spread(split_groups(rewards, compared)), compared)
+    valid = rewards[rewards.isfinite()]
+    std = nan_std(valid[None], unbiased=True)[0, 0] if len(valid) > 1 else rewards.new_tensor(torch.nan)
     return {
-        "reward": rewards.nanmean(),
-        "reward_std": torch.where(two_valid, nan_std(rewards[None], unbiased=True)[0, 0], torch.nan),
-        "frac_reward_zero_std": no_spread(compared).to(rewards.dtype).mean(),
+        "reward": valid.mean(),
+        "reward_std": std,
+        "frac_reward_zero_std": flat.to(rewards.dtype).mean(),
+        "reward_not_finite": rewards.new_tensor(float(len(rewards) - len(valid))),
     }

@@ -212,6 +212,7 @@ def test_metrics_by_hand():
         "reward": 1.0,
         "reward_std": math.sqrt(2),
         "frac_reward_zero_std": 0.0,
+        "reward_not_finite": 0.0,
     }
     assert {name: value.item() for name, value in out.metrics.items()} == pytest.approx(expected, rel=1e-12)
     # The flags see ρ after δ: 2 becomes 1.1, inside.

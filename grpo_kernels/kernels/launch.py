@@ -5,9 +5,10 @@ from collections.abc import Callable
 
 import torch
 
-from grpo_kernels.correction import Correction
+from grpo_kernels.correction import CORRECTIONS, Correction
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
+from grpo_kernels.kernels.groups import groups_kernel
 from grpo_kernels.kernels.quantile import threshold_kernel
 from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
 from grpo_kernels.kernels.row import Cap
@@ -47,8 +48,8 @@ def _score(
     V = logits.shape[2]
     with _on(logits):
         _over(logprob_kernel, ids.numel())(
-            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.batch_std, inputs.segments,
-            logps, entropies, stats,
+            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.groups, inputs.batch_std,
+            inputs.segments, logps, entropies, stats,
             *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
             inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
             coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
@@ -97,7 +98,7 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
     with _on(logits):
         _over(loss_kernel, B * rows)(
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
-            inputs.is_weight, inputs.temperature, inputs.batch_std, inputs.segments, logps, entropies,
+            inputs.is_weight, inputs.temperature, inputs.groups, inputs.batch_std, inputs.segments, logps, entropies,
             inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef,
             *_strides(logits), *_strides(out), *_strides(inputs.ids), *_strides(inputs.mask),
             *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
@@ -148,25 +149,29 @@ def objective(
     sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
     term, own = TERMS[plan.term], plan.own
+    correction = CORRECTIONS[plan.correction] if plan.correction and inputs.sampling is not None else None
     with _on(logps):
         _over(sequence_kernel, B)(
             logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
             inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
-            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef, inputs.threshold, inputs.batch_std,
-            inputs.cu,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef, inputs.threshold, inputs.groups,
+            inputs.batch_std, inputs.cu,
             *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
             *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
             _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
-            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.limits, term.kind(*coefs.term),
+            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.correction_low, coefs.correction_high, coefs.limits,
+            term.kind(*coefs.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
             LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(inputs), SUMMARY=plan.of_sequence,
             WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
+            CORRECTED=correction is not None, CORRECTED_ONCE=correction is not None and correction.per_sequence,
+            GATED=correction is not None and correction.gated,
             **block_shape(),
         )  # fmt: skip
-        total_kernel[(1,)](partial, sums, total, metrics, B, **block_shape())
+        total_kernel[(1,)](partial, sums, total, metrics, B, SAMPLED=inputs.sampling is not None, **block_shape())
     return total, sums, metrics, losses, local, spread, share, h
 
 
@@ -204,6 +209,15 @@ def threshold(ordered, everywhere, q: float) -> tuple[torch.Tensor, torch.Tensor
         threshold_kernel[(1,)](ordered, everywhere, value, kept, ordered.numel(), everywhere.numel(), q, num_warps=1,
                              **OPTIONS)  # fmt: skip
     return value, kept
+
+
+def groups(sizes: torch.Tensor, B: int) -> torch.Tensor:
+    """`grpo_kernels.advantages.group_rows`."""
+    out = sizes.new_empty((2, B), dtype=torch.int32)
+    n = sizes.shape[0]
+    with _on(sizes):
+        groups_kernel[(n,)](sizes.contiguous(), out, B, n, num_warps=1)
+    return out
 
 
 def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -88,9 +88,9 @@ def is_masked(mask, at):
 
 
 @jit
-def advantage_of(adv, at, rewards, batch_std, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
+def advantage_of(adv, at, rewards, groups, batch_std, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
     if rewards is not None:
-        return group_advantage(rewards, batch_std, seq, B, G, eps, SCALE, UNBIASED)[0]
+        return group_advantage(rewards, groups, batch_std, seq, B, G, eps, SCALE, UNBIASED)[0]
     else:
         return tl.load(adv + at).to(tl.float32)
 
@@ -98,7 +98,7 @@ def advantage_of(adv, at, rewards, batch_std, seq, B, G, eps, SCALE: tl.constexp
 @kernel
 def logprob_kernel(
     logits, ids, mask, adv, rewards, temperature,  # [B, rows, V], [B, T], [B, T], [B, T], [B], [B, T]
-    batch_std, segments,  # [], [N]
+    groups, batch_std, segments,  # [2, B], [], [N]
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
     logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
     B, T, V, G, inv_temperature: tl.float32, cap, adv_eps: tl.float32,
@@ -120,7 +120,8 @@ def logprob_kernel(
             store_stats(stats, at, 0.0, -1.0, 0.0)
         return
     if SKIP:
-        A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
+        A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, groups, batch_std, seq, B, G, adv_eps, SCALE,
+                         UNBIASED)  # fmt: skip
         if A == 0.0:
             store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPIES)
             if PART:
@@ -180,7 +181,7 @@ def slope_kernel(
 @kernel
 def loss_kernel(
     logits, out, ids, mask, old, ref, adv, rewards, is_weight, temperature,  # [B, rows, V] ×2, [B, T] ×5, [B], ×2
-    batch_std, segments,  # [], [N]
+    groups, batch_std, segments,  # [2, B], [], [N]
     logps, entropy,  # out: [B, T]
     count, loss_scale,  # the weight's count [B] or [], and its factor []
     tokens, entropy_coef,  # the bonus's count [], and its factor []
@@ -205,7 +206,7 @@ def loss_kernel(
         store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
         write_zeros(dst, V, ALIGNED, K, N, W)
         return
-    A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
+    A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, groups, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
     if SKIP:
         if A == 0.0:
             store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
