@@ -130,6 +130,12 @@ def test_only_the_loss_is_differentiable(backend):
     assert all(v.dim() == 0 and v.device == leaf.device for v in (*out.metrics.values(), *out.sums.values()))
 
 
+def test_fresh_memory_of_a_leaf_is_poisoned_too():
+    """torch's checkpoints make leaves by torch.empty; conftest.py fills them behind autograd's back."""
+    x = torch.empty(2, device=DEVICE, requires_grad=True)
+    assert x.is_leaf and x.requires_grad and x.isnan().all()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_activation_checkpointing(backend):
     leaf, kwargs = setup()
