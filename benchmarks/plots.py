@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.records import OURS, PEERS, PLOT, Line, quoted, tokens
 from benchmarks.suite import OK, OOM
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; markers differ as well.
@@ -40,10 +41,6 @@ class PlotError(Exception):
 def plain(rows: Iterable[Row]) -> list[Row]:
     """Every row counts, and the ratio is the token's."""
     return [r for r in rows if not r["masked"] and not r["zero_advantage"] and r["objective"] == "token"]
-
-
-def tokens(row: Row) -> int:
-    return row["batch"] * row["length"]
 
 
 def longest_sweep(rows: Sequence[Row], fixed: Callable[[Row], Key], swept: Callable[[Row], object]) -> list[Row]:
@@ -231,6 +228,55 @@ def bars(ax, labels: Sequence[str], groups: dict[tuple[str, str], list[Row]], st
     ax.grid(False, axis="y")
 
 
+def copy_multiples(environment: dict[str, object], rows: Sequence[Row]):
+    """What the README's table holds: a line per case, a point per implementation."""
+    lines = quoted(rows)
+    if not lines:
+        raise PlotError(f"needs a row of {OURS}")
+    heads = [line for line in lines if line.mode == "linear"]
+    others = [line for line in lines if line.mode != "linear"]
+    parts = [(others, "× a copy of the logits"), (heads, "× the head's three matrix products")]
+    parts = [part for part in parts if part[0]]
+    size = tokens(next(r for r in rows if r["implementation"] == OURS and r["status"] == OK))
+    height = min(12.8, 2.9 + 0.5 * len(lines))
+    fig, _ = figure(environment, f"Time by implementation, {size} rows: left is faster", (13.3, height))
+    for ax in fig.axes:
+        ax.remove()
+    axes = fig.subplots(len(parts), 1, squeeze=False, height_ratios=[len(part) + 1 for part, _ in parts])[:, 0]
+    for ax, (part, unit) in zip(axes, parts):
+        points(ax, part, unit)
+    shared_legend(fig, axes)
+    return fig
+
+
+def points(ax, lines: Sequence[Line], unit: str) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    for y, line in enumerate(lines):
+        known = [*line.times.values(), *line.in_place.values()]
+        ax.plot([line.floor, max(known)], [y, y], color="#DDDDDD", linewidth=2, zorder=1)
+        ax.plot([line.floor], [y], color=GREY, marker="|", markersize=18, markeredgewidth=2.5, linestyle="none",
+                label="what must move, at a copy's speed")  # fmt: skip
+        for times, mode in ((line.times, line.mode), (line.in_place, "inplace")):
+            for name in (OURS, *PEERS):
+                if name in times and (mode != "inplace" or name == OURS):
+                    look = style((name, mode))
+                    look |= {"linestyle": "none", "markersize": look["markersize"] + 2}
+                    ax.plot([times[name]], [y], **look)
+    ax.set_xscale("log")
+    highest = max(value for line in lines for value in (*line.times.values(), *line.in_place.values()))
+    lowest = min(line.floor for line in lines)
+    ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7, 10, 15, 20) if lowest / 1.3 < t < highest * 1.3]
+    ax.xaxis.set_major_locator(FixedLocator(ticks))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    ax.set_yticks(range(len(lines)), [line.title for line in lines])
+    ax.set_ylim(len(lines) - 0.5, -0.5)
+    ax.grid(False, axis="y")
+    ax.set_xlabel(f"time, {unit}")
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def shared_legend(fig, axes) -> None:
     found = dict(zip(*reversed(axes[0].get_legend_handles_labels())))
     for ax in axes[1:]:
@@ -243,6 +289,7 @@ PLOTS = {
     "time_vs_vocab.png": time_against_vocabulary,
     "memory_vs_rows.png": memory_against_rows,
     "copy_bandwidth.png": share_of_copy_bandwidth,
+    PLOT: copy_multiples,
 }
 
 
