@@ -184,7 +184,8 @@ class Sums:
         values |= _reward_sums(inputs, self.tokens.coefs, plan)
         row = [values[name] for name in SUM_NAMES]
         sums = torch.tensor(row, dtype=torch.float64, device=device)
-        return torch.tensor(row[0], device=device), sums, torch.tensor(on_numbers(summarise)(*row[1:]), device=device)
+        loss = torch.tensor(row[0], dtype=torch.float32, device=device)
+        return loss, sums, torch.tensor(on_numbers(summarise)(*row[1:]), dtype=torch.float32, device=device)
 
     def _marks_of_sequences(self, r_seq, statistic) -> tuple[dict[str, list[float]], list[float]]:
         """The term's region with one value per sequence, those without tokens included: (marks, 1 where it counts)."""
