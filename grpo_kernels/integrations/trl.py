@@ -124,6 +124,7 @@ def loss_config(trainer: GRPOTrainer, entropy_coef: float = 0.0) -> LossConfig:
         "entropy_coef": entropy_coef,
         "use_adaptive_entropy": False,  # TRL's controller has set entropy_coef
         "use_vllm": False,  # TRL has made the importance weights
+        "temperature": 1.0,  # the calls get it themselves
     }  # fmt: skip
     return LossConfig.from_trl(SimpleNamespace(**{**vars(trainer.args), **own}))
 
