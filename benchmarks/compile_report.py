@@ -147,6 +147,9 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     run("full", full, full_plan, entropy=True)
     run("full sequence", full._replace(sampling=token, threshold=one, gate=token),
         full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
+    for name in CORRECTIONS:
+        run(f"full {name}", full._replace(sampling=token, threshold=one),
+            full_plan._replace(level="sequence", off_policy=True, correction=name), entropy=True)  # fmt: skip
     run("groups", full._replace(ref=None, groups=segments.view(2, B)), Plan(term="clipped", scale_rewards="group"))
     run("softcap", weighted, Plan(term="clipped"), softcap=30.0)
     run("softcap full", full, full_plan, entropy=True, softcap=30.0)

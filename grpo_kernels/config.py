@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import warnings
 
 import torch
 
@@ -220,10 +221,20 @@ class LossConfig:
     def from_trl(cls, args: object) -> "LossConfig":
         """The loss that TRL's ``GRPOTrainer`` computes with these arguments (a ``GRPOConfig``, TRL 1.16).
 
+        A temperature other than 1 is no part of a loss, and has to be passed beside it: a warning says so.
+
         Raises:
             ValueError: an argument that cannot be taken over, with what to do instead.
         """
-        return cls(**_trl_fields(args))
+        config = cls(**_trl_fields(args))
+        temperature = getattr(args, "temperature", 1.0)
+        if temperature != 1.0:
+            warnings.warn(
+                f"LossConfig does not hold the temperature of these arguments: pass temperature={temperature} to "
+                "fused_grpo_loss, or to whatever makes the log-probabilities (token_logprobs).",
+                stacklevel=2,
+            )
+        return config
 
 
 def _trl_fields(args: object) -> dict:

@@ -80,7 +80,7 @@ def fused_grpo_loss(
         completion_mask: (B, T) of zeros and ones in any pattern; None: all ones. Masked rows are not read.
         importance_weights: (B, T), (B, 1) or (B,): factor of the policy term, not of the KL.
         sampling_logps: (B, T), the sampler's own log-probabilities, NaN where it has none: for
-            ``sampling_correction`` and ``off_policy_mask_threshold``.
+            ``sampling_correction`` and ``off_policy_mask_threshold``, and always for the metrics ``sampling/*``.
         temperature: divides the logits; the one that the completions were sampled at; a number, a 0-d
             tensor, or one (B,) or (B, T).
         num_items_in_batch: the tokens of the whole batch, which ``dapo`` divides by, at least 1; a number or

@@ -4,6 +4,7 @@ The fused loss is configured by ``LossConfig.from_trl`` from the same arguments,
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def both(case, backend, *, given=(), trl=None, fused=None, **args):
     rest = {name: value for name, value in (trl or {}).items() if not torch.is_tensor(value)}
     loss, metrics = trl_loss(x, ids, theirs.pop("advantages"), completion_mask=mask, **theirs, **rest, **args)
     loss.backward()
-    config = LossConfig.from_trl(trl_args(**args))
+    config = LossConfig.from_trl(trl_args(**{**args, "temperature": 1.0}))  # any other is the call's
     out, grad = ours(
         case.logits, backend, completion_ids=case.completion_ids, completion_mask=mask, **{**inputs, **(fused or {})},
         config=config, return_entropy=True, temperature=args.get("temperature", 1.0),
@@ -127,6 +128,15 @@ def test_from_trl_takes_over_every_argument():
         vespo_lambda_pos=1.5, vespo_k_neg=2.5, vespo_lambda_neg=3.5, scale_rewards="batch",
         sampling_correction="token_mask", sampling_correction_max=2.0, sampling_correction_min=0.5,
     )  # fmt: skip
+
+
+def test_from_trl_says_where_the_temperature_goes():
+    with pytest.warns(UserWarning, match="pass temperature=0.7 to fused_grpo_loss") as caught:
+        config = LossConfig.from_trl(trl_args(temperature=0.7))
+    assert len(caught) == 1 and caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert LossConfig.from_trl(trl_args(temperature=1.0)) == config
 
 
 def test_from_trl_defaults():

@@ -132,6 +132,11 @@ def test_adapters(kind, saved, tmp_path):
     assert theirs[0][0]["grad_norm"] > 0
 
 
+def test_nothing_is_said_of_the_temperature_that_the_trainer_passes(saved, tmp_path, recwarn):
+    train(FusedGRPOTrainer, saved("llama"), tmp_path, temperature=0.7, max_steps=1)
+    assert not [str(each.message) for each in recwarn if "temperature" in str(each.message)]
+
+
 def test_fewer_tokens_than_batches(saved, tmp_path):
     theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO)
     same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO), theirs)

@@ -125,6 +125,7 @@ def loss_config(trainer: GRPOTrainer, entropy_coef: float | None = None) -> Loss
         "entropy_coef": 0.0,  # as is said below
         "use_adaptive_entropy": False,  # TRL's controller has set entropy_coef
         "use_vllm": False,  # TRL has made the importance weights
+        "temperature": 1.0,  # the calls get it themselves
     }  # fmt: skip
     config = LossConfig.from_trl(SimpleNamespace(**{**vars(trainer.args), **own}))
     return dataclasses.replace(config, entropy_coef=entropy_coef)
