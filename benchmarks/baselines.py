@@ -134,20 +134,20 @@ def logps_of_ids(x: Tensor, ids: Tensor) -> Tensor:
 
 def loss_of_logps(inputs: Inputs, lp: Tensor) -> Tensor:
     """The objective, (B, T) → 0-d, differentiable: what a trainer's own code does after the log-probs."""
-    mask = inputs.mask
+    mask = inputs.mask != 0
     if inputs.case.objective == "cross-entropy":
-        return -(lp * mask).sum()
+        return -torch.where(mask, lp, 0.0).sum()
     tokens = mask.sum(1).clamp(min=1)
     A = inputs.advantages[:, None]
     log_ratio = lp - inputs.old_logps
     if inputs.case.objective == "sequence":
-        log_ratio = ((log_ratio * mask).sum(1) / tokens)[:, None]
+        log_ratio = (torch.where(mask, log_ratio, 0.0).sum(1) / tokens)[:, None]
     ratio = torch.exp(log_ratio)
     per_token = -torch.min(ratio * A, ratio.clamp(1 - EPSILON, 1 + EPSILON) * A)
     if inputs.case.beta:
         u = inputs.ref_logps - lp
         per_token = per_token + inputs.case.beta * (u.exp() - u - 1)
-    return ((per_token * mask).sum(1) / tokens).mean()
+    return (torch.where(mask, per_token, 0.0).sum(1) / tokens).mean()
 
 
 def missing_module(module: str, package: str) -> str | None:

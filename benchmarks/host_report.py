@@ -39,15 +39,15 @@ def batch() -> dict[str, torch.Tensor]:
 
 def by_hand(x, completion_ids, advantages, old_logps, completion_mask, metrics: bool = False) -> torch.Tensor:
     lp = torch.log_softmax(x.float(), -1).gather(-1, completion_ids[..., None])[..., 0]
-    ratio, A, mask = torch.exp(lp - old_logps), advantages[:, None], completion_mask
+    ratio, A, mask = torch.exp(lp - old_logps), advantages[:, None], completion_mask != 0
     per_token = -torch.minimum(ratio * A, ratio.clamp(1 - EPSILON, 1 + EPSILON) * A)
     if metrics:
         with torch.no_grad():
-            tokens = mask.sum()
+            tokens = mask.sum().clamp(min=1)
             low, high = (ratio < 1 - EPSILON) & (A < 0), (ratio > 1 + EPSILON) & (A > 0)
-            {name: (part * mask).sum() / tokens for name, part in
+            {name: torch.where(mask, part.float(), 0.0).sum() / tokens for name, part in
              {"low": low, "high": high, "region": low | high, "ratio": ratio}.items()}  # fmt: skip
-    return ((per_token * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+    return (torch.where(mask, per_token, 0.0).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
 def ways() -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:

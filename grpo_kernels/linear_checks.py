@@ -26,9 +26,14 @@ def head_tensors(
     return _gathered("weight", head), None if bias is None else _gathered("bias", bias)
 
 
+def has_adapter(head: torch.nn.Module) -> bool:
+    """Whether its weight alone is not what the head computes: LoRA and its kin, of PEFT or loralib."""
+    return hasattr(head, "lora_A") or hasattr(head, "base_layer")
+
+
 def _check_module(head: torch.nn.Module) -> None:
     kind = type(head).__name__
-    if hasattr(head, "lora_A") or hasattr(head, "base_layer"):
+    if has_adapter(head):
         raise ValueError(
             f"the head is a {kind} with an adapter on it, which its weight alone does not have. Leave the head out of "
             "the adapter's target_modules, merge the adapter (merge_and_unload()), or use fused_grpo_loss on logits."

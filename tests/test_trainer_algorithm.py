@@ -225,7 +225,7 @@ def test_schedules_are_those_of_transformers(name):
         ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, got 0.0"),
         ({"lr_scheduler_type": "steep"}, "--lr-scheduler-type must be one of linear, cosine"),
         ({"lr_warmup_ratio": 1.5}, "--lr-warmup-ratio must be from 0 to 1"),
-        ({"entropy_coef": float("nan")}, "--entropy-coef must be finite"),
+        ({"entropy_coef": float("nan")}, "--entropy-coef must be above -inf and finite"),
         ({"kl_to": "start"}, "--kl-to must be one of reference, old"),
         ({"num_minibatches": 0}, "--num-minibatches must be at least 1"),
     ],

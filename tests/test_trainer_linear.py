@@ -150,11 +150,17 @@ def with_another_head(policy):
     policy.lm_head = Scaled(64, policy.config.vocab_size, bias=False)
 
 
+def with_an_adapter(policy):
+    """LoRA as it starts, with B = 0: the logits are still those of the plain head."""
+    policy.lm_head.lora_A = torch.nn.ModuleDict()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
         (with_another_scale, r"Head\(logit_scale=1.0, softcap=None\) is off by 0.09.* of the model's largest logit"),
         (lambda policy: with_another_scale(policy, 1.003), "is off by 0.003"),  # fp32 is told from bf16
+        (with_an_adapter, "the output embedding is a Linear with an adapter on it"),
         (with_another_head, "the output embedding is a Scaled, not a torch.nn.Linear"),
         (lambda policy: setattr(policy, "base_model_prefix", "nothing"), "no body"),
     ],

@@ -1,8 +1,11 @@
 """Rewards of the trainer: those built in, a user's own, several with weights, None, and what goes wrong."""
 
 import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
@@ -138,10 +141,26 @@ def test_a_failing_reward_is_named_with_its_sample(function, completions, words)
     assert all(word in str(caught.value) for word in words)
 
 
-@pytest.mark.parametrize("value", [float("inf"), float("nan"), "much", [1.0]])
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), float("nan"), "much", "1", b"1", np.str_("1"), [1.0], 10**400],
+    ids=lambda value: repr(value)[:12],
+)
 def test_a_reward_that_is_no_number(value):
     with pytest.raises(RewardError, match=r"'own' returned .* for sample 1 .*Return a finite number, or None"):
         score([Weighted("own", lambda prompts, completions, **_: [0.0, value], 1.0)], PROMPTS, ["a", "b"], PROBLEMS)
+
+
+def test_a_text_is_no_list_of_rewards():
+    with pytest.raises(RewardError, match=r"'own' returned '1' for sample 0"):
+        score([Weighted("own", lambda prompts, completions, **_: "10", 1.0)], PROMPTS, ["a", "b"], PROBLEMS)
+
+
+@pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1.0), Fraction(1)])
+def test_a_reward_that_is_a_number(value):
+    total, _ = score([Weighted("own", lambda prompts, completions, **_: [None, value], 1.0)], PROMPTS, ["a", "b"],
+                     PROBLEMS)  # fmt: skip
+    assert total[1] == 1.0
 
 
 def test_a_failure_of_the_whole_step_alone():

@@ -172,7 +172,7 @@ def test_running_median_and_limits():
         (["--steps", "many"], ["--steps", "many"]),
         (["--seed", "-1"], ["--seed"]),
         (["--loss-type", "ppo"], ["--loss-type", "dr_grpo"]),
-        (["--beta", "-0.1"], ["--beta", "0 or more"]),
+        (["--beta", "-0.1"], ["--beta", "at least 0"]),
         (["--beta", "nan"], ["--beta"]),
         (["--epsilon", "inf"], ["--epsilon"]),
         (["--learning-rate", "0"], ["--learning-rate", "above 0"]),
@@ -213,7 +213,7 @@ def test_every_option_has_help_and_its_default(capsys):
     assert exit.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name in Options.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')} " in text
+        assert re.search(rf"--{name.replace('_', '-')}[, ]", text)
     assert text.isascii()  # a terminal may not have more
     assert text.count("(default: ") == len(Options.__dataclass_fields__)
 
@@ -226,7 +226,7 @@ def test_command_line_reaches_the_options():
 def test_options_from_python_are_checked_too():
     with pytest.raises(OptionError, match=r"--kl-estimator must be one of k1, .*, got k9"):
         Options(kl_estimator="k9")
-    with pytest.raises(OptionError, match="epsilon_high means two things for cispo"):
+    with pytest.raises(OptionError, match=r"--epsilon-high means two things for cispo\. Say --cispo-max"):
         Options(loss_type="cispo", epsilon_high=0.3)
 
 

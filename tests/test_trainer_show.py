@@ -12,8 +12,9 @@ from rich.console import Console
 
 from grpo_kernels.trainer import __main__ as entry
 from grpo_kernels.trainer import cli, overlay, plots, tensorboard
+from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.console import Reporter
-from grpo_kernels.trainer.options import Options
+from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.records import Records, Rows
 from grpo_kernels.trainer.rollout import Rollout
 from trainer_cases import run
@@ -64,6 +65,23 @@ def test_a_run_shows_its_samples(tmp_path, monkeypatch):
     _, _, said = run(tmp_path, samples_every=2, steps=4)
     assert said.count("samples of step") == 2 and "samples of step 4" in said
     assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 80
+
+
+def test_without_evaluation(tmp_path):
+    """--eval-every 0: the accuracy is not measured, not before the first step and not after the last."""
+    options = parse(["--eval-every", "0"])
+    result, written, said = run(tmp_path, eval_every=options.eval_every, steps=11)
+    assert not any("eval/accuracy" in row for row in written) and [row["step"] for row in written] == [*range(1, 12)]
+    assert result.accuracy_before is None and result.accuracy_after is None
+    assert "step 10/11" in said and "step 11/11" in said and "step 9/11" not in said
+    (line,) = [line for line in said.splitlines() if "accuracy" in line]
+    assert line.replace("│", " ").split() == ["accuracy,", "held-out,", "greedy", "-", "-"]
+    # A run that goes on may be measured again; what comes first is not from before GRPO.
+    result, written, said = run(tmp_path, eval_every=6, steps=13, resume=True)
+    assert [row["step"] for row in written if "eval/accuracy" in row] == [12, 13]
+    assert result.accuracy_before is None and result.accuracy_after == written[-1]["eval/accuracy"]
+    with pytest.raises(OptionError, match="--eval-every must be 0 or more"):
+        Options(eval_every=-1)
 
 
 # --- curves ---------------------------------------------------------------------------------------

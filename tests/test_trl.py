@@ -5,6 +5,7 @@ The fused loss is configured by ``LossConfig.from_trl`` from the same arguments,
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,3 +159,12 @@ def test_from_trl_refuses_what_it_cannot_hold():
         LossConfig.from_trl(trl_args(use_adaptive_entropy=True))
     with pytest.raises(ValueError, match="loss_type='sft'"):
         LossConfig.from_trl(trl_args(loss_type="sft"))
+
+
+def test_the_adaptive_coefficient_reads_no_masked_entropy():
+    from grpo_kernels.integrations.trl import _adapt_entropy_coef
+
+    accelerator = SimpleNamespace(sync_gradients=False)
+    trainer = SimpleNamespace(top_entropy_quantile=1.0, accelerator=accelerator, _entropy_window_stats=None)
+    _adapt_entropy_coef(trainer, torch.tensor([[1.5, math.nan]]), torch.tensor([[1, 0]]))
+    assert trainer._entropy_window_stats.tolist() == [1.5, 1.0]

@@ -137,6 +137,24 @@ def test_nothing_is_said_of_the_temperature_that_the_trainer_passes(saved, tmp_p
     assert not [str(each.message) for each in recwarn if "temperature" in str(each.message)]
 
 
+def test_an_adapter_on_the_head(saved, tmp_path):
+    """TRL refuses it. A head that PEFT keeps beside the model's own is served, through logits."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    for loss_path in ("auto", "logits", "linear"):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"])
+        with pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"):
+            make(saved, tmp_path, loss_path=loss_path, peft_config=config)
+    args, whole = {**ITERATED, **MICRO}, {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}
+    theirs = train(GRPOTrainer, saved("llama"), tmp_path, trainer={"peft_config": peft.LoraConfig(**whole)}, **args)
+    with pytest.warns(UserWarning, match="through logits, since .* the output embedding is a ModulesToSaveWrapper"):
+        ours = train(
+            FusedGRPOTrainer, saved("llama"), tmp_path, trainer={"peft_config": peft.LoraConfig(**whole)}, **args
+        )
+    same(ours, theirs)
+    (name,) = [name for name in ours[1] if "lm_head" in name and "original" not in name]
+    assert not torch.equal(ours[1][name], ours[1][name.replace("modules_to_save.default", "original_module")])
+
+
 def test_fewer_tokens_than_batches(saved, tmp_path):
     theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO)
     same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO), theirs)

@@ -23,7 +23,7 @@ def token_rewards(rewards: Tensor, logps: Tensor, ref_logps: Tensor, mask: Tenso
     """
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = positions == mask.sum(1, keepdim=True) - 1
-    return torch.where(mask.bool(), -beta * (logps - ref_logps), 0.0) + last * rewards[:, None]
+    return torch.where(mask.bool(), -beta * (logps - ref_logps), 0.0) + torch.where(last, rewards[:, None], 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
@@ -50,10 +50,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """(x − mean)/std over the unmasked tokens of the batch, 0 elsewhere."""
-    count = mask.sum()
-    mean = (x * mask).sum() / count
-    variance = ((x - mean).square() * mask).sum() / (count - 1).clamp(min=1)
-    return (x - mean) * mask / (variance.sqrt() + 1e-8)
+    inside, count = mask.bool(), mask.sum()
+    mean = torch.where(inside, x, 0.0).sum() / count.clamp(min=1)
+    centred = torch.where(inside, x - mean, 0.0)
+    variance = centred.square().sum() / (count - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-8)
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
@@ -64,9 +65,11 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
         old_values: (B, T), when the completions were sampled.
         returns: (B, T), A + V_old.
     """
+    # Selected before anything is computed: a gradient of 0 times NaN would be NaN.
+    values, old_values, returns = (torch.where(mask.bool(), x, 0.0) for x in (values, old_values, returns))
     near = old_values + (values - old_values).clamp(-clip, clip)
     error = torch.maximum((values - returns).square(), (near - returns).square())
-    return 0.5 * (error * mask).sum() / mask.sum()
+    return 0.5 * error.sum() / mask.sum().clamp(min=1)
 
 
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> float:

@@ -69,11 +69,12 @@ class FusedClippedPGLoss:
             )
         logits = logits[:, :T]  # a view: what follows is padding, and the row after the last token
         mask = data["token_mask"][:, 1:] * data["sample_mask"][:, None]
+        seqs, toks = global_valid_seqs.clamp_min(1), global_valid_toks.clamp_min(1)  # 0: a batch without a token
         prev = None if self.cfg.force_on_policy_ratio else data["prev_logprobs"][:, 1:]
         common = {
             "advantages": data["advantages"][:, 1:], "old_logps": prev, "completion_mask": mask,
-            "sampling_logps": data["generation_logprobs"][:, 1:], "num_items_in_batch": global_valid_toks,
-            "loss_scale": 1.0 if token_level else B / global_valid_seqs,
+            "sampling_logps": data["generation_logprobs"][:, 1:], "num_items_in_batch": toks,
+            "loss_scale": 1.0 if token_level else B / seqs,
             "loss_agg_mode": "token-mean" if token_level else "sequence-mean", **self._objective(),
         }  # fmt: skip
         if self.beta == 0.0:  # one pass over the logits
@@ -81,11 +82,11 @@ class FusedClippedPGLoss:
             loss, logps, kl = out.loss, out.logps, None
         else:
             logps = token_logprobs(logits, ids, mask=mask, **sharded).logps
-            kl = _kl(self.cfg, logps, data["reference_policy_logprobs"][:, 1:]) * mask
-            kl = kl.sum() / global_valid_toks if token_level else _mean(kl, mask).sum() / global_valid_seqs
+            kl = _kl(self.cfg, logps, data["reference_policy_logprobs"][:, 1:], mask)
+            kl = kl.sum() / toks if token_level else _mean(kl, mask).sum() / seqs
             loss = policy_loss(logps, **common).loss + self.beta * kl
         with torch.no_grad():
-            log = self._metrics(logps.detach(), data, mask, global_valid_seqs, global_valid_toks)
+            log = self._metrics(logps.detach(), data, mask, seqs, toks)
             log |= {"loss": loss, "kl_penalty": torch.zeros_like(loss) if kl is None else kl}
             values = torch.stack([value.detach().float() for value in log.values()])
         return loss, dict(zip(log, values.tolist()))  # NeMo-RL wants numbers: one wait for the device
@@ -141,13 +142,13 @@ class FusedClippedPGLoss:
         values = {
             "probs_ratio": ratio,
             "probs_ratio_clamped": clamped,
-            "token_mult_prob_error": ((generated - prev).abs() * mask).exp(),
+            "token_mult_prob_error": _selected((generated - prev).abs(), mask).exp(),
             "gen_kl_error": _estimate(prev - generated, kind),
             "policy_kl_error": _estimate(generated - prev, kind),
             "js_divergence_error": 0.5 * (_estimate(prev - mixture, "k3") + _estimate(generated - mixture, "k3")),
             "approx_entropy": -(logps - generated).exp() * logps,
         }
-        log = {name: (value * mask).sum() / toks for name, value in values.items()}
+        log = {name: _selected(value, mask).sum() / toks for name, value in values.items()}
         for name, value in (("probs_ratio", ratio), ("probs_ratio_clamped", clamped)):
             log[f"{name}_min"] = value.masked_fill(mask == 0, torch.inf).min()
             log[f"{name}_max"] = value.masked_fill(mask == 0, -torch.inf).max()
@@ -155,9 +156,14 @@ class FusedClippedPGLoss:
         return log | {"num_valid_samples": data["sample_mask"].sum()}
 
 
+def _selected(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """x, and 0 where masked, whatever stands there: NaN times 0 would be NaN."""
+    return torch.where(mask != 0, x, 0.0)
+
+
 def _mean(x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """(B,): each sequence's mean over its unmasked tokens."""
-    return (x * mask).sum(1) / mask.sum(1).clamp_min(1)
+    return _selected(x, mask).sum(1) / mask.sum(1).clamp_min(1)
 
 
 def _estimate(u: torch.Tensor, kind: str) -> torch.Tensor:
@@ -165,9 +171,9 @@ def _estimate(u: torch.Tensor, kind: str) -> torch.Tensor:
     return {"k1": lambda: -u, "k2": lambda: 0.5 * u.square(), "k3": lambda: u.exp() - 1 - u}[kind]()
 
 
-def _kl(cfg: Any, logps: torch.Tensor, ref: torch.Tensor) -> torch.Tensor:
-    """NeMo-RL's penalty per token: its factor is 1, and has the gradient of the sampling."""
-    u, held = ref - logps, ref - logps
+def _kl(cfg: Any, logps: torch.Tensor, ref: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """NeMo-RL's penalty per token, 0 where masked: its factor is 1, and has the gradient of the sampling."""
+    u = held = _selected(ref - logps, mask)
     if cfg.kl_input_clamp_value is not None:
         held = u.clamp(-cfg.kl_input_clamp_value, cfg.kl_input_clamp_value)
     sampled = (logps - logps.detach()).exp()
@@ -181,16 +187,17 @@ def _mismatch(cfg: Any, drift, sample_mask, mask, seqs, toks) -> dict[str, torch
     kind, high = cfg.truncated_importance_sampling_type, cfg.truncated_importance_sampling_ratio
     low = cfg.truncated_importance_sampling_ratio_min or 0.0
     per_sequence = cfg.sequence_level_importance_ratios
-    weights = (drift * mask).sum(1, keepdim=True).exp() if per_sequence else drift.exp()
+    weights = _selected(drift, mask).sum(1, keepdim=True).exp() if per_sequence else drift.exp()
     log = {}
     if high is not None:
         unit = _mean(drift, mask).exp()[:, None] if kind == "seq-mask-tis" else weights
-        out = ((unit < low) | (unit > high)).float()
+        out = (unit < low) | (unit > high)
         whole = kind == "seq-mask-tis"
-        log["is_oob_ratio"] = (out[:, 0] * sample_mask).sum() / seqs if whole else (out * mask).sum() / toks
-        weights = weights.clamp(low, high) if kind == "tis" else weights * (1 - out)
+        counted, total = (_selected(out[:, 0], sample_mask), seqs) if whole else (_selected(out, mask), toks)
+        log["is_oob_ratio"] = counted.sum() / total
+        weights = weights.clamp(low, high) if kind == "tis" else weights.masked_fill(out, 0.0)
     if per_sequence:
-        log["sampling_importance_ratio"] = (weights[:, 0] * sample_mask).sum() / seqs
+        log["sampling_importance_ratio"] = _selected(weights[:, 0], sample_mask).sum() / seqs
     else:
-        log["sampling_importance_ratio"] = (weights * mask).sum() / toks
+        log["sampling_importance_ratio"] = _selected(weights, mask).sum() / toks
     return log

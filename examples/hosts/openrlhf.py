@@ -60,6 +60,7 @@ class FusedPolicyLoss(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """(loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio)"""
         mask = torch.ones_like(log_probs) if action_mask is None else action_mask
+        kept = mask != 0  # selects: what stands at a masked token is never read, NaN included
         corrected = "sampling_correction" in self.config
         old = rollout_log_probs if self.gspo and self.level != "off" else old_log_probs
         if self.token_level:
@@ -68,18 +69,21 @@ class FusedPolicyLoss(nn.Module):
         elif global_batch_size is None:
             reduction = {"loss_agg_mode": "seq-mean-token-mean"}
         else:
-            scale = dp_size * mask.shape[0] / global_batch_size
+            scale = dp_size * mask.shape[0] / _at_least_1(global_batch_size)
             reduction = {"loss_agg_mode": "sequence-mean", "loss_scale": scale}
         out = policy_loss(log_probs, advantages, old_logps=old, completion_mask=mask, **reduction, **self.config,
                           sampling_logps=rollout_log_probs if corrected else None)  # fmt: skip
 
         def mean(x: torch.Tensor) -> torch.Tensor:
-            return (x * mask).sum() / mask.sum()
+            return torch.where(kept, x, 0.0).sum() / kept.sum().clamp_min(1)
+
+        def per_sequence(x: torch.Tensor) -> torch.Tensor:
+            return torch.where(kept, x, 0.0).sum(1) / kept.sum(1).clamp_min(1)
 
         logps = log_probs.detach()
         r = (logps - old).clamp(-20.0, 20.0)
         if self.gspo:
-            r = (((logps - old) * mask).sum(1) / mask.sum(1).clamp_min(1))[:, None].expand_as(logps)
+            r = per_sequence(logps - old)[:, None].expand_as(logps)
         ratio = r.exp()
         clipped = ratio.clamp(self.low, self.high) * advantages < ratio * advantages
         drift = old_log_probs - logps
@@ -87,9 +91,15 @@ class FusedPolicyLoss(nn.Module):
             return out.loss, mean(clipped.float()), mean(drift), None, None
         mismatch = old_log_probs - rollout_log_probs
         if self.level == "seq":
-            unit = ((mismatch * mask).sum(1) / mask.sum(1)).exp()
-            filtered = ((unit < self.threshold[0]) | (unit > self.threshold[1])).float().mean()
+            unit = per_sequence(mismatch).exp()
+            outside = (unit < self.threshold[0]) | (unit > self.threshold[1])
+            filtered = (outside & kept.any(1)).float().mean()
         else:
             unit = mismatch.exp()
             filtered = mean(((unit < self.threshold[0]) | (unit > self.threshold[1])).float())
         return out.loss, mean(clipped.float()), mean(drift), -mean(mismatch), filtered
+
+
+def _at_least_1(count: torch.Tensor | float) -> torch.Tensor | float:
+    """A divisor; a batch without a token has a count of 0."""
+    return count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1)

@@ -30,10 +30,11 @@ class FusedActorWorker(ActorWorker):
         cfg, batch = self.pipeline_config, data.batch
         self._check(data, output_tensor)
         mask = batch["response_mask"][:, 1:].long()
+        kept = mask != 0  # selects: what stands at a masked token is never read, NaN included
         B, T = mask.shape
         low, high = (cfg.pg_clip_low, cfg.pg_clip_high) if cfg.use_pg_clip_range else (cfg.pg_clip, cfg.pg_clip)
-        tokens = data.meta_info["batch_num_tokens"]["response_mask"]
-        samples = data.meta_info["global_valid_samples"]["response_mask"]
+        tokens = _at_least_1(data.meta_info["batch_num_tokens"]["response_mask"])
+        samples = _at_least_1(data.meta_info["global_valid_samples"]["response_mask"])
         mode, scale = {
             "token-mean": ("token-sum", 1 / tokens),
             "seq-mean-token-sum": ("token-sum", 1 / samples),
@@ -49,10 +50,10 @@ class FusedActorWorker(ActorWorker):
         )  # fmt: skip
 
         def reduce(x: torch.Tensor) -> torch.Tensor:  # ROLL's agg_loss
-            per_sequence = mask.sum(1).clamp_min(1) if mode == "sequence-mean" else 1
-            return scale * ((x * mask).sum(1) / per_sequence).sum() / (B if mode == "sequence-mean" else 1)
+            x = torch.where(kept, x, 0.0).sum(1)
+            return scale * ((x / mask.sum(1).clamp_min(1)).mean() if mode == "sequence-mean" else x.sum())
 
-        r, u = (out.logps - old) * mask, (ref - out.logps) * mask
+        r, u = (torch.where(kept, x, 0.0) for x in (out.logps - old, ref - out.logps))
         ratio = r.exp()
         below, above = (ratio < 1 - low).float(), (ratio > 1 + high).float()
         kl_loss = reduce((u.exp() - u - 1).clamp(max=10.0))
@@ -61,9 +62,9 @@ class FusedActorWorker(ActorWorker):
             "actor/ppo_ratio_high_clipfrac": above.mean(),
             "actor/ppo_ratio_low_clipfrac": below.mean(),
             "actor/ppo_ratio_clipfrac": (below + above).mean(),
-            "actor/ratio_mean": ((ratio * mask).sum(1) / mask.sum(1).clamp_min(1)).mean(),
-            "actor/ratio_max": (ratio * mask).max(),
-            "actor/ratio_min": ratio.masked_fill(mask == 0, 1e10).min(),
+            "actor/ratio_mean": (torch.where(kept, ratio, 0.0).sum(1) / mask.sum(1).clamp_min(1)).mean(),
+            "actor/ratio_max": torch.where(kept, ratio, 0.0).max(),
+            "actor/ratio_min": ratio.masked_fill(~kept, 1e10).min(),
             "actor/clipfrac": reduce(worse.float()),
             "actor/pg_loss": out.loss - (cfg.kl_loss_coef * kl_loss if cfg.use_kl_loss else 0.0),
             "actor/kl_loss": kl_loss,
@@ -98,3 +99,8 @@ class FusedActorWorker(ActorWorker):
                 f"logits hold {logits.shape[1]} of {data.batch['input_ids'].shape[1]} positions: FusedActorWorker has "
                 "no context parallelism. Set context_parallel_size (ulysses_size) to 1."
             )
+
+
+def _at_least_1(count: torch.Tensor | float) -> torch.Tensor | float:
+    """A divisor; a batch without a token has a count of 0."""
+    return count.clamp_min(1) if isinstance(count, torch.Tensor) else max(count, 1)

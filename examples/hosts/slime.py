@@ -44,36 +44,39 @@ def fused_policy_loss(
         return x.new_zeros(T).index_copy(0, rows, x)
 
     ids = torch.cat([tokens[-n:] for tokens, n in zip(batch["unconcat_tokens"], lengths)])
-    advantages = torch.cat(batch["advantages"])
-    old = batch["rollout_log_probs"] if args.use_rollout_logprobs else batch.get("log_probs")
-    old = torch.cat(old) if old else None
-    rollout = torch.cat(batch["rollout_log_probs"]) if batch.get("rollout_log_probs") else None
-    weights = _weights(sum_of_sample_mean, advantages)  # (R,), 0 where masked
+    weights = _weights(sum_of_sample_mean, torch.cat(batch["advantages"]))  # (R,), 0 where masked
+    kept = weights != 0
+
+    def joined(name: str) -> torch.Tensor | None:  # (R,); the reduction multiplies, and NaN times 0 would be NaN
+        return torch.where(kept, torch.cat(batch[name]), 0.0) if batch.get(name) else None
+
+    advantages, own, rollout = joined("advantages"), joined("log_probs"), joined("rollout_log_probs")
+    old = rollout if args.use_rollout_logprobs else own
     mismatch = None
     if args.use_tis:
-        mismatch = (torch.cat(batch["log_probs"]) - rollout).exp().clamp(args.tis_clip_low, args.tis_clip)
+        mismatch = (own - rollout).exp().clamp(args.tis_clip_low, args.tis_clip)
     kl_coef = args.kl_loss_coef if args.use_kl_loss else 0.0
     row_inputs = {"temperature": float(args.rollout_temperature), "return_entropy": True, **_vocab_group()}
 
     if kl_coef == 0.0 and args.entropy_coef == 0.0:  # a linear reduction is a weight: one pass over the logits
         bounds = torch.tensor([0, *ends[:-1], T], device=logits.device)
         out = fused_grpo_loss(
-            logits[0], spread(ids), spread(advantages), completion_mask=spread(weights != 0), cu_seqlens=bounds,
+            logits[0], spread(ids), spread(advantages), completion_mask=spread(kept), cu_seqlens=bounds,
             old_logps=None if old is None else spread(old), loss_agg_mode="token-sum",
             importance_weights=spread(weights if mismatch is None else weights * mismatch), **row_inputs, **config,
         )  # fmt: skip
         loss, logps, entropy = out.loss, out.logps[rows], out.entropy[rows]
         terms = {"pg_loss": loss}
     else:
-        new = token_logprobs(logits[0], spread(ids), mask=spread(weights != 0), **row_inputs)
+        new = token_logprobs(logits[0], spread(ids), mask=spread(kept), **row_inputs)
         logps, entropy = new.logps[rows], new.entropy[rows]
         bounds = torch.tensor([0, *accumulate(lengths)], device=logits.device)
-        out = policy_loss(logps, advantages, old_logps=old, completion_mask=weights != 0, cu_seqlens=bounds,
+        out = policy_loss(logps, advantages, old_logps=old, completion_mask=kept, cu_seqlens=bounds,
                           importance_weights=mismatch, reduction="none", **config)  # fmt: skip
         terms = {"pg_loss": sum_of_sample_mean(out.loss)}
         loss = terms["pg_loss"] - args.entropy_coef * sum_of_sample_mean(entropy)
     if args.use_kl_loss:
-        kl = _kl(args, logps if kl_coef else logps.detach(), torch.cat(batch["ref_log_probs"]))
+        kl = _kl(args, logps if kl_coef else logps.detach(), joined("ref_log_probs"))
         terms["kl_loss"] = sum_of_sample_mean(kl)
         if kl_coef:
             loss = loss + kl_coef * terms["kl_loss"]
@@ -82,7 +85,7 @@ def fused_policy_loss(
     old = logps if old is None else old
     drift = old - logps
     if args.advantage_estimator == "gspo":
-        drift = _sequence_means(drift, weights != 0, lengths)
+        drift = _sequence_means(drift, kept, lengths)
     ratio = (-drift).exp()
     clipped = ratio.clamp(1 - args.eps_clip, 1 + args.eps_clip_high)
     is_clipped = clipped != ratio if args.advantage_estimator == "cispo" else clipped * advantages < ratio * advantages
@@ -90,7 +93,7 @@ def fused_policy_loss(
     if rollout is not None:
         values["train_rollout_logprob_abs_diff"] = ((logps if args.use_rollout_logprobs else old) - rollout).abs()
     if mismatch is not None:
-        tis = (torch.cat(batch["log_probs"]) - rollout).exp()
+        tis = (own - rollout).exp()
         values |= {"ois": ratio, "tis": tis, "tis_abs": (tis - 1).abs(), "tis_clipfrac": (tis != mismatch).float()}
     log = {"loss": loss, **terms} | {name: sum_of_sample_mean(value) for name, value in values.items()}
     return loss, {name: value.detach() for name, value in log.items()}
@@ -146,5 +149,5 @@ def _kl(args: Namespace, logps: torch.Tensor, ref: torch.Tensor) -> torch.Tensor
 
 def _sequence_means(x: torch.Tensor, mask: torch.Tensor, lengths: list[int]) -> torch.Tensor:
     """(R,) with each sequence's mean over its unmasked tokens at each of its tokens."""
-    parts = zip((x * mask).split(lengths), mask.split(lengths))
+    parts = zip(torch.where(mask, x, 0.0).split(lengths), mask.split(lengths))
     return torch.cat([(a.sum() / m.sum().clamp_min(1)).expand_as(a) for a, m in parts])

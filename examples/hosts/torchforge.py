@@ -50,12 +50,12 @@ class FusedGRPOLoss:
         )  # fmt: skip
         log_ratio = (out.logps - generator_logprobs).clamp(-20.0, 20.0)
         held = log_ratio.exp().clamp(1 - self.clip_low, 1 + self.clip_high)
-        tokens = loss_mask.sum().clamp_min(1.0)
+        kept, tokens = loss_mask != 0, loss_mask.sum().clamp_min(1.0)
         values = {
             "loss/entropy/mean": out.metrics["entropy"],
             "loss/ratio/mean": out.metrics["ratio/mean"],
-            "loss/kl_policy/mean": -(log_ratio * loss_mask).sum() / tokens,
-            "loss/clip/clipped_ratio/mean": (held * loss_mask).sum() / tokens,
+            "loss/kl_policy/mean": -torch.where(kept, log_ratio, 0.0).sum() / tokens,
+            "loss/clip/clipped_ratio/mean": torch.where(kept, held, 0.0).sum() / tokens,
             "loss/clip/high_fraction": out.metrics["clip_ratio/high_mean"],
             "loss/clip/low_fraction": out.metrics["clip_ratio/low_mean"],
             "loss/aggregate/active_fraction": loss_mask.float().mean(),

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from grpo_kernels.linear_checks import has_adapter
+
 PROBE = 8  # tokens that a model's own logits are compared on
 TOLERANCE = 0.02  # of the largest logit; bf16 rounds it by 0.004
 FINE = 0.05  # of that, for fp32: a softcap far above the logits of the probe bends them by little
@@ -57,8 +59,10 @@ def find_head(model: PreTrainedModel) -> Head:
     head = named_head(model)
     if body(model) is model:
         raise _not_understood(model, "it has no body that stops at the hidden states (base_model)")
+    kind = type(model.get_output_embeddings()).__name__
+    if has_adapter(model.get_output_embeddings()):  # a new one may change nothing yet, and be taken for none
+        raise _not_understood(model, f"the output embedding is a {kind} with an adapter on it")
     if type(model.get_output_embeddings()) is not nn.Linear:
-        kind = type(model.get_output_embeddings()).__name__
         raise _not_understood(model, f"the output embedding is a {kind}, not a torch.nn.Linear")
     training = model.training
     try:

@@ -254,7 +254,7 @@ def _adapt_entropy_coef(trainer: GRPOTrainer, entropy: torch.Tensor, mask: torch
     """TRL's controller: one step of the coefficient per optimizer step, by the entropy of all its micro-batches."""
     if trainer.top_entropy_quantile < 1.0:
         mask = mask * trainer.get_high_entropy_mask(entropy, mask, 1 - trainer.top_entropy_quantile)
-    stats = torch.stack([(entropy * mask).sum(), mask.sum()])
+    stats = torch.stack([torch.where(mask != 0, entropy, 0.0).sum(), mask.sum()])
     if trainer._entropy_window_stats is not None:
         stats = stats + trainer._entropy_window_stats
     trainer._entropy_window_stats = stats

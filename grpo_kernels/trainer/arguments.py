@@ -2,10 +2,12 @@
 
 import argparse
 import dataclasses
+import re
 import sys
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from grpo_kernels.trainer.loss_options import members
 from grpo_kernels.trainer.options import OptionError, Options, flag
 
 DESCRIPTION = (
@@ -16,39 +18,64 @@ DESCRIPTION = (
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line; the usage of fifty options is for --help."""
+    """Says what is wrong in one line; the usage of all the options is for --help."""
 
     def error(self, message: str) -> typing.NoReturn:
         print(f"error: {message.rstrip('.')}. See --help.", file=sys.stderr)
         raise SystemExit(2)
 
 
-def _how(field: dataclasses.Field, kind: type) -> dict:
+def _how(field: dataclasses.Field, hint: object) -> dict:
     """Arguments of ``add_argument``; what is not given stays out of the result."""
-    help, choices = field.metadata["help"], field.metadata["choices"]
+    help, choices, of_loss = (field.metadata[name] for name in ("help", "choices", "of_loss"))
     if "(default: " not in help:
-        help += f" (default: {field.default})"
-    how = {"help": help.replace("%", "%%"), "default": argparse.SUPPRESS}
-    if kind is bool:
-        return how | {"action": "store_true"}
-    many = {}
-    if typing.get_origin(kind) is tuple:
-        kind = typing.get_args(kind)[0]
-        many = {"action": "append"} if kind is str else {"nargs": "+"}
-    return how | many | {
-        "type": kind, "choices": choices, "metavar": None if choices else {int: "N", float: "X", str: "TEXT"}[kind],
-    }  # fmt: skip
+        shown = {None: "none", True: "on", False: "off"} if field.default is None or field.type is bool else {}
+        help += f" (default: {shown.get(field.default, field.default)})"
+    how = {"help": help.replace("%", "%%").strip(), "default": argparse.SUPPRESS}
+    allowed = members(hint)
+    if bool in allowed:
+        return how | {"action": argparse.BooleanOptionalAction}
+    several = [member for member in allowed if typing.get_origin(member) is tuple]
+    kind = typing.get_args(several[0])[0] if several else next(member for member in allowed if member in _LETTERS)
+    many = {} if not several else {"action": "append"} if kind is str else {"nargs": "+"}
+    if of_loss:  # Options knows the names, and None among them
+        return how | many | {
+            "type": _or_none(kind) if type(None) in allowed else kind, "metavar": "NAME" if choices else _LETTERS[kind],
+        }  # fmt: skip
+    return how | many | {"type": kind, "choices": choices, "metavar": None if choices else _LETTERS[kind]}
+
+
+_LETTERS = {float: "X", int: "N", str: "TEXT"}
+
+
+def _or_none(kind: type) -> Callable[[str], object]:
+    def read(text: str) -> object:
+        return None if text == "none" else kind(text)
+
+    read.__name__ = kind.__name__  # argparse names it where it fails
+    return read
 
 
 def parser() -> argparse.ArgumentParser:
     made = Parser(prog="python -m grpo_kernels.trainer", usage="%(prog)s [options]", description=DESCRIPTION,
                   allow_abbrev=False)  # fmt: skip
+    made._negative_number_matcher = re.compile(r"-(\d|\.\d|inf)")  # values too, which argparse takes for options
+    loss = made.add_argument_group("the loss", "The fields of grpo_kernels.LossConfig.")
     types = typing.get_type_hints(Options)
     for field in dataclasses.fields(Options):
-        optional = type(None) in typing.get_args(types[field.name])
-        kind = typing.get_args(types[field.name])[0] if optional else types[field.name]
-        made.add_argument(flag(field.name), **_how(field, kind))
+        group = loss if field.metadata["of_loss"] else made
+        group.add_argument(flag(field.name), **_how(field, types[field.name]))
     return made
+
+
+def _value(name: str, value: object) -> object:
+    """As `Options` has it: several values as a tuple, and one alone as itself where a number or a pair is asked for."""
+    if not isinstance(value, list):
+        return value
+    if None in value and len(value) > 1:
+        raise OptionError(f"{flag(name)} takes none alone, or numbers.")
+    alone = len(value) == 1 and len(members(typing.get_type_hints(Options)[name])) > 1
+    return value[0] if alone else tuple(value)
 
 
 def parse(argv: Sequence[str] | None = None) -> Options:
@@ -57,8 +84,9 @@ def parse(argv: Sequence[str] | None = None) -> Options:
     With ``--resume`` those that are not given are the checkpoint's.
     """
     reader = parser()
-    given = {name: tuple(x) if isinstance(x, list) else x for name, x in vars(reader.parse_args(argv)).items()}
+    parsed = vars(reader.parse_args(argv))
     try:
+        given = {name: _value(name, value) for name, value in parsed.items()}
         if not given.get("resume"):
             return Options(**given)
         from grpo_kernels.trainer.checkpoint import Checkpoints

@@ -215,7 +215,8 @@ def check_options(options: Options, resumed: Checkpoint) -> None:
     """Raises OptionError where an option differs from the checkpoint's that may not."""
     saved = resumed.options
     for field in dataclasses.fields(Options):
-        now, then = getattr(options, field.name), saved.get(field.name, getattr(options, field.name))
+        # A checkpoint from before an option was there was trained with its default.
+        now, then = getattr(options, field.name), saved.get(field.name, field.default)
         if now != then and not field.metadata["resumable"]:
             raise OptionError(
                 f"--resume: {flag(field.name)} is {_said(then)} in the checkpoint and {_said(now)} here, and cannot "

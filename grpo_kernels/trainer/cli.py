@@ -28,8 +28,8 @@ from grpo_kernels.trainer.warmup import warm_up
 class Result(NamedTuple):
     """What `run` did."""
 
-    accuracy_before: float  # on the held-out problems, after the warm-up
-    accuracy_after: float  # the same, after GRPO
+    accuracy_before: float | None  # on the held-out problems, after the warm-up; None: not measured
+    accuracy_after: float | None  # the same, after GRPO
     metrics: Path
     curves: Path
     model: Path
@@ -128,8 +128,7 @@ def _run(
         seconds = {"warm-up": warmed_up - start, "GRPO": trained - warmed_up}
         files = {"metrics": options.metrics_dir() / "metrics.jsonl", "curves": curves, "model": options.model_dir()}
         reporter.summary(records, seconds, files)
-    accuracy = records.series("eval/accuracy")[1]
-    return Result(accuracy[0], accuracy[-1], **files)
+    return Result(*records.accuracy(), **files)
 
 
 def _reference(

@@ -44,7 +44,7 @@ class Reporter:
         self._bar = self._progress.add_task("", total=None, visible=False, status="", count="")
         self._rewards: list[float] = []
         self._last: Row = {}
-        self._accuracy = 0.0
+        self._accuracy: float | None = None
 
     def __enter__(self) -> "Reporter":
         self._progress.start()
@@ -108,7 +108,10 @@ class Reporter:
         every, size = self._options.samples_every, self._options.num_generations
         if not every or step % every:
             return
-        advantages = group_advantages(rollout.rewards, size, scale_rewards=self._options.scale_rewards).tolist()
+        advantages = group_advantages(
+            rollout.rewards, size, scale_rewards=self._options.scale_rewards, eps=self._options.advantage_eps,
+            unbiased=self._options.advantage_unbiased,
+        ).tolist()  # fmt: skip
         groups = range(0, len(advantages), size)
         first = next((i for i in groups if any(advantages[i : i + size])), 0)
         # From best to worst, evenly.
@@ -141,15 +144,18 @@ class Reporter:
         if self._live:
             self._progress.update(
                 self._bar, description="GRPO", visible=True, total=steps, completed=step,
-                status=f"reward {self._last['reward']:.3f} accuracy {self._accuracy:.3f}", count=f"{step}/{steps}",
+                status=f"reward {self._last['reward']:.3f}{self._measured(' ')}", count=f"{step}/{steps}",
             )  # fmt: skip
-        elif "eval/accuracy" in row:
-            recent = self._rewards[-self._options.eval_every :]
-            line = f"reward {sum(recent) / len(recent):.3f}  accuracy {self._accuracy:.3f}"
+        elif "eval/accuracy" in row or (not self._options.eval_every and (step % WINDOW == 0 or step == steps)):
+            recent = self._rewards[-(self._options.eval_every or WINDOW) :]
+            line = f"reward {sum(recent) / len(recent):.3f}{self._measured('  ')}"
             for name in ("kl", "entropy"):
                 if name in self._last:
                     line += f"  {name} {self._last[name]:.3f}"
             self._say(f"{line}  step {step}/{steps}  {self._last['step_time']:.2f} s")
+
+    def _measured(self, space: str) -> str:
+        return "" if self._accuracy is None else f"{space}accuracy {self._accuracy:.3f}"
 
     def summary(self, records: Rows, seconds: dict[str, float], files: dict[str, Path]) -> None:
         """The table at the end.
@@ -159,12 +165,13 @@ class Reporter:
             files: what was written, by what it is.
         """
         self._progress.stop()
-        accuracy, reward = records.series("eval/accuracy")[1], records.series("reward")[1]
+        accuracy = ["-" if value is None else f"{value:.3f}" for value in records.accuracy()]
+        reward = records.series("reward")[1]
         window = min(WINDOW, len(reward))
         table = Table(title=None, show_edge=False, pad_edge=False, header_style="bold")
         for title in ("", "before GRPO", "after GRPO"):
             table.add_column(title, justify="right" if title else "left")
-        table.add_row("accuracy, held-out, greedy", f"{accuracy[0]:.3f}", f"[bold]{accuracy[-1]:.3f}[/bold]")
+        table.add_row("accuracy, held-out, greedy", accuracy[0], f"[bold]{accuracy[1]}[/bold]")
         first, last = sum(reward[:window]) / window, sum(reward[-window:]) / window
         table.add_row(f"reward, sampled, {window} steps", f"{first:.3f}", f"{last:.3f}")
         self._say()

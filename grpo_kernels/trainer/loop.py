@@ -136,7 +136,10 @@ def step_on(
         head: of the policy, for a loss without logits; None: with logits.
     """
     # Compared with its group, before the group is split; a reward of NaN gets advantage 0.
-    advantages = group_advantages(rollout.rewards, options.num_generations, scale_rewards=config.scale_rewards)
+    advantages = group_advantages(
+        rollout.rewards, options.num_generations, scale_rewards=config.scale_rewards,
+        unbiased=config.advantage_unbiased, eps=config.advantage_eps,
+    )  # fmt: skip
     mask, temperature, rows = rollout.completion_mask, options.temperature, len(advantages)
     if options.mask_truncated_completions:
         mask = mask & rollout.ended[:, None]
@@ -218,9 +221,9 @@ def train(
     """Improves the policy in place. The reward of its own completions of training problems is all it learns from.
 
     Args:
-        log: receives a row of metrics per step, under TRL's names; and rows with ``eval/accuracy`` before
-            the first step, after the last, and every ``options.eval_every`` steps. The last is
-            ``options.steps``, or without it the one whose rewards count as solved.
+        log: receives a row of metrics per step, under TRL's names; and, unless ``options.eval_every`` is 0,
+            rows with ``eval/accuracy`` before the first step, after the last, and every so many steps. The
+            last is ``options.steps``, or without it the one whose rewards count as solved.
         reference: what the KL is to; None: the policy as it comes.
         saver: keeps the state after steps, and knows where a continued run stands.
         watch: receives every step's completions.
@@ -237,7 +240,7 @@ def train(
     optimizer = torch.optim.AdamW(policy.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     rate, drawn = rate_at(options), batches(task.train, options.batch_size, options.seed)
     progress = saver.restore(optimizer) if saver else Progress()
-    if progress.step == 0:
+    if progress.step == 0 and options.eval_every:
         log({"step": 0, "eval/accuracy": evaluate(policy, tokenizer, task)})
     for _ in range(progress.step):
         next(drawn)
@@ -270,7 +273,7 @@ def train(
             "step_time": end - start,
         })  # fmt: skip
         last = step == options.max_steps or options.solved(progress.rewards)
-        if last or step % options.eval_every == 0:
+        if options.eval_every and (last or step % options.eval_every == 0):
             log({"step": step, "eval/accuracy": evaluate(policy, tokenizer, task)})
         if saver:
             saver.save(optimizer, progress, last)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from grpo_kernels import LossConfig, ops
-from grpo_kernels.variants import KL_ESTIMATORS, LOSS_TYPES
+from grpo_kernels.trainer.loss_options import LOSS_FIELDS, LossOptions, flag, in_flags, option
+from grpo_kernels.trainer.normalise import Whole, share
 
 
 class OptionError(ValueError):
@@ -26,143 +27,129 @@ SCHEDULES = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant
              "inverse_sqrt")  # fmt: skip
 
 
-def _option(default, help: str, choices: Sequence[str] | None = None, *, resumable: bool = False):
-    """``resumable``: may differ from the checkpoint's when a run is resumed."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "resumable": resumable})
-
-
 @dataclass(frozen=True)
-class Options:
-    """Options of one run, checked on construction. Where None means a default, the default is filled in.
+class Options(LossOptions):
+    """Options of one run, checked on construction: those below, and the fields of `LossConfig`.
+
+    Where None means a default, the default is filled in; in fields of `LossConfig` it is left to that.
 
     Raises:
         OptionError: a value outside its range; the message is one line that names the flag.
     """
 
-    seed: int = _option(0, "seeds everything: weights, problems, samples; same seed, same metrics on a CPU")
-    output_dir: str = _option(
+    seed: int = option(0, "seeds everything: weights, problems, samples; same seed, same metrics on a CPU")
+    output_dir: str = option(
         "output", "where metrics, curves and model go; a finished run's files are replaced", resumable=True
     )
-    overwrite: bool = _option(False, "replace the files of a run that is not finished, too (default: off)",
+    overwrite: bool = option(False, "replace the files of a run that is not finished, too (default: off)",
                               resumable=True)  # fmt: skip
-    resume: bool = _option(
+    resume: bool = option(
         False, "continue the run in --output-dir from its last checkpoint, with its options (default: off)",
         resumable=True,
     )  # fmt: skip
-    device: str = _option("auto", "torch device, e.g. cpu or cuda:1; auto: cuda if there is one, else cpu",
+    device: str = option("auto", "torch device, e.g. cpu or cuda:1; auto: cuda if there is one, else cpu",
                           resumable=True)  # fmt: skip
-    dtype: str = _option("float32", "bfloat16: autocast, the weights stay float32", ("float32", "bfloat16"))
-    threads: int = _option(1, "CPU threads of torch; so small a model gains little from more", resumable=True)
+    dtype: str = option("float32", "bfloat16: autocast, the weights stay float32", ("float32", "bfloat16"))
+    threads: int = option(1, "CPU threads of torch; so small a model gains little from more", resumable=True)
 
-    model: str | None = _option(
+    model: str | None = option(
         None, "local folder or hub name of a causal LM (default: a tiny one with random weights, and a warm-up)"
     )
-    pad_token: str | None = _option(None, "token that pads, for a tokenizer without one (default: the tokenizer's)")
-    task: str = _option("addition", "built-in task; --dataset takes its place", TASKS)
-    dataset: str | None = _option(
+    pad_token: str | None = option(None, "token that pads, for a tokenizer without one (default: the tokenizer's)")
+    task: str = option("addition", "built-in task; --dataset takes its place", TASKS)
+    dataset: str | None = option(
         None, "JSONL file, or hub name as NAME, NAME:CONFIG or NAME:CONFIG:SPLIT (default: the built-in task)"
     )
-    eval_dataset: str | None = _option(None, "held-out problems, likewise (default: a part of --dataset)")
-    prompt_field: str = _option("prompt", "field of --dataset with the prompt: a text, or a list of messages")
-    answer_field: str = _option("answer", "field of --dataset with the answer; rewards get all fields")
-    held_out: int | None = _option(None, "problems of --dataset to hold out (default: a tenth, 200 at most)")
-    chat_template: str = _option(
+    eval_dataset: str | None = option(None, "held-out problems, likewise (default: a part of --dataset)")
+    prompt_field: str = option("prompt", "field of --dataset with the prompt: a text, or a list of messages")
+    answer_field: str = option("answer", "field of --dataset with the answer; rewards get all fields")
+    held_out: int | None = option(None, "problems of --dataset to hold out (default: a tenth, 200 at most)")
+    chat_template: str = option(
         "auto",
         "whom the tokenizer's template is applied to; auto: every prompt, if there is one; messages: prompts that "
         "are lists of messages alone; off: none",
         ("auto", "messages", "off"),
     )
-    system_prompt: str | None = _option(None, "system message in front of templated prompts (default: none)")
-    max_prompt_length: int | None = _option(None, "longer prompts, in tokens, are left out (default: no limit)")
-    max_completion_length: int | None = _option(
+    system_prompt: str | None = option(None, "system message in front of templated prompts (default: none)")
+    max_prompt_length: int | None = option(None, "longer prompts, in tokens, are left out (default: no limit)")
+    max_completion_length: int | None = option(
         None, "most tokens of a completion, the end included (default: the task's own; 256 with --dataset)"
     )
 
-    reward: tuple[str, ...] = _option(
+    reward: tuple[str, ...] = option(
         (),
         "exact_answer, format, target_length=WORDS, keyword_coherence, or your own MODULE:FUNCTION; again for "
         "another (default: exact_answer; exact_match for a built-in task)",
     )
-    reward_weights: tuple[float, ...] = _option((), "factor of each --reward in their sum (default: 1 each)")
+    reward_weights: tuple[float, ...] = option((), "factor of each --reward in their sum (default: 1 each)")
 
-    steps: int | None = _option(
+    steps: int | None = option(
         None,
         f"GRPO steps (default: until {REWARD_WINDOW} steps have a mean reward of {SOLVED_REWARD}, {MOST_STEPS} max)",
         resumable=True,
     )
-    batch_size: int = _option(64, "prompts per step; each gets a group of completions")
-    num_generations: int = _option(8, "G, completions per prompt: the group whose mean reward is the baseline")
-    num_iterations: int = _option(2, "epochs on the completions of a step; from the second update on, clipping acts")
-    num_minibatches: int = _option(1, "parts that an epoch is shuffled into, with one optimizer step each")
-    gradient_accumulation_steps: int = _option(
+    batch_size: int = option(64, "prompts per step; each gets a group of completions")
+    num_generations: int = option(8, "G, completions per prompt: the group whose mean reward is the baseline")
+    num_iterations: int = option(2, "epochs on the completions of a step; from the second update on, clipping acts")
+    num_minibatches: int = option(1, "parts that an epoch is shuffled into, with one optimizer step each")
+    gradient_accumulation_steps: int = option(
         1, "parts that a minibatch is computed in, to save memory; the gradient is the whole minibatch's"
     )
-    temperature: float = _option(1.0, "sampling temperature, which the loss uses as well")
-    top_p: float = _option(1.0, "sample from the likeliest tokens that make up this probability; the loss does not")
-    mask_truncated_completions: bool = _option(
+    temperature: float = option(1.0, "sampling temperature, which the loss uses as well")
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability; the loss does not")
+    mask_truncated_completions: bool = option(
         False, "completions that reach the maximum length take no part in the loss (default: off)"
     )
-    learning_rate: float | None = _option(None, "AdamW's peak rate (default: 2e-3, with --model 1e-6)")
-    lr_scheduler_type: str = _option("linear", "what the rate does after its warm-up, as in transformers", SCHEDULES)
-    lr_warmup_ratio: float = _option(0.1, "share of the steps over which the rate rises; constant has no rise")
-    max_grad_norm: float = _option(1.0, "gradients are scaled down to this norm")
-    gradient_checkpointing: bool = _option(
+    learning_rate: float | None = option(None, "AdamW's peak rate (default: 2e-3, with --model 1e-6)")
+    lr_scheduler_type: str = option("linear", "what the rate does after its warm-up, as in transformers", SCHEDULES)
+    lr_warmup_ratio: float = option(0.1, "share of the steps over which the rate rises; constant has no rise")
+    max_grad_norm: float = option(1.0, "gradients are scaled down to this norm")
+    gradient_checkpointing: bool = option(
         False, "compute activations again in the backward pass, to save memory (default: off)"
     )
 
-    loss_type: str = _option("grpo", "the objective", tuple(LOSS_TYPES))
-    beta: float = _option(0.04, "coefficient of the KL; 0: no reference policy")
-    kl_to: str = _option(
+    kl_to: str = option(
         "reference", "KL to the policy that GRPO starts from, or to the one that sampled", ("reference", "old")
     )
-    kl_estimator: str = _option("k3", "estimator of that KL", tuple(KL_ESTIMATORS))
-    epsilon: float = _option(0.2, "the ratio is clipped to [1 - epsilon, 1 + epsilon]")
-    epsilon_high: float | None = _option(None, "upper clip distance (default: epsilon)")
-    scale_rewards: str = _option("group", "what centred rewards are divided by", ("group", "batch", "none"))
-    entropy_coef: float = _option(0.0, "coefficient of the entropy bonus")
-
-    backend: str = _option(
+    backend: str = option(
         "auto",
         "what computes the loss; auto: triton on a GPU, torch on a CPU; reference: the float math of reference/, "
         "from a checkout",
         ("auto", "torch", "triton", "reference"),
     )
-    loss_path: str = _option(
+    loss_path: str = option(
         "auto",
         "what the loss takes; linear: hidden states and head, so that logits are never held whole; "
         "auto: linear where they would not fit their budget",
         ("auto", "logits", "linear"),
     )
-    logits_budget_gib: float = _option(4.0, "GiB that the logits of a loss and their gradient may take, for auto")
+    logits_budget_gib: float = option(4.0, "GiB that the logits of a loss and their gradient may take, for auto")
 
-    eval_every: int = _option(10, "steps between measurements of the held-out accuracy", resumable=True)
-    samples_every: int = _option(50, "steps between tables of samples; 0: none", resumable=True)
-    save_every: int = _option(50, "steps between checkpoints; one more is written at the end", resumable=True)
-    save_total_limit: int = _option(2, "checkpoints that are kept, the newest", resumable=True)
+    eval_every: int = option(10, "steps between measurements of the held-out accuracy; 0: none", resumable=True)
+    samples_every: int = option(50, "steps between tables of samples; 0: none", resumable=True)
+    save_every: int = option(50, "steps between checkpoints; one more is written at the end", resumable=True)
+    save_total_limit: int = option(2, "checkpoints that are kept, the newest", resumable=True)
 
-    warmup_steps: int | None = _option(
+    warmup_steps: int | None = option(
         None, "supervised steps before GRPO, at most; 0: start without (default: 600, with --model 0)"
     )
-    warmup_accuracy: float = _option(0.38, "the warm-up ends when the held-out accuracy reaches this")
+    warmup_accuracy: float = option(0.38, "the warm-up ends when the held-out accuracy reaches this")
 
     def __post_init__(self) -> None:
         for name, alone, with_model in (("learning_rate", 2e-3, 1e-6), ("warmup_steps", 600, 0)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, alone if self.model is None else with_model)
         self._check_ranges()
+        self._check_loss()
         self._check_sizes()
         weights, count = self.reward_weights, len(self.reward)
         _check(len(weights) in (0, count), "reward_weights", " ".join(map(str, weights)),
                f"one number per --reward, of which there are {count}")  # fmt: skip
-        try:
-            self.loss_config(max_completion_length=1)
-        except ValueError as error:  # options that are fine by themselves and have no meaning together
-            raise OptionError(str(error)) from None
 
     def _check_ranges(self) -> None:
         _check(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         for name in ("steps", "batch_size", "num_iterations", "num_minibatches", "gradient_accumulation_steps",
-                     "eval_every", "save_every", "save_total_limit", "threads", "held_out", "max_prompt_length",
+                     "save_every", "save_total_limit", "threads", "held_out", "max_prompt_length",
                      "max_completion_length"):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
@@ -171,7 +158,7 @@ class Options:
         for name in ("temperature", "learning_rate", "max_grad_norm", "logits_budget_gib"):
             value = getattr(self, name)
             _check(0 < value < math.inf, name, value, "a finite number above 0")
-        for name in ("warmup_steps", "samples_every"):
+        for name in ("warmup_steps", "samples_every", "eval_every"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(0 < self.warmup_accuracy < 1, "warmup_accuracy", self.warmup_accuracy, "between 0 and 1")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
@@ -179,13 +166,22 @@ class Options:
         for field in dataclasses.fields(self):
             choices = field.metadata["choices"]
             value = getattr(self, field.name)
-            _check(not choices or value in choices, field.name, value, f"one of {', '.join(choices or ())}")
-        for name in ("beta", "epsilon", "epsilon_high"):
-            value = getattr(self, name)
-            _check(value is None or 0 <= value < math.inf, name, value, "a finite number, 0 or more")
-        for value in (self.entropy_coef, *self.reward_weights):
-            name = "entropy_coef" if value is self.entropy_coef else "reward_weights"
-            _check(math.isfinite(value), name, value, "finite")
+            names = ", ".join(choice or "none" for choice in choices or ())
+            _check(not choices or value in choices, field.name, value, f"one of {names}")
+        for value in self.reward_weights:
+            _check(math.isfinite(value), "reward_weights", value, "finite")
+
+    def _check_loss(self) -> None:
+        try:
+            config = self.loss_config(max_completion_length=1)
+            share(config, Whole(1, 1), Whole(1, 1))
+        except (ValueError, TypeError) as error:
+            raise OptionError(in_flags(str(error))) from None
+        if config.top_entropy_quantile < 1 and self.gradient_accumulation_steps > 1:
+            raise OptionError(
+                "--top-entropy-quantile ranks the tokens of a whole minibatch. Set --gradient-accumulation-steps 1, or "
+                "--num-minibatches higher."
+            )
 
     def _check_sizes(self) -> None:
         """What only has a meaning together."""
@@ -236,16 +232,8 @@ class Options:
 
     def loss_config(self, max_completion_length: int) -> LossConfig:
         """The loss's part of the options."""
-        return LossConfig(
-            loss_type=self.loss_type,
-            beta=self.beta,
-            kl_estimator=self.kl_estimator,
-            epsilon=self.epsilon,
-            epsilon_high=self.epsilon_high,
-            scale_rewards=self.scale_rewards,
-            entropy_coef=self.entropy_coef or None,
-            max_completion_length=max_completion_length,
-        )
+        own = {name: getattr(self, name) for name in LOSS_FIELDS}
+        return LossConfig(**own, max_completion_length=max_completion_length)
 
     def torch_device(self) -> torch.device:
         """The device to train on.
@@ -281,10 +269,6 @@ class Options:
 
     def checkpoints_dir(self) -> Path:
         return Path(self.output_dir) / "checkpoints"
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:

@@ -100,8 +100,10 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
     steps, values = records.series("eval/accuracy")
     accuracy.plot(steps, values, color=_BLUE, linewidth=1.8, marker="o", markersize=3.5)
     accuracy.set_ylim(-0.02, 1.02)
-    if values:
-        _note(accuracy, f"{values[0]:.3f} before, {values[-1]:.3f} after", 0.06)
+    if not values:
+        _note(accuracy, "not measured", 0.5)
+    elif None not in (ends := records.accuracy()):
+        _note(accuracy, f"{ends[0]:.3f} before, {ends[1]:.3f} after", 0.06)
 
     _panel(loss, "Loss: near 0 by construction", "watch the reward instead")
     _curve(loss, records, "loss", _GREY)

@@ -202,8 +202,8 @@ def _rewards(reward: Weighted, prompts, completions, columns: dict[str, list]) -
         )
     for i, value in enumerate(values):
         try:
-            known = value is None or math.isfinite(float(value))
-        except (TypeError, ValueError):
+            known = value is None or math.isfinite(value)  # no text, which float() would read
+        except (TypeError, ValueError, OverflowError):
             known = False
         if not known:
             raise RewardError(
