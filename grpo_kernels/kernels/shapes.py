@@ -30,11 +30,14 @@ def logprob_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave
 
     No row is needed a second time, so L2 sets no limit: many small programs, which finish and start at
     different times, keep more reads in flight than one large program whose threads wait for each other.
-    Where this was not measured (AMD), it is the shape of the gradient.
+    Measured on an H200 with 12 shapes at 8 vocabularies, see benchmarks/results/h200/shapes.csv: half a
+    copy takes 0.50; this takes 0.48 to 0.49 from V = 32000 on, and 0.51 at V = 8192. Where it was not
+    measured (AMD), the shape is that of the gradient.
     """
     if wave != 32:
         return gradient_shape(V, itemsize, vector, capped, wave)
-    return _shape(4, 4 if itemsize == 2 else 16, vector, capped, wave)
+    warps = 8 if itemsize == 4 else 4 if V > 40000 else 2
+    return _shape(4, warps, vector, capped, wave)
 
 
 def _shape(lines: int, warps: int, vector: int, capped: bool, wave: int) -> dict[str, int]:
