@@ -18,6 +18,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -192,7 +193,11 @@ def section(record: Record) -> str:
     ]
     if record.is_old:
         parts.insert(1, "**The kernels have changed since this was measured.** These are the older ones' times.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part if part.startswith(("|", "!", "#")) else _wrapped(part) for part in parts) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(lines: Sequence[Line]) -> str:
