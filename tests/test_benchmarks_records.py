@@ -78,7 +78,11 @@ def test_without_git(place, monkeypatch, capsys):
 def test_another_record_is_one_command(place, capsys):
     (place / "results" / "newer").mkdir()
     shutil.copy(place / "results" / "new" / "results.json", place / "results" / "newer")
-    beside = {"kernels_commit": "feedbeefcafe", "command": "python -m benchmarks --suite gpu --minutes 2 --out DIR"}
+    beside = {
+        "date": NEW["date"],
+        "kernels_commit": "feedbeefcafe",
+        "command": "python -m benchmarks --suite gpu --minutes 2 --out DIR",
+    }
     (place / "results" / "newer" / "record.json").write_text(json.dumps(beside))
     assert records.main(["--write", "newer"]) == 0
     text = flat((place / "README.md").read_text())
@@ -87,6 +91,31 @@ def test_another_record_is_one_command(place, capsys):
     assert records.main(["--write", "none"]) == 1 and "There are: new, newer." in capsys.readouterr().err
     (place / "README.md").write_text("no section")
     assert records.main(["--write"]) == 1 and "no section" in capsys.readouterr().err
+
+
+def test_results_are_adopted(place, monkeypatch, capsys):
+    def git(*command):
+        return "feedbeefcafe" if "rev-parse" in command else None
+
+    monkeypatch.setattr(environment, "run", git)
+    source = place / "results" / "new"
+    shutil.move(source, place / "run")
+    assert records.main(["--adopt", str(place / "run"), "h100"]) == 1  # the kernels are other ones
+    assert "--commit" in capsys.readouterr().err and not records.names()
+    monkeypatch.setattr(environment, "kernels_digest", lambda: "0123")
+    assert records.main(["--adopt", str(place / "run"), "h100"]) == 0
+    text = flat((place / "README.md").read_text())
+    assert "<!-- record:h100 -->" in text and "kernels of commit feedbee" in text and "changed since" not in text
+    assert (place / "results" / "h100" / records.PLOT).exists() and records.main(["--check"]) == 0
+    assert records.main(["--adopt", str(place / "run"), "h100", "--commit", "abcdef0123"]) == 0
+    assert "kernels of commit abcdef0" in flat((place / "README.md").read_text())
+    assert plots.load(place / "results" / "h100")["environment"]["commit"] == "abcdef0123"
+    assert records.main(["--adopt", str(place / "nothing"), "h100"]) == 1
+
+
+def test_a_record_json_of_another_run_is_refused(place, capsys):
+    (place / "results" / "new" / "record.json").write_text(json.dumps({"date": "2020", "kernels_commit": "feedbee"}))
+    assert records.main(["--check"]) == 1 and "is of 2020, the results beside it are of 2026" in capsys.readouterr().err
 
 
 def test_the_section_says_all(place):
