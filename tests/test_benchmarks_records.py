@@ -94,6 +94,7 @@ def test_another_record_is_one_command(place, capsys):
 
 
 def test_results_are_adopted(place, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
     def git(*command):
         return "feedbeefcafe" if "rev-parse" in command else None
 
@@ -160,6 +161,7 @@ def test_the_table_is_short_and_hides_no_loss(place):
 
 
 def test_the_plot_holds_the_table(place):
+    pytest.importorskip("matplotlib")
     lines = records.quoted(records.load("new").rows)
     fig = plots.copy_multiples(NEW, records.load("new").rows)
     logits, heads = fig.axes
