@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import textwrap
 import time
@@ -119,7 +120,7 @@ def main(argv: Sequence[str] | None = None, who: Sequence[Implementation] | None
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     name, cases = choose_cases(arguments, device)
-    where = environment.describe(device) | {"suite": name, "seed": arguments.seed}
+    where = environment.describe(device) | {"suite": name, "seed": arguments.seed, "command": command(argv)}
     print(report.header(where), flush=True)
     if arguments.suite and name != arguments.suite:
         print(f"Suite {arguments.suite!r}, on this device: {name!r}.", flush=True)
@@ -141,6 +142,14 @@ def main(argv: Sequence[str] | None = None, who: Sequence[Implementation] | None
     if broken:
         print(f"grpo_kernels failed in {len(broken)} of its rows, see above", file=sys.stderr)
     return 1 if broken else 0
+
+
+def command(argv: Sequence[str] | None) -> str:
+    """As it would be typed, DIR in the place of where results go."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    if "--out" in given[:-1]:
+        given[given.index("--out") + 1] = "DIR"
+    return f"python -m benchmarks {shlex.join(given)}".strip()
 
 
 def run(

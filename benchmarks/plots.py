@@ -325,6 +325,9 @@ def load(directory: Path) -> dict[str, object]:
         raise PlotError(f"{path}: {error.strerror}; python -m benchmarks --out {directory} writes it") from None
     except ValueError as error:
         raise PlotError(f"{path} is not JSON: {error}") from None
+    beside = directory / "record.json"
+    if beside.exists():  # the machine that measured may have had a commit of its own
+        results["environment"]["commit"] = json.loads(beside.read_text())["kernels_commit"]
     needed = {"objective", "zero_advantage", "label", "extra_bytes", "share_of_copy_bandwidth"}
     if not all(needed <= set(row) for row in results.get("rows", [{}])):
         raise PlotError(f"{path} was written by an older version; run python -m benchmarks --out {directory} again")

@@ -1,12 +1,13 @@
 """What was measured and is kept in `benchmarks/results`, and the README's table of it.
 
-    python -m benchmarks.records                # which records there are, and which speak of older kernels
-    python -m benchmarks.records --write        # the README's section anew
-    python -m benchmarks.records --write NAME   # from another record: benchmarks/results/NAME
-    python -m benchmarks.records --check        # exit 1 if the README's section is stale
+    python -m benchmarks.records                    # which records there are, and which speak of older kernels
+    python -m benchmarks.records --write            # the README's section anew
+    python -m benchmarks.records --write NAME       # from another record: benchmarks/results/NAME
+    python -m benchmarks.records --adopt DIR NAME   # keep DIR's results as the record NAME, and write from it
+    python -m benchmarks.records --check            # exit 1 if the README's section is stale
 
-A record is what `python -m benchmarks --out DIR` writes. A `record.json` beside it says what the results do not: the
-commit of the kernels, the command. In the README the section stands between two markers, the first of which names it:
+A record is what `python -m benchmarks --out DIR` writes. A `record.json` beside it says what these results do not, such
+as the commit of the kernels. In the README the section stands between two markers, the first of which names it:
 
     <!-- record:h200 -->
     <!-- /record -->
@@ -18,6 +19,7 @@ import argparse
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +91,10 @@ def load(name: str) -> Record:
         raise RecordError(f"{folder / 'results.json'}: {error.strerror}. There are: {', '.join(names())}.") from None
     beside = folder / "record.json"
     more = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
-    return Record(name, results["environment"] | more, results["rows"])
+    where = results["environment"]
+    if more and more.get("date") != where["date"]:
+        raise RecordError(f"{beside} is of {more.get('date')}, the results beside it are of {where['date']}")
+    return Record(name, where | more, results["rows"])
 
 
 def names() -> list[str]:
@@ -99,6 +104,37 @@ def names() -> list[str]:
         if json.loads(path.read_text(encoding="utf-8")).get("environment", {}).get("device_type") == "cuda":
             found.append(path.parent.name)
     return found
+
+
+def adopt(directory: Path, name: str, commit: str | None) -> None:
+    """Copies results and draws them; says which commit's kernels they speak of.
+
+    Raises:
+        RecordError: there are no results, or the commit is not known.
+    """
+    try:
+        where = json.loads((directory / "results.json").read_text(encoding="utf-8"))["environment"]
+    except OSError as error:
+        raise RecordError(f"{directory / 'results.json'}: {error.strerror}") from None
+    if commit is None:
+        files = [str(path) for path in environment.kernel_files()]
+        same = where.get("kernels") == environment.kernels_digest()
+        edited = environment.run("git", "status", "--porcelain", "--", *files)
+        commit = environment.run("git", "rev-parse", "HEAD") if same and not edited else None
+        if commit is None:
+            raise RecordError("these are not the kernels of this checkout's commit: say which one's with --commit")
+    folder = RESULTS / name
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in (*folder.glob("*.png"), *folder.glob("record.json")):
+        path.unlink()
+    for file in ("results.json", "results.csv"):
+        (folder / file).write_bytes((directory / file).read_bytes())
+    more = {"date": where["date"], "kernels_commit": commit}
+    (folder / "record.json").write_text(json.dumps(more, indent=2) + "\n", encoding="utf-8")
+
+    from benchmarks import plots  # which reads records
+
+    print(*plots.draw(folder), sep="\n")
 
 
 # --- what is quoted -----------------------------------------------------------------------------------------
@@ -192,7 +228,11 @@ def section(record: Record) -> str:
     ]
     if record.is_old:
         parts.insert(1, "**The kernels have changed since this was measured.** These are the older ones' times.")
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part if part.startswith(("|", "!", "#")) else _wrapped(part) for part in parts) + "\n"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(lines: Sequence[Line]) -> str:
@@ -291,9 +331,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.records", description=__doc__.split("\n")[0])
     todo = parser.add_mutually_exclusive_group()
     todo.add_argument("--write", nargs="?", const="", metavar="NAME", help="write the README's section, from NAME")
+    todo.add_argument("--adopt", nargs=2, metavar=("DIR", "NAME"), help="keep DIR's results as NAME, and write from it")
     todo.add_argument("--check", action="store_true", help="exit 1 if the README's section is stale")
+    parser.add_argument("--commit", help="with --adopt: whose kernels they are (default: this checkout's, if it is)")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.adopt:
+            adopt(Path(arguments.adopt[0]), arguments.adopt[1], arguments.commit)
+            arguments.write = arguments.adopt[1]
         if arguments.write is None and not arguments.check:
             print(*listing(), sep="\n")
             return 0

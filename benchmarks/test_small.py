@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.baselines_peers import implementations
 from benchmarks.cases import GPT2, MODES, QWEN, Case
-from benchmarks.suite import bind, prepare
+from benchmarks.suite import bind, offers, prepare
 
 pytest.importorskip("pytest_benchmark", reason="pip install pytest-benchmark")
 
@@ -22,7 +22,7 @@ if DEVICE.type == "cuda":
 else:
     CASES = [Case(2, 16, 32000, dtype) for dtype in (torch.float32, torch.bfloat16)]
     CASES.append(Case(2, 16, 32000, torch.bfloat16, objective="sequence"))
-WHO = implementations()
+WHO = implementations("auto")
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name.replace(" ", "-"))
@@ -52,7 +52,7 @@ def test_copy(benchmark, prepared):
 @pytest.mark.parametrize("who", WHO, ids=[i.name.replace(" ", "-") for i in WHO])
 def test_small(benchmark, prepared, who, mode):
     inputs, oracle, scratch = prepared
-    if mode not in who.calls or mode not in inputs.case.modes:
+    if not offers(who, inputs.case, mode):
         pytest.skip(f"{who.name} has no mode {mode!r} in this case")
     if reason := who.missing(inputs.case, DEVICE):
         pytest.skip(f"{who.name}: {reason}")

@@ -70,7 +70,7 @@ def warm_up(suite: str, modes: Sequence[str], processes: int | None = None, seco
     running = [
         subprocess.Popen(
             [*command, "--part", f"{i}/{number}"], cwd=root, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
         for i in range(number)
     ]  # fmt: skip
@@ -79,14 +79,15 @@ def warm_up(suite: str, modes: Sequence[str], processes: int | None = None, seco
     problems = []
     for i, process in enumerate(running):
         try:
-            output, _ = process.communicate(timeout=max(0.1, start + seconds - time.monotonic()))
+            output, errors = process.communicate(timeout=max(0.1, start + seconds - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             problems.append(f"process {i} was not done after {seconds:.0f} s")
             continue
-        lines = output.strip().splitlines()
-        problems += lines[-1:] if process.returncode else lines
+        problems += output.strip().splitlines()
+        if process.returncode:
+            problems.append((errors.strip().splitlines() or [f"process {i} ended with {process.returncode}"])[-1])
     spent = f"Kernels compiled beforehand by {number} processes in {time.monotonic() - start:.0f} s."
     return "\n".join([spent, *(f"  {problem}" for problem in dict.fromkeys(problems))])
 

@@ -56,6 +56,8 @@ def test_command_measures_and_writes(device, tmp_path, capsys):
     for key in ("date", "device", "driver", "cpu", "torch", "triton", "liger_kernel", "grpo_kernels"):
         assert key in where
     assert "commit" in where and len(where["kernels"]) == 16
+    assert where["command"].startswith("python -m benchmarks --shapes 2x5x97")
+    assert where["command"].endswith("--out DIR")
     assert where["torch"] == torch.__version__ and where["device"]
     rows = results["rows"]
     assert {tuple(row) for row in rows} == {tuple(field.name for field in fields(Row))}

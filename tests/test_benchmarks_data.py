@@ -255,7 +255,7 @@ def test_cuda_clock(monkeypatch):
 
 
 @pytest.mark.parametrize("module, name", [("trl.kernels", "TRL kernel"), ("liger_kernel", "Liger-Kernel")])
-@pytest.mark.parametrize("what", [{"masked": 0.25}, {"zero_advantage": 0.5}, {"objective": "sequence"}], ids=str)
+@pytest.mark.parametrize("what", [{}, {"masked": 0.25}, {"zero_advantage": 0.5}, {"objective": "sequence"}], ids=str)
 def test_peers_compute_the_same(module, name, what):
     """In Triton's interpreter, where there is no GPU. Masked rows are not read."""
     pytest.importorskip(module)

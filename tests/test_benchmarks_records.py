@@ -1,6 +1,7 @@
 """Records of measurements: which kernels they speak of, and the README's section."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -21,6 +22,11 @@ def place(monkeypatch, tmp_path):
     rows = made_up(SUITES["gpu"])
     report.write(tmp_path / "results" / "new", NEW, rows)
     return tmp_path
+
+
+def flat(text):
+    """A paragraph on a line."""
+    return re.sub(r"(?<=[^\n|])\n(?=[^\n|])", " ", text)
 
 
 def test_the_readme_is_up_to_date():
@@ -72,20 +78,49 @@ def test_without_git(place, monkeypatch, capsys):
 def test_another_record_is_one_command(place, capsys):
     (place / "results" / "newer").mkdir()
     shutil.copy(place / "results" / "new" / "results.json", place / "results" / "newer")
-    beside = {"kernels_commit": "feedbeefcafe", "command": "python -m benchmarks --suite gpu --minutes 2 --out DIR"}
+    beside = {
+        "date": NEW["date"],
+        "kernels_commit": "feedbeefcafe",
+        "command": "python -m benchmarks --suite gpu --minutes 2 --out DIR",
+    }
     (place / "results" / "newer" / "record.json").write_text(json.dumps(beside))
     assert records.main(["--write", "newer"]) == 0
-    text = (place / "README.md").read_text()
-    assert (
-        "<!-- record:newer -->" in text and "kernels of commit feedbee, `python -m benchmarks --suite gpu --min" in text
-    )
+    text = flat((place / "README.md").read_text())
+    assert "<!-- record:newer -->" in text
+    assert "kernels of commit feedbee, `python -m benchmarks --suite gpu --minutes 2 --out DIR`" in text
     assert records.main(["--write", "none"]) == 1 and "There are: new, newer." in capsys.readouterr().err
     (place / "README.md").write_text("no section")
     assert records.main(["--write"]) == 1 and "no section" in capsys.readouterr().err
 
 
+def test_results_are_adopted(place, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    def git(*command):
+        return "feedbeefcafe" if "rev-parse" in command else None
+
+    monkeypatch.setattr(environment, "run", git)
+    source = place / "results" / "new"
+    shutil.move(source, place / "run")
+    assert records.main(["--adopt", str(place / "run"), "h100"]) == 1  # the kernels are other ones
+    assert "--commit" in capsys.readouterr().err and not records.names()
+    monkeypatch.setattr(environment, "kernels_digest", lambda: "0123")
+    assert records.main(["--adopt", str(place / "run"), "h100"]) == 0
+    text = flat((place / "README.md").read_text())
+    assert "<!-- record:h100 -->" in text and "kernels of commit feedbee" in text and "changed since" not in text
+    assert (place / "results" / "h100" / records.PLOT).exists() and records.main(["--check"]) == 0
+    assert records.main(["--adopt", str(place / "run"), "h100", "--commit", "abcdef0123"]) == 0
+    assert "kernels of commit abcdef0" in flat((place / "README.md").read_text())
+    assert plots.load(place / "results" / "h100")["environment"]["commit"] == "abcdef0123"
+    assert records.main(["--adopt", str(place / "nothing"), "h100"]) == 1
+
+
+def test_a_record_json_of_another_run_is_refused(place, capsys):
+    (place / "results" / "new" / "record.json").write_text(json.dumps({"date": "2020", "kernels_commit": "feedbee"}))
+    assert records.main(["--check"]) == 1 and "is of 2020, the results beside it are of 2026" in capsys.readouterr().err
+
+
 def test_the_section_says_all(place):
-    text = records.section(records.load("new"))
+    text = flat(records.section(records.load("new")))
     (line,) = (row for row in text.splitlines() if row.startswith("| forward + backward, V = 151936 bf16 "))
     assert [cell.strip() for cell in line.split("|")[2:-1]] == [
         "1.00", "**1.25**", "1.25", "1.75 (1.75)", "2.00", "14.0", "not measured"
@@ -105,7 +140,7 @@ def test_what_was_lost_is_said(place):
             row.copy_multiple = 1.8
     rows[0].do_bench_ms, rows[0].do_bench_copy_multiple = 1.5, 1.3
     report.write(place / "results" / "new", NEW, rows)
-    text = records.section(records.load("new"))
+    text = flat(records.section(records.load("new")))
     assert "forward + backward, V = 50257 bf16 out of place (3.20 beside Liger-Kernel's 1.75)" in text
     assert "sequence level, V = 151936 bf16 in place (1.80 beside Liger-Kernel's 1.75)" in text
     assert "| forward + backward, V = 50257 bf16 | 1.00 | 3.20 |" in text  # not in bold
@@ -120,12 +155,13 @@ def test_the_table_is_short_and_hides_no_loss(place):
     report.write(place / "results" / "new", NEW, rows)
     record = records.load("new")
     assert len(records.quoted(record.rows)) < 20 < len(records.all_lines(record.rows))
-    text = records.section(record)
+    text = flat(records.section(record))
     assert "| forward + backward, V = 151936 bf16, 512 rows" not in text
     assert "**Slower than another:** forward + backward, V = 151936 bf16, 512 rows out of place (3.00 beside" in text
 
 
 def test_the_plot_holds_the_table(place):
+    pytest.importorskip("matplotlib")
     lines = records.quoted(records.load("new").rows)
     fig = plots.copy_multiples(NEW, records.load("new").rows)
     logits, heads = fig.axes

@@ -316,7 +316,7 @@ def test_what_fails_to_compile_beforehand_is_said(monkeypatch):
         returncode = 1
 
         def communicate(self, timeout=None):
-            return "Traceback\nRuntimeError: no driver\n", None
+            return "", "a warning\nTraceback\nRuntimeError: no driver\n"
 
     monkeypatch.setattr("benchmarks.warm.subprocess.Popen", lambda *args, **kwargs: Process())
     text = warm.warm_up("smoke", ["loss"], processes=2)
