@@ -24,8 +24,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--pretend-gpu"):
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise pytest.UsageError("--pretend-gpu needs TRITON_INTERPRET=1: there is nothing to compile for")
+        if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
+            raise pytest.UsageError("--pretend-gpu needs CUDA_VISIBLE_DEVICES= and TRITON_INTERPRET=1: no GPU")
         pretend_gpu.pretend()
 
 
