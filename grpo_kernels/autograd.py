@@ -13,7 +13,7 @@ Two forms of the loss, with the same maths:
 import torch
 from torch import Tensor
 
-from grpo_kernels import ops, vocab
+from grpo_kernels import ops, overwritten, vocab
 from grpo_kernels.inputs import Inputs
 from grpo_kernels.plan import Plan
 from grpo_kernels.quantile import sorted_entropies
@@ -77,13 +77,16 @@ class _OneLaunch(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tensors, coefs, plan, entropy, backend, inplace):
-        if inplace:
+        guarded = inplace and overwritten.are_guarded()
+        if inplace and not guarded:
             logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
             grad = logits.detach()
         else:
             logps, entropies, loss, sums, metrics, grad = call(
                 ops.loss_op, logits, tensors, coefs, plan, entropy, backend
             )
+        if guarded:
+            overwritten.give_up(logits)
         ctx.backend = backend
         ctx.save_for_backward(grad)
         ctx.mark_non_differentiable(logps, entropies, sums, metrics)
@@ -186,8 +189,12 @@ def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tenso
 
 def write_gradient(logits, tensors, stats, g, h, up, coefs, backend, inplace) -> Tensor:
     """The gradient of the logits, in a new tensor or in the logits' own."""
-    if not inplace:
-        return call(ops.slope_op, logits, tensors, stats, g, h, up, coefs, backend)
+    guarded = inplace and overwritten.are_guarded()
+    if guarded or not inplace:
+        grad = call(ops.slope_op, logits, tensors, stats, g, h, up, coefs, backend)
+        if guarded:
+            overwritten.give_up(logits)
+        return grad
     ops.slope_op_(logits, tensors, stats, g, h, up, coefs, backend)
     return logits.detach()
 

@@ -87,8 +87,10 @@ def fused_grpo_loss(
             0-d tensor.
         loss_scale: factor of the loss, e.g. 1/gradient_accumulation_steps; a number or 0-d tensor.
         cu_seqlens: (S+1,) int, with packed input: sequence i is rows [cu_seqlens[i], cu_seqlens[i+1]).
-        inplace: write the gradient over the logits' own memory. The logits are gone afterwards; a graph
-            that still needs them raises. Has no effect when no gradient is needed.
+        inplace: write the gradient over the logits' own memory. The logits are gone afterwards. A graph built on
+            them before this call raises in its backward, if it needs them; one built afterwards (an auxiliary loss)
+            cannot, and computes with the gradient's numbers, unless GRPO_KERNELS_VALIDATE=1, which makes it raise
+            (and takes memory for the gradient). Has no effect when no gradient is needed.
         skip_zero_advantage: do not even read rows whose gradient is known to be 0 (β = 0, and A = 0: of the
             token, or of its whole sequence where tokens of a sequence depend on each other). Their
             log-probabilities are NaN, and metrics are over the rows that were read.

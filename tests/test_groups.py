@@ -216,3 +216,17 @@ def test_tensors_of_sizes_are_not_read_back():
     with launches(run=False) as seen:
         fused_grpo_loss(**inputs, num_generations=torch.zeros(2, dtype=torch.int64, device="meta"), backend="triton")
     assert [launch.name for launch in seen].count("groups_kernel") == 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compiled(backend):
+    """In one graph, which serves other sizes too; as does one number."""
+    torch._dynamo.reset()
+    case = make_case(B=6)
+    inputs = on_device({"logits": case.logits, **case.inputs(*INPUTS)})
+    compiled = torch.compile(fused_grpo_loss, fullgraph=True, backend="aot_eager")
+    for sizes in (*(torch.tensor(sizes, device=DEVICE) for sizes in ([4, 2], [3, 3], [1, 5])), 2, 3, 6):
+        want = fused_grpo_loss(**inputs, num_generations=sizes, backend=backend)
+        got = compiled(**inputs, num_generations=sizes, backend=backend)
+        torch.testing.assert_close(got.loss, want.loss)
+        assert got.metrics["reward_std"] == want.metrics["reward_std"]

@@ -43,7 +43,7 @@ def device_calls():
         {"advantages": on_meta(B)},
         {"advantages": on_meta(B, T)},
         {"rewards": on_meta(B), "num_generations": 4},
-        {"rewards": on_meta(B), "num_generations": 2, "scale_rewards": "batch"},
+        {"rewards": on_meta(B), "num_generations": on_meta(3, dtype=torch.int64), "scale_rewards": "batch"},
     ]
     kinds = [
         {}, {"dtype": torch.bfloat16, "extra": 1}, {"dtype": torch.float16}, {"reduction": "none"},
