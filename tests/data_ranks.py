@@ -7,6 +7,7 @@ import traceback
 import torch
 import torch.distributed as dist
 
+import variation
 from benchmarks.interpreter import hasten
 from cases import make_case
 from grpo_kernels import fused_grpo_loss, group_advantages
@@ -46,6 +47,7 @@ def check() -> None:
 
 
 if __name__ == "__main__":
+    variation.from_environment()
     hasten()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)

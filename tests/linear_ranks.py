@@ -18,6 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import variation
 from cases import make_case
 from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
 
@@ -241,4 +242,5 @@ def main(rank: int, store: str) -> None:
 
 
 if __name__ == "__main__":
+    variation.from_environment()
     main(int(sys.argv[1]), sys.argv[2])

@@ -142,6 +142,7 @@ def test_activation_checkpointing(backend):
     assert torch.equal(want, got)
 
 
+@pytest.mark.unshifted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", (False, True))
 def test_opcheck(inplace, backend):

@@ -39,6 +39,7 @@ def test_strided_bounds(loss_type, backend):
     assert torch.equal(got.loss, want.loss) and torch.equal(grad, want_grad)
 
 
+@pytest.mark.unshifted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_transposed_token_tensors_under_compile(reduction, backend):
