@@ -1,7 +1,6 @@
 """What the tests share: random batches, the reference's answer, and how close a dtype must come."""
 
 import dataclasses
-import functools
 
 import torch
 

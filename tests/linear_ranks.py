@@ -242,5 +242,5 @@ def main(rank: int, store: str) -> None:
 
 
 if __name__ == "__main__":
-    variation.from_environment()
+    variation.move_seeds(int(os.environ.get(variation.SEED_OFFSET, "0")))  # FSDP would not bear the other
     main(int(sys.argv[1]), sys.argv[2])

@@ -33,7 +33,7 @@ from torch import Tensor
 import reference
 
 U = 2.0**-24  # unit roundoff of fp32
-DRAWS, SAFETY = 8, 4  # the largest of eight uniform draws is below a quarter of the worst case once in 65536
+DRAWS, SAFETY = 8, 2  # the largest of eight uniform draws is below half of the worst case once in 256
 KL_METRICS = ("kl", "approx_kl")
 RUN_ONLY = ("inplace", "skip_zero_advantage", "return_entropy", "backend")  # do not change the numbers
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
@@ -127,34 +127,34 @@ def gradient_error(r: Rows, g: Tensor, h: Tensor, d_g: Tensor, d_h: Tensor) -> T
 
 
 def tail(given: dict, up, logps: Tensor, entropy: Tensor) -> dict[str, Tensor]:
-    """Everything that the objective makes of log-probs and entropies, and ∂/∂ of both."""
-    lp, H = logps.detach().clone().requires_grad_(), entropy.detach().clone().requires_grad_()
-    out = reference.policy_loss(lp, entropy=H, **given)
-    total = (out.loss * up).sum()
-    g, h = torch.autograd.grad(total, (lp, H), allow_unused=True, materialize_grads=True)
+    """Everything that the reference's objective makes of log-probs and entropies, and ∂/∂ of both."""
+    out = reference.policy_loss(logps, entropy=entropy, **given)
+    g, h = slopes((out.loss * up).sum(), logps, entropy)
     return {"loss": out.loss.detach(), "g": g, "h": h, **{f"metric {k}": v.double() for k, v in out.metrics.items()}}
+
+
+def slopes(total: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(total, of, allow_unused=True, materialize_grads=True)
 
 
 def moved(x: Tensor, size: Tensor, g: torch.Generator) -> Tensor:
     """x off by up to `size`. Equal numbers of a vector move together: what is without spread stays so."""
     if x.dim() == 1:
-        values, which = x.unique(return_inverse=True)
+        values, which = x.detach().unique(return_inverse=True)
         return x + (2 * torch.rand(len(values), generator=g, dtype=x.dtype) - 1)[which] * size
     return x + (2 * torch.rand(x.shape, generator=g, dtype=x.dtype) - 1) * size
 
 
-def objective_errors(given: dict, up, logps: Tensor, entropy: Tensor, d_logps: Tensor, d_entropy: Tensor):
-    """(exact values, errors) of `tail`, by name: see the module's docstring."""
-    exact = tail(given, up, logps, entropy)
-    floats = {k: v for k, v in given.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()}
-    sizes = {k: 4 * U * v.nan_to_num(0, 0, 0).abs() for k, v in floats.items()}
-    if "rewards" in sizes:
-        sizes["rewards"] = sizes["rewards"].amax()  # a mean is subtracted
+def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor]) -> tuple[dict, dict]:
+    """(exact results, their errors), by name, of evaluate(**inputs) where each input is off by its size."""
+
+    def at(inputs):
+        return evaluate(**{name: x.detach().clone().requires_grad_() for name, x in inputs.items()})
+
+    exact, g = at(inputs), torch.Generator().manual_seed(0)
     errors = {name: torch.zeros_like(x) for name, x in exact.items()}
-    g = torch.Generator().manual_seed(0)
     for _ in range(DRAWS):
-        near = {k: moved(v, sizes[k], g) for k, v in floats.items()}
-        other = tail({**given, **near}, up, moved(logps, d_logps, g), moved(entropy, d_entropy, g))
+        other = at({name: moved(x, sizes[name], g) for name, x in inputs.items()})
         for name, x in exact.items():
             errors[name] = torch.maximum(errors[name], (other[name] - x).abs().nan_to_num(0.0, math.inf))
     return exact, {name: SAFETY * x + 8 * U * exact[name].abs().nan_to_num(0.0) for name, x in errors.items()}
@@ -177,26 +177,24 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     dtype = dtype or logits.dtype
     kwargs = {k: v for k, v in kwargs.items() if k not in RUN_ONLY and v is not None}
     kwargs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
-    heat = kwargs.pop("temperature", 1.0)
     mask = kwargs.get("completion_mask")
     mask = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask.bool()
-    rowed = logits.detach()[: mask.shape[0]] if logits.dim() == 2 else logits.detach()[:, : mask.shape[1]]
+    heat = kwargs.pop("temperature", 1.0)
     if isinstance(heat, Tensor) and heat.dim():
         heat = _per_token(heat, mask, kwargs.get("cu_seqlens"))[mask]
-    if isinstance(d_logits, Tensor):
-        d_logits = d_logits[mask]
-    r = rows(rowed[mask], completion_ids[mask], heat, d_logits)
-
-    def spread(x):
-        return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, x)
-
-    logps = spread((r.x * r.at_token).sum(-1) - r.x.where(r.p > 0, -math.inf).logsumexp(-1))
-    entropy = spread(-(r.p * torch.where(r.p > 0, r.p, 1.0).log()).sum(-1))
-    d_logps, d_entropy = spread(r.d_logps), spread(r.d_entropy)
+    r, logps, entropy, d_logps, d_entropy = _read(logits, completion_ids, mask, heat, d_logits)
     up = 1.0 if upstream is None else torch.as_tensor(upstream, dtype=torch.float64)
     old, ref = kwargs.get("old_logps"), kwargs.get("ref_logps")
     drift = d_logps + sum(U * x.nan_to_num(0, 0, 0).abs() for x in (logps, old, ref) if x is not None)  # r, u: rounded
-    exact, errors = objective_errors(kwargs, up, logps, entropy, drift, d_entropy)
+    floats = {k: v for k, v in kwargs.items() if isinstance(v, Tensor) and v.is_floating_point() and v.numel()}
+    fixed = {k: v for k, v in kwargs.items() if k not in floats}
+    sizes = {k: 4 * U * v.nan_to_num(0, 0, 0).abs() for k, v in floats.items()}
+    if "rewards" in sizes:
+        sizes["rewards"] = sizes["rewards"].amax()  # a mean is subtracted
+    exact, errors = carried(
+        lambda logps, entropy, **given: tail({**fixed, **{k: v.detach() for k, v in given.items()}}, up, logps, entropy),
+        {"logps": logps, "entropy": entropy, **floats}, {"logps": drift, "entropy": d_entropy, **sizes},
+    )  # fmt: skip
 
     # What sums and KL estimates lose of their own terms.
     out = reference.policy_loss(logps, entropy=entropy, **kwargs)
@@ -219,11 +217,45 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
         metrics["policy_loss"] = metrics["policy_loss"] + (out.weights.abs() / w.clamp(min=1e-300) * lost).nan_to_num(
             0, 0, 0).where(mask, 0.0).sum()  # fmt: skip
     d_g = errors["g"] + kl * torch.as_tensor(up).abs()
-    inner = gradient_error(r, exact["g"][mask], exact["h"][mask], d_g[mask], errors["h"][mask])
-    grad = (exact["g"][mask][:, None] * (r.at_token - r.p) + exact["h"][mask][:, None] * r.p * (r.mean - r.x)) / r.heat
-    d_grad = torch.zeros(logits.shape, dtype=torch.float64)
-    (d_grad if logits.dim() == 2 else d_grad[:, : mask.shape[1]])[mask] = inner + written(grad, dtype, roundings)
+    d_grad = _gradient_bounds(logits, mask, r, exact, {**errors, "g": d_g}, dtype, roundings)
     return Bounds(d_loss, d_grad, d_logps, d_entropy, metrics)
+
+
+def logprob_bounds(logits, ids, mask, temperature, objective) -> Bounds:
+    """The same for `token_logprobs` and a scalar objective(logps, entropy), in fp32, whose rounding is added to theirs.
+
+    `loss` and `metrics` are empty.
+    """
+    r, logps, entropy, d_logps, d_entropy = _read(logits, ids, mask, temperature, 0.0)
+
+    def evaluate(logps, entropy):
+        g, h = slopes(objective(logps, entropy) + 0.0 * logps.sum(), logps, entropy)
+        return {"g": g.where(mask, 0.0), "h": h.where(mask, 0.0)}
+
+    sizes = {"logps": d_logps + U * logps.abs(), "entropy": d_entropy + U * entropy.abs()}
+    exact, errors = carried(evaluate, {"logps": logps, "entropy": entropy}, sizes)
+    d_grad = _gradient_bounds(logits, mask, r, exact, errors, logits.dtype, 1)
+    return Bounds(torch.zeros(()), d_grad, d_logps, d_entropy, {})
+
+
+def _read(logits, ids, mask, heat, d_logits):
+    """(Rows of the tokens that count; log-probs and entropies in float64, and their errors, 0 where masked)."""
+    rowed = logits.detach().cpu()
+    rowed = rowed[: mask.shape[0]] if logits.dim() == 2 else rowed[:, : mask.shape[1]]
+    r = rows(rowed[mask], ids[mask], heat, d_logits[mask] if isinstance(d_logits, Tensor) else d_logits)
+    lse = r.x.where(r.p > 0, -math.inf).logsumexp(-1)
+    of_rows = ((r.x * r.at_token).sum(-1) - lse, lse - r.mean[..., 0], r.d_logps, r.d_entropy)
+    return r, *(torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, x) for x in of_rows)
+
+
+def _gradient_bounds(logits, mask, r, exact, errors, dtype, roundings) -> Tensor:
+    """Of the gradient as it is written, shaped as the logits; 0 in rows that do not count."""
+    g, h = exact["g"][mask], exact["h"][mask]
+    entry = (g[:, None] * (r.at_token - r.p) + h[:, None] * r.p * (r.mean - r.x)) / r.heat
+    inner = gradient_error(r, g, h, errors["g"][mask], errors["h"][mask])
+    out = torch.zeros(logits.shape, dtype=torch.float64)
+    (out if logits.dim() == 2 else out[:, : mask.shape[1]])[mask] = inner + written(entry, dtype, roundings)
+    return out
 
 
 def _per_token(x: Tensor, mask: Tensor, cu_seqlens: Tensor | None) -> Tensor:

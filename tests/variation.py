@@ -60,7 +60,7 @@ class Shifted(TorchDispatchMode):
             return x
         storage = x.untyped_storage()._cdata
         of_inputs = (y.untyped_storage()._cdata for y in tree_leaves(given) if type(y) is torch.Tensor)
-        if x.storage_offset() or func is not torch.ops.aten.lift_fresh.default and storage in of_inputs:
+        if x.storage_offset() or (func is not torch.ops.aten.lift_fresh.default and storage in of_inputs):
             return x
         return shifted(x, self.shift)
 
