@@ -10,6 +10,9 @@ TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 # Whatever may run a kernel: everything but the tests of other things.
 TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
 
+# Whatever compares numbers that rounding reaches, and is quick.
+NUMERICAL_TESTS ?= $(foreach f,autograd edges layouts linear logprobs loss metrics objectives packed row_starts,tests/test_$(f).py)
+
 # The first interpreter that is new enough; empty if there is none.
 ifeq ($(origin PYTHON),undefined)
 PYTHON := $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python3.10 python; do \
@@ -44,7 +47,7 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-experiments test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
+.PHONY: help demo test test-variants test-experiments test-gpu test-triton test-verl bench traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -67,6 +70,9 @@ demo: $(call installed,demo) ## train a tiny model on two-digit addition with GR
 
 test: $(call installed,test) ## the whole suite on the CPU, kernels interpreted
 	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal --ignore=tests/test_experiments.py $(ARGS)
+
+test-variants: $(call installed,test) ## the tests of numbers on other data, at other addresses, with AVX2
+	ATEN_CPU_CAPABILITY=avx2 $(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(NUMERICAL_TESTS) --seed-offset=1 --shift=1 $(ARGS)
 
 test-experiments: $(call installed,test) ## the tests of the candidate kernels in benchmarks/experiments
 	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal tests/test_experiments.py $(ARGS)

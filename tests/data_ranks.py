@@ -11,6 +11,7 @@ import variation
 from benchmarks.interpreter import hasten
 from cases import make_case
 from grpo_kernels import fused_grpo_loss, group_advantages
+from tolerance import U, assert_within, bounds, steps
 
 NAMES = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "rewards")
 SPANNING = (
@@ -34,14 +35,17 @@ def check() -> None:
                 inputs = {name: value[rows] for name, value in case.inputs(*NAMES).items()}
                 out = fused_grpo_loss(x, **inputs, **common, **extra, backend=backend, data_group=group)
                 grads.append(torch.autograd.grad(out.loss, x)[0])
-            torch.testing.assert_close(grads[1], grads[0][part], rtol=1e-5, atol=1e-8)
+            allowed = bounds(case.logits, **case.inputs(*NAMES), **common, **extra).grad[part]
+            assert_within(grads[1], grads[0][part], allowed, "gradient", factor=2)
             if "scale_rewards" in extra:
                 alone = fused_grpo_loss(x, **inputs, **common, **extra, backend=backend)  # this rank by itself
                 (other,) = torch.autograd.grad(alone.loss, x)
                 assert not torch.allclose(other, grads[0][part], rtol=1e-3)
                 mine = group_advantages(case.rewards[part], 2, scale_rewards="batch", data_group=dist.group.WORLD)
                 whole = group_advantages(case.rewards, 2, scale_rewards="batch")[part]
-                torch.testing.assert_close(mine, whole, rtol=1e-6, atol=0.0)
+                # R − mean, over σ: the difference is of rewards, and is rounded as they are
+                size = case.rewards.nan_to_num().abs().max() / case.rewards[~case.rewards.isnan()].std()
+                assert_within(mine, whole, 2 * (8 + steps(6)) * U * (size + whole.abs()), "advantages")
     flat = group_advantages(torch.full((4,), 0.7), 2, scale_rewards="batch", data_group=dist.group.WORLD)
     assert not flat.any()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import reference
-from tolerance import EPS, RUN_ONLY, Bounds, U, assert_within, bounds, steps, written
+from tolerance import EPS, RUN_ONLY, Bounds, U, assert_within, bounds, logprob_bounds, steps, written
 
 LINEAR_ONLY = (*RUN_ONLY, "chunk_bytes", "num_rows", "accumulate_in_fp32")
 HALF = (torch.bfloat16, torch.float16)
@@ -27,8 +27,10 @@ def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_s
         roundings: how often a gradient is rounded on its way out, once more for an upstream gradient.
     """
     dtype = head["hidden"].dtype
-    h, W, b = (None if head[name] is None else head[name].detach().cpu().double() for name in ("hidden", "weight", "bias"))
-    kwargs = {k: v for k, v in {**inputs, **kwargs}.items() if k not in LINEAR_ONLY and v is not None}
+    given = (head.get(name) for name in ("hidden", "weight", "bias"))
+    h, W, b = (x if x is None else x.detach().cpu().double() for x in given)
+    kwargs = {k: v for k, v in {**inputs, **kwargs}.items() if k not in LINEAR_ONLY}
+    kwargs = {k: v.cpu() if torch.is_tensor(v) else v for k, v in kwargs.items()}
     z, d_z = product(h, W, b, dtype)
     z, slope, d_z, d_slope = capped(z, d_z, logit_scale, softcap)
     allowed = bounds(z, **kwargs, upstream=upstream, d_logits=d_z, dtype=torch.float64)
@@ -39,6 +41,19 @@ def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_s
     up = torch.ones_like(loss) if upstream is None else torch.as_tensor(upstream, dtype=torch.float64)
     (g,) = torch.autograd.grad(loss, leaf, up.expand_as(loss))
     return allowed, carried_on(g, allowed.grad, slope, d_slope, h, W, b, dtype, frozen, roundings)
+
+
+def linear_logprob_bounds(head, ids, mask, temperature, objective, *, logit_scale=1.0, softcap=None):
+    """The same for `linear_token_logprobs` and a scalar objective(logps, entropy)."""
+    dtype = head["hidden"].dtype
+    given = (head.get(name) for name in ("hidden", "weight", "bias"))
+    h, W, b = (x if x is None else x.detach().cpu().double() for x in given)
+    z, slope, d_z, d_slope = capped(*product(h, W, b, dtype), logit_scale, softcap)
+    allowed = logprob_bounds(z, ids, mask, temperature, objective, d_z, torch.float64)
+    leaf = z.clone().requires_grad_()
+    lp, H = reference.token_logprobs(leaf, ids, temperature, mask)
+    (g,) = torch.autograd.grad(objective(lp, H), leaf)
+    return allowed, carried_on(g, allowed.grad, slope, d_slope, h, W, b, dtype)
 
 
 def product(h, W, b, dtype) -> tuple[Tensor, Tensor]:

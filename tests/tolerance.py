@@ -24,9 +24,12 @@ Two ways that both round may each be off: twice the bound. What must be equal to
 `torch.equal`.
 """
 
+import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -48,6 +51,11 @@ def steps(n: int) -> int:
 def written(x: Tensor, dtype: torch.dtype, roundings: int = 1) -> Tensor:
     """What is lost on writing x: a unit in the last place, as the interpreter truncates where hardware rounds."""
     return roundings * EPS[dtype] * x.abs() + LEAST.get(dtype, 0.0)
+
+
+def near(value, n: int = 1):
+    """A number by hand that comes of n fp32 terms of one sign and of some eight operations besides."""
+    return pytest.approx(value, rel=(8 + steps(n)) * U, abs=0.0)
 
 
 class Bounds(NamedTuple):
@@ -103,7 +111,8 @@ def rows(logits: Tensor, ids: Tensor, heat, d_logits: Tensor | float = 0.0) -> R
     x = x.where(x.isfinite(), 0.0)
     moved = torch.as_tensor(d_logits, dtype=torch.float64) / heat.abs()
     d_x = 3 * U * x.abs() + moved
-    d_lse = U * (8 * x.abs().amax(-1, keepdim=True) + 4 + steps(V) + 2 * math.log(V)) + (p * moved).sum(-1, keepdim=True)
+    d_lse = U * (8 * x.abs().amax(-1, keepdim=True) + 4 + steps(V) + 2 * math.log(V))
+    d_lse = d_lse + (p * moved).sum(-1, keepdim=True)
     at_token = torch.zeros_like(x).scatter_(-1, ids[..., None].long(), 1.0)
     x_token = (x * at_token).sum(-1, keepdim=True)
     d_logps = U * (x_token - lse).abs() + (d_x * at_token).sum(-1, keepdim=True) + d_lse
@@ -126,9 +135,9 @@ def gradient_error(r: Rows, g: Tensor, h: Tensor, d_g: Tensor, d_h: Tensor) -> T
 # --- the objective -------------------------------------------------------------------------------
 
 
-def tail(given: dict, up, logps: Tensor, entropy: Tensor) -> dict[str, Tensor]:
+def tail(fixed: dict, up, logps: Tensor, entropy: Tensor, **floats: Tensor) -> dict[str, Tensor]:
     """Everything that the reference's objective makes of log-probs and entropies, and ∂/∂ of both."""
-    out = reference.policy_loss(logps, entropy=entropy, **given)
+    out = reference.policy_loss(logps, entropy=entropy, **fixed, **{k: v.detach() for k, v in floats.items()})
     g, h = slopes((out.loss * up).sum(), logps, entropy)
     return {"loss": out.loss.detach(), "g": g, "h": h, **{f"metric {k}": v.double() for k, v in out.metrics.items()}}
 
@@ -160,6 +169,29 @@ def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor]) -> tu
     return exact, {name: SAFETY * x + 8 * U * exact[name].abs().nan_to_num(0.0) for name, x in errors.items()}
 
 
+def bounds_of(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Of fp32 runs of any evaluate(**inputs) -> {name: tensor}: its inputs moved as above, and its own sums.
+
+    Args:
+        sizes: the errors of the inputs. None: those of a row of logits, U·(8·M + 4 + steps(V) + 2·log V), which
+            log-probs and weights get too, by the largest number of their last dimension.
+
+    An entry is taken to be the sum of 32 terms as large as the largest entry of its tensor, of terms of size 1 in a
+    metric: a ratio near 1, a KL estimate that is small.
+    """
+    inputs = {name: x.detach().double() for name, x in inputs.items()}
+    exact, errors = carried(evaluate, inputs, sizes or {name: row_size(x) for name, x in inputs.items()})
+    least = {name: 1.0 if x.dim() == 0 else 0.0 for name, x in exact.items()}
+    size = {name: max(x.abs().nan_to_num(0.0).max().item(), least[name]) for name, x in exact.items()}
+    return {name: errors[name] + steps(32) * U * size[name] for name in exact}
+
+
+def row_size(x: Tensor) -> Tensor:
+    V = x.shape[-1] if x.dim() else 1
+    M = x.nan_to_num(0, 0, 0).abs().amax(-1, keepdim=True) if x.dim() else x.abs()
+    return U * (8 * M + 4 + steps(V) + 2 * math.log(V))
+
+
 def kl_size(u: Tensor) -> Tensor:
     """The terms of e^u − 1 − u, or of another estimate."""
     return u.exp() + u.abs() + u.square() + 1
@@ -175,7 +207,10 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
         d_logits: the error of the logits themselves, shaped as they are.
     """
     dtype = dtype or logits.dtype
-    kwargs = {k: v for k, v in kwargs.items() if k not in RUN_ONLY and v is not None}
+    if (config := kwargs.pop("config", None)) is not None:
+        kwargs |= dataclasses.asdict(config)
+    kwargs = {k: v.cpu() if isinstance(v, Tensor) else v for k, v in kwargs.items() if k not in RUN_ONLY}
+    completion_ids = completion_ids.cpu()
     kwargs = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
     mask = kwargs.get("completion_mask")
     mask = torch.ones_like(completion_ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -191,10 +226,10 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     sizes = {k: 4 * U * v.nan_to_num(0, 0, 0).abs() for k, v in floats.items()}
     if "rewards" in sizes:
         sizes["rewards"] = sizes["rewards"].amax()  # a mean is subtracted
+    evaluate = functools.partial(tail, fixed, up)
     exact, errors = carried(
-        lambda logps, entropy, **given: tail({**fixed, **{k: v.detach() for k, v in given.items()}}, up, logps, entropy),
-        {"logps": logps, "entropy": entropy, **floats}, {"logps": drift, "entropy": d_entropy, **sizes},
-    )  # fmt: skip
+        evaluate, {"logps": logps, "entropy": entropy, **floats}, {"logps": drift, "entropy": d_entropy, **sizes}
+    )
 
     # What sums and KL estimates lose of their own terms.
     out = reference.policy_loss(logps, entropy=entropy, **kwargs)
@@ -207,7 +242,8 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     lost = kl + U * steps(n) * w * out.per_token_loss.nan_to_num(0, 0, 0).abs()
     bonus = abs(kwargs.get("entropy_coef") or 0.0) * abs(scale) * U * steps(n) * entropy.abs().amax()
     d_loss = errors["loss"] + (lost if exact["loss"].dim() else lost.sum() + bonus)
-    metrics = {k.removeprefix("metric "): v + U * steps(n) * exact[k].abs() for k, v in errors.items() if k[:6] == "metric"}
+    metrics = {k: v + U * steps(n) * exact[k].abs() for k, v in errors.items() if k.startswith("metric ")}
+    metrics = {k.removeprefix("metric "): v for k, v in metrics.items()}
     size = (8 + steps(n)) * U
     for name in KL_METRICS:
         if name in metrics:
@@ -221,12 +257,12 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     return Bounds(d_loss, d_grad, d_logps, d_entropy, metrics)
 
 
-def logprob_bounds(logits, ids, mask, temperature, objective) -> Bounds:
+def logprob_bounds(logits, ids, mask, temperature, objective, d_logits: Tensor | float = 0.0, dtype=None) -> Bounds:
     """The same for `token_logprobs` and a scalar objective(logps, entropy), in fp32, whose rounding is added to theirs.
 
     `loss` and `metrics` are empty.
     """
-    r, logps, entropy, d_logps, d_entropy = _read(logits, ids, mask, temperature, 0.0)
+    r, logps, entropy, d_logps, d_entropy = _read(logits, ids, mask, temperature, d_logits)
 
     def evaluate(logps, entropy):
         g, h = slopes(objective(logps, entropy) + 0.0 * logps.sum(), logps, entropy)
@@ -234,15 +270,18 @@ def logprob_bounds(logits, ids, mask, temperature, objective) -> Bounds:
 
     sizes = {"logps": d_logps + U * logps.abs(), "entropy": d_entropy + U * entropy.abs()}
     exact, errors = carried(evaluate, {"logps": logps, "entropy": entropy}, sizes)
-    d_grad = _gradient_bounds(logits, mask, r, exact, errors, logits.dtype, 1)
+    d_grad = _gradient_bounds(logits, mask, r, exact, errors, dtype or logits.dtype, 1)
     return Bounds(torch.zeros(()), d_grad, d_logps, d_entropy, {})
 
 
 def _read(logits, ids, mask, heat, d_logits):
     """(Rows of the tokens that count; log-probs and entropies in float64, and their errors, 0 where masked)."""
-    rowed = logits.detach().cpu()
-    rowed = rowed[: mask.shape[0]] if logits.dim() == 2 else rowed[:, : mask.shape[1]]
-    r = rows(rowed[mask], ids[mask], heat, d_logits[mask] if isinstance(d_logits, Tensor) else d_logits)
+
+    def read(x):
+        return (x[: mask.shape[0]] if x.dim() == 2 else x[:, : mask.shape[1]])[mask]
+
+    d_logits = read(d_logits) if isinstance(d_logits, Tensor) else d_logits
+    r = rows(read(logits.detach().cpu()), ids[mask], heat, d_logits)
     lse = r.x.where(r.p > 0, -math.inf).logsumexp(-1)
     of_rows = ((r.x * r.at_token).sum(-1) - lse, lse - r.mean[..., 0], r.d_logps, r.d_entropy)
     return r, *(torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, x) for x in of_rows)
