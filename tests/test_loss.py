@@ -220,7 +220,7 @@ def test_confident_token_keeps_its_gradient(backend):
         _, want = expected(logits, completion_ids=ids, advantages=adv)
         allowed = bounds(logits, ids, advantages=adv).grad
         assert_within(grad, want, allowed, "gradient")
-        assert allowed[0, 0, 3] < 2**-6 * want[0, 0, 3].abs()
+        assert allowed[0, 0, 3] < want[0, 0, 3].abs() / 4  # a lost gradient shows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

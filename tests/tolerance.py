@@ -154,7 +154,7 @@ def moved(x: Tensor, size: Tensor, g: torch.Generator) -> Tensor:
     return x + (2 * torch.rand(x.shape, generator=g, dtype=x.dtype) - 1) * size
 
 
-def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor]) -> tuple[dict, dict]:
+def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor], draws=DRAWS) -> tuple[dict, dict]:
     """(exact results, their errors), by name, of evaluate(**inputs) where each input is off by its size."""
 
     def at(inputs):
@@ -162,14 +162,15 @@ def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor]) -> tu
 
     exact, g = at(inputs), torch.Generator().manual_seed(0)
     errors = {name: torch.zeros_like(x) for name, x in exact.items()}
-    for _ in range(DRAWS):
+    for _ in range(draws):
         other = at({name: moved(x, sizes[name], g) for name, x in inputs.items()})
         for name, x in exact.items():
             errors[name] = torch.maximum(errors[name], (other[name] - x).abs().nan_to_num(0.0, math.inf))
-    return exact, {name: SAFETY * x + 8 * U * exact[name].abs().nan_to_num(0.0) for name, x in errors.items()}
+    factor = SAFETY * DRAWS / draws
+    return exact, {name: factor * x + 8 * U * exact[name].abs().nan_to_num(0.0) for name, x in errors.items()}
 
 
-def bounds_of(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+def bounds_of(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor] | None = None, draws=DRAWS) -> dict:
     """Of fp32 runs of any evaluate(**inputs) -> {name: tensor}: its inputs moved as above, and its own sums.
 
     Args:
@@ -180,7 +181,7 @@ def bounds_of(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor] | No
     metric: a ratio near 1, a KL estimate that is small.
     """
     inputs = {name: x.detach().double() for name, x in inputs.items()}
-    exact, errors = carried(evaluate, inputs, sizes or {name: row_size(x) for name, x in inputs.items()})
+    exact, errors = carried(evaluate, inputs, sizes or {name: row_size(x) for name, x in inputs.items()}, draws)
     least = {name: 1.0 if x.dim() == 0 else 0.0 for name, x in exact.items()}
     size = {name: max(x.abs().nan_to_num(0.0).max().item(), least[name]) for name, x in exact.items()}
     return {name: errors[name] + steps(32) * U * size[name] for name in exact}
