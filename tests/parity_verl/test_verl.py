@@ -10,7 +10,7 @@ import torch
 import reference
 from cases import BACKENDS, DEVICE, expected, make_case, on_device, ours
 from grpo_kernels import group_advantages, policy_loss
-from tolerance import U, assert_within, bounds, steps
+from tolerance import advantage_error, assert_within, bounds
 
 try:
     importlib.metadata.version("verl")
@@ -336,10 +336,8 @@ def test_advantages(norm, backend):
         torch.testing.assert_close(actual, wanted, rtol=TIGHT, atol=1e-12)
     else:
         actual = group_advantages(rewards.float(), 4, **keywords)
-        size = rewards.abs().max() / (rewards.view(-1, 4).std(-1).clamp(min=1e-6).repeat_interleave(4) if norm else 1.0)
-        size = torch.where(wanted == 0, 0.0, size)  # a group without spread is exact
-        rounding = 2 * (8 + steps(4)) * U * (size + wanted.abs())
-        assert_within(actual, wanted, rounding + TIGHT * wanted.abs(), "advantages")
+        std = rewards.view(-1, 4).std(-1).repeat_interleave(4) if norm else 1.0
+        assert_within(actual, wanted, advantage_error(rewards, wanted, std) + TIGHT * wanted.abs(), "advantages")
 
 
 @backends
