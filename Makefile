@@ -14,11 +14,14 @@ TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
 # own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
 NOT_OF_A_GPU    ?= reference trainer trl_trainer examples group_size ppo_vs_grpo distributed linear_distributed \
-    vocab_parallel compile_report traffic experiments benchmarks docs package explain host pretend_gpu
+    vocab_parallel compile_report traffic benchmarks smoke docs package explain host pretend_gpu
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
     [ $$j -gt 14 ] && j=14; [ $$j -lt 1 ] && j=1; echo $$j)
+
+# Whatever compares numbers that rounding reaches, and is quick.
+NUMERICAL_TESTS ?= $(foreach f,autograd edges layouts linear logprobs loss metrics objectives packed row_starts,tests/test_$(f).py)
 
 # The first interpreter that is new enough; empty if there is none.
 ifeq ($(origin PYTHON),undefined)
@@ -54,7 +57,8 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-gpu test-pretend-gpu smoke-gpu test-triton test-verl bench traffic compile-report lint clean check-python
+.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-verl bench traffic compile-report \
+    lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -78,6 +82,9 @@ demo: $(call installed,demo) ## train a tiny model on two-digit addition with GR
 
 test: $(call installed,test) ## the whole suite on the CPU, kernels interpreted
 	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+
+test-variants: $(call installed,test) ## the tests of numbers on other data, at other addresses, with AVX2
+	ATEN_CPU_CAPABILITY=avx2 $(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(NUMERICAL_TESTS) --seed-offset=1 --shift=1 $(ARGS)
 
 test-gpu: $(call installed,test) ## whatever a GPU may change, on a GPU, kernels compiled
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no CUDA device (driver? CPU build of torch? CUDA_VISIBLE_DEVICES?)")'

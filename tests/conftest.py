@@ -1,6 +1,7 @@
 """Chooses how kernels run, and poisons fresh memory, so that whatever is left unwritten shows."""
 
 import os
+from contextlib import nullcontext
 
 import torch
 
@@ -12,6 +13,7 @@ if os.environ["TRITON_INTERPRET"] == "0":
 import pytest
 
 import pretend_gpu
+import variation
 from benchmarks.interpreter import hasten
 
 hasten()
@@ -20,9 +22,15 @@ torch.set_num_threads(2)
 
 def pytest_addoption(parser):
     parser.addoption("--pretend-gpu", action="store_true", help="fail where tests mix devices; needs no GPU")
+    group = parser.getgroup("grpo_kernels", "other data and other addresses (tests/variation.py)")
+    group.addoption("--seed-offset", type=int, default=0, metavar="N", help="add N to every seed that tests set")
+    group.addoption("--shift", type=int, default=0, metavar="K", help="tensors start K elements into their storages")
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "unshifted: counts operations or bytes, or compiles; --shift leaves it alone")
+    variation.move_seeds(config.getoption("--seed-offset"))
+    os.environ[variation.SHIFT] = str(config.getoption("--shift"))
     if config.getoption("--pretend-gpu"):
         if os.environ.get("TRITON_INTERPRET") != "1" or torch.cuda.is_available():
             raise pytest.UsageError("--pretend-gpu needs CUDA_VISIBLE_DEVICES= and TRITON_INTERPRET=1: no GPU")
@@ -40,6 +48,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.path.name.startswith(ON_THE_CPU):
                 item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def variation_of_the_run(request, poisoned_memory):
+    """A test that sets no seed draws the same in every order; its tensors lie where --shift says."""
+    torch.manual_seed(0)
+    shift = request.config.getoption("--shift")
+    with variation.Shifted(shift) if shift and not request.node.get_closest_marker("unshifted") else nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

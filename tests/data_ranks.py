@@ -7,9 +7,11 @@ import traceback
 import torch
 import torch.distributed as dist
 
+import variation
 from benchmarks.interpreter import hasten
 from cases import make_case
 from grpo_kernels import fused_grpo_loss, group_advantages
+from tolerance import advantage_error, assert_within, bounds
 
 NAMES = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "rewards")
 SPANNING = (
@@ -33,19 +35,22 @@ def check() -> None:
                 inputs = {name: value[rows] for name, value in case.inputs(*NAMES).items()}
                 out = fused_grpo_loss(x, **inputs, **common, **extra, backend=backend, data_group=group)
                 grads.append(torch.autograd.grad(out.loss, x)[0])
-            torch.testing.assert_close(grads[1], grads[0][part], rtol=1e-5, atol=1e-8)
+            allowed = bounds(case.logits, **case.inputs(*NAMES), **common, **extra).grad[part]
+            assert_within(grads[1], grads[0][part], allowed, "gradient", factor=2)
             if "scale_rewards" in extra:
                 alone = fused_grpo_loss(x, **inputs, **common, **extra, backend=backend)  # this rank by itself
                 (other,) = torch.autograd.grad(alone.loss, x)
                 assert not torch.allclose(other, grads[0][part], rtol=1e-3)
                 mine = group_advantages(case.rewards[part], 2, scale_rewards="batch", data_group=dist.group.WORLD)
                 whole = group_advantages(case.rewards, 2, scale_rewards="batch")[part]
-                torch.testing.assert_close(mine, whole, rtol=1e-6, atol=0.0)
+                allowed = advantage_error(case.rewards, whole, case.rewards[~case.rewards.isnan()].std())
+                assert_within(mine, whole, allowed, "advantages", factor=2)
     flat = group_advantages(torch.full((4,), 0.7), 2, scale_rewards="batch", data_group=dist.group.WORLD)
     assert not flat.any()
 
 
 if __name__ == "__main__":
+    variation.from_environment()
     hasten()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=int(sys.argv[1]), world_size=2)

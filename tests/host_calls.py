@@ -7,9 +7,10 @@ from types import ModuleType
 
 import torch
 
+from tolerance import assert_within, bounds_of, written
+
 HOSTS = Path(__file__).resolve().parents[1] / "examples" / "hosts"
 V = 29
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}  # fp32: sums over a vocabulary of 29 and some twenty tokens
 
 
 def load(monkeypatch, name: str, **fakes: dict):
@@ -35,16 +36,22 @@ def compare(run, maths, leaf):
     exact = leaf.detach().double().requires_grad_()
     loss, log = run(leaf)
     want, wanted = maths(exact)
-    torch.testing.assert_close(loss.detach().double(), want.detach(), **CLOSE)
+
+    def evaluate(x):
+        loss, log = maths(x)
+        values = {name: torch.as_tensor(value).detach().double() for name, value in log.items()}
+        return {" loss": loss.detach(), " grad": torch.autograd.grad(loss, x)[0], **values}
+
+    allowed = bounds_of(evaluate, {"x": leaf})
+    assert_within(loss, want, allowed[" loss"], "loss")
     assert loss.dim() == 0 and leaf.grad is None
     loss.backward()
     want.backward()
     assert want.grad_fn is not None and exact.grad.abs().max() > 0
-    torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=1e-5, atol=1e-5 * exact.grad.abs().max().item())
+    assert_within(leaf.grad, exact.grad, allowed[" grad"] + written(exact.grad, leaf.dtype), "gradient")
     assert log.keys() == wanted.keys()
     for name, value in wanted.items():
-        torch.testing.assert_close(torch.as_tensor(log[name]).double(), value.detach().double(), **CLOSE,
-                                   msg=lambda text, name=name: f"{name}: {text}")  # fmt: skip
+        assert_within(torch.as_tensor(log[name]), value, allowed[name], name)
 
 
 def noisy(x: torch.Tensor, g: torch.Generator, size=0.3) -> torch.Tensor:

@@ -5,6 +5,7 @@ import torch
 
 from cases import BACKENDS, DEVICE, make_case, on_device
 from grpo_kernels import fused_grpo_loss, token_logprobs
+from tolerance import U, assert_within, logprob_bounds
 
 KW = ("completion_ids", "completion_mask", "old_logps", "advantages")
 CUDA = torch.cuda.is_available()
@@ -97,7 +98,7 @@ def test_leaf_logits_accumulate(backend):
     for _ in range(2):
         fused_grpo_loss(leaf, **kwargs, backend=backend).loss.backward()
     (once,) = torch.autograd.grad(fused_grpo_loss(leaf, **kwargs, backend=backend).loss, leaf)
-    torch.testing.assert_close(leaf.grad, 2 * once)
+    assert torch.equal(leaf.grad, 2 * once)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -108,7 +109,9 @@ def test_loss_joins_other_losses(backend):
     logits = leaf * 1
     total = 0.5 * fused_grpo_loss(logits, **kwargs, backend=backend).loss + logits.square().mean()
     total.backward()
-    torch.testing.assert_close(leaf.grad, 0.5 * alone + 2 * leaf.detach() / leaf.numel())
+    parts = 0.5 * alone, 2 * leaf.detach() / leaf.numel()
+    allowed = sum(part.double().abs() for part in parts) * 4 * U  # halved, squared, averaged, added up
+    assert_within(leaf.grad, sum(parts), allowed, "gradient")
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -118,7 +121,7 @@ def test_loss_can_be_divided_in_place(backend):
     want = loss.item() / 4
     loss /= 4
     loss.backward()
-    assert loss.item() == pytest.approx(want) and leaf.grad.abs().max() > 0
+    assert loss.item() == want and leaf.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -148,6 +151,7 @@ def test_activation_checkpointing(backend):
     assert torch.equal(want, got)
 
 
+@pytest.mark.unshifted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("inplace", (False, True))
 def test_opcheck(inplace, backend):
@@ -220,5 +224,8 @@ def test_more_than_2_to_the_31_logits(shape):
         x = logits[b, t].detach().double().requires_grad_()
         lp = x.log_softmax(-1)[ids[b, t]]
         (want,) = torch.autograd.grad(-lp / (B * T), x)
-        torch.testing.assert_close(out.logps[b, t].double(), lp.detach(), rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(logits.grad[b, t].double(), want, rtol=2**-7, atol=1e-12)
+        mask = torch.ones(1, 1, dtype=torch.bool)
+        allowed = logprob_bounds(x.detach().cpu()[None, None].bfloat16(), ids[b, t].cpu().view(1, 1), mask, 1.0,
+                                 lambda lp, H: -lp.sum() / (B * T))  # fmt: skip
+        assert_within(out.logps[b, t], lp, allowed.logps[0, 0], "logps")
+        assert_within(logits.grad[b, t], want, allowed.grad[0, 0], "gradient")

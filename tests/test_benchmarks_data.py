@@ -210,6 +210,7 @@ def test_subject_that_runs_out_of_memory_while_timed_drops_out():
     assert timings["a"] == ("out of memory", "full") and timings["b"].repetitions >= 5
 
 
+@pytest.mark.unshifted
 def test_peak_memory_counts_what_a_call_allocates_and_frees():
     def allocate():
         torch.ones(8 << 20)  # 32 MiB, freed at once

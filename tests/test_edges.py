@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from cases import BACKENDS, DEVICE, VALUE, assert_grad_close, check, expected, make_case, on_device, ours
+from cases import BACKENDS, DEVICE, assert_outputs, check, expected, make_case, on_device, ours
 from grpo_kernels import fused_grpo_loss, group_advantages, token_logprobs
+from tolerance import assert_within, bounds
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")
 INF = math.inf
@@ -130,8 +131,9 @@ def test_on_policy_ratio_is_one_and_has_a_gradient(backend):
     lp = token_logprobs(case.logits, case.completion_ids, mask=case.completion_mask).logps
     same, same_grad = ours(case.logits, backend, **inputs, old_logps=lp)
     assert out.metrics["ratio/mean"].item() == 1.0 and grad.abs().max() > 0
-    torch.testing.assert_close(grad, same_grad, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(out.loss, same.loss, rtol=1e-5, atol=1e-6)
+    allowed = bounds(case.logits, **inputs)
+    assert_within(grad, same_grad, allowed.grad, "gradient", factor=2)
+    assert_within(out.loss, same.loss, allowed.loss, "loss", factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -224,9 +226,7 @@ def test_more_than_the_reductions_take_at_a_time(B, T, backend):
     kwargs = case.inputs(*FULL, "advantages") | {"beta": 0.1, "loss_type": "dapo"}
     out = fused_grpo_loss(**on_device({"logits": case.logits, **kwargs}), backend=backend)
     want, _ = expected(case.logits, **kwargs)
-    torch.testing.assert_close(out.loss.double().cpu(), want.loss.detach(), rtol=1e-5, atol=1e-6)
-    for name, value in out.metrics.items():
-        torch.testing.assert_close(value.double().cpu(), want.metrics[name].double(), rtol=1e-5, atol=1e-5)
+    assert_outputs(out, want, bounds(case.logits, **kwargs))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -236,7 +236,7 @@ def test_gradient_is_not_lost_in_fp16(backend):
     kwargs = dict(**case.inputs(*FULL, "advantages"), loss_scale=1e-4)
     _, grad = ours(case.logits, backend, **kwargs, upstream=65536.0)
     _, want = expected(case.logits, **kwargs, upstream=65536.0)
-    assert_grad_close(grad, want, torch.float16)
+    assert_within(grad, want, bounds(case.logits, **kwargs, upstream=65536.0).grad, "gradient")
     small = (want.abs() > 0) & (want.abs() / 65536 < 2**-24)
     assert small.sum() > 0.5 * (want != 0).sum() and (grad[small] != 0).all()
 
@@ -249,9 +249,9 @@ def test_autocast_leaves_the_sums_in_fp32(kwargs):
     want, want_grad = expected(case.logits, **inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
         out, grad = ours(case.logits, "torch", **inputs)
-    torch.testing.assert_close(out.entropy.double().cpu(), want.entropy, **VALUE)
-    torch.testing.assert_close(out.loss.double().cpu(), want.loss.detach(), **VALUE)
-    assert_grad_close(grad, want_grad, torch.float32)
+    allowed = bounds(case.logits, **inputs)
+    assert_outputs(out, want, allowed)
+    assert_within(grad, want_grad, allowed.grad, "gradient")
 
 
 def test_a_default_device_does_not_reach_inside():
@@ -262,4 +262,4 @@ def test_a_default_device_does_not_reach_inside():
     with torch.device("meta"):
         inside = fused_grpo_loss(case.logits, **inputs, backend="torch", return_entropy=True)
     after = fused_grpo_loss(case.logits, **inputs, backend="torch", return_entropy=True)
-    torch.testing.assert_close(inside.loss, after.loss, rtol=0, atol=0)
+    assert torch.equal(inside.loss, after.loss)

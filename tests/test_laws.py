@@ -15,6 +15,7 @@ from counting import Device, HostSync, bare_ops, interpreted, launches
 from grpo_kernels import checks, fused_grpo_loss, token_logprobs, vocab
 from grpo_kernels.variants import LOSS_TYPES
 from grpo_kernels.weights import AGGREGATIONS
+from tolerance import assert_within, bounds
 
 # --- launches and host syncs -----------------------------------------------------------------------
 
@@ -194,10 +195,13 @@ def test_rows_beyond_two_to_the_31_elements(along, kwargs, tmp_path):
         out = fused_grpo_loss(x, backend="triton", **inputs, **kwargs)
         upstream = torch.full_like(out.loss, 1 / 3)
         (grad,) = torch.autograd.grad(out.loss, x, upstream if "reduction" in kwargs else None)
-    torch.testing.assert_close(grad, want, rtol=2**-7, atol=1e-7)
+    allowed = bounds(case.logits, **inputs, roundings=2).grad  # once more where the upstream gradient multiplies it
+    assert_within(grad, want, allowed, "gradient", factor=2)
     with torch.no_grad():
-        kept = want if "inplace" in kwargs else case.logits
-        torch.testing.assert_close(far.clone(), kept, rtol=2**-7, atol=1e-7)
+        if "inplace" in kwargs:
+            assert_within(far, want, allowed, "memory of the logits", factor=2)
+        else:
+            assert torch.equal(far, case.logits)
 
 
 class _Alias(torch.autograd.Function):
@@ -237,8 +241,7 @@ def test_sequences_longer_than_65535(what):
         got = run(x, ids, old, mask)
         (grad,) = torch.autograd.grad(got, x)
     assert all(len(launch.grid) == 1 for launch in seen) and seen[0].grid == (T,)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(grad[:, last], want_grad, rtol=1e-5, atol=1e-7)
+    assert torch.equal(got, want) and torch.equal(grad[:, last], want_grad)  # rows start alike: 4 logits of 4 bytes
 
 
 # --- recompilation ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from cases import BACKENDS, DEVICE, make_case, ours
 from grpo_kernels import fused_grpo_loss, policy_loss
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.ops import correct_op, segments_op
+from tolerance import U, assert_within, bounds, steps
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")
 
@@ -23,7 +24,7 @@ def test_strided_and_expanded_rewards(loss_type, backend):
     got, grad = ours(case.logits, backend, **kwargs, rewards=table[:, 0])
     assert torch.equal(got.loss, want.loss) and torch.equal(grad, want_grad)
     flat, _ = ours(case.logits, backend, **kwargs, rewards=torch.tensor(0.7).expand(4))
-    assert flat.metrics["reward"].item() == pytest.approx(0.7) and flat.loss == 0.0
+    assert flat.metrics["reward"].item() == pytest.approx(0.7, rel=steps(4) * 2 * U) and flat.loss == 0.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,6 +40,7 @@ def test_strided_bounds(loss_type, backend):
     assert torch.equal(got.loss, want.loss) and torch.equal(grad, want_grad)
 
 
+@pytest.mark.unshifted
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_transposed_token_tensors_under_compile(reduction, backend):
@@ -55,7 +57,8 @@ def test_transposed_token_tensors_under_compile(reduction, backend):
     x = case.logits.to(DEVICE).requires_grad_()
     (want,) = torch.autograd.grad(loss(x), x)
     (got,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
-    torch.testing.assert_close(got, want)
+    case_kwargs = case.inputs(*FULL, "advantages") | {"loss_type": "gspo", "reduction": reduction}
+    assert_within(got, want, bounds(case.logits, **case_kwargs).grad, "gradient", factor=2)
     torch._dynamo.reset()
 
 
@@ -98,8 +101,9 @@ def test_packed_tokens_after_the_last_sequence(loss_type, backend, monkeypatch):
     kwargs = dict(advantages=adv, cu_seqlens=cu, loss_type=loss_type, beta=0.1)
     want, want_grad = ours(case.logits[0, :7], backend, **{k: v[:7] for k, v in flat.items()}, **kwargs)
     got, grad = ours(case.logits[0], backend, **flat, **kwargs)
-    torch.testing.assert_close(got.loss, want.loss)
-    torch.testing.assert_close(grad[:7], want_grad)
+    allowed = bounds(case.logits[0, :7], **{k: v[:7] for k, v in flat.items()}, **kwargs)
+    assert_within(got.loss, want.loss, allowed.loss, "loss", factor=2)
+    assert_within(grad[:7], want_grad, allowed.grad, "gradient", factor=2)
     assert not grad[7:].any() and not got.logps[7:].any()
     tokens, _ = ours(case.logits[0], backend, **flat, **kwargs, reduction="none")
     assert tokens.loss.isfinite().all() and not tokens.loss[7:].any()

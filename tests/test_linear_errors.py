@@ -8,6 +8,8 @@ from torch import nn
 
 from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
 from linear_cases import B, H, T, V, batch
+from linear_tolerance import linear_logprob_bounds
+from tolerance import assert_within
 
 META = torch.device("meta")
 
@@ -146,7 +148,9 @@ def test_a_chunk_smaller_than_a_row_is_a_row():
     head, inputs = batch()
     kwargs = dict(completion_ids=inputs["completion_ids"], mask=inputs["completion_mask"])
     want = linear_token_logprobs(**head, **kwargs).logps
-    torch.testing.assert_close(linear_token_logprobs(**head, **kwargs, chunk_bytes=1).logps, want)
+    ids, mask = kwargs.values()
+    allowed, _ = linear_logprob_bounds(head, ids.clamp(min=0), mask, 1.0, lambda lp, H: lp.sum())
+    assert_within(linear_token_logprobs(**head, **kwargs, chunk_bytes=1).logps, want, allowed.logps, "logps", factor=2)
 
 
 def test_a_head_of_peft():

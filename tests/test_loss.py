@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from cases import BACKENDS, DEVICE, assert_grad_close, check, expected, make_case, on_device, ours
+from cases import BACKENDS, DEVICE, assert_outputs, check, expected, make_case, on_device, ours
 from grpo_kernels import LossConfig, fused_grpo_loss
+from tolerance import assert_within, bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
@@ -159,7 +160,7 @@ def test_strides(kind, inplace, reduction, backend):
     z.retain_grad()
     out = fused_grpo_loss(z, **on_device(kwargs), backend=backend, inplace=inplace)
     torch.autograd.backward(out.loss, torch.ones_like(out.loss))
-    assert_grad_close(z.grad.cpu(), want_grad, torch.float32)
+    assert_within(z.grad, want_grad, bounds(case.logits, **kwargs).grad, "gradient")
     after = z._base if z._base is not None else z
     if inplace:
         torch.as_strided(around, z.shape, z.stride(), z.storage_offset()).copy_(z.detach())
@@ -217,7 +218,9 @@ def test_confident_token_keeps_its_gradient(backend):
         ids, adv = torch.tensor([[3]]), torch.tensor([1.0])
         _, grad = ours(logits, backend, completion_ids=ids, advantages=adv)
         _, want = expected(logits, completion_ids=ids, advantages=adv)
-        assert abs(grad[0, 0, 3].double() / want[0, 0, 3] - 1) <= 2**-7
+        allowed = bounds(logits, ids, advantages=adv).grad
+        assert_within(grad, want, allowed, "gradient")
+        assert allowed[0, 0, 3] < want[0, 0, 3].abs() / 4  # a lost gradient shows
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,10 +236,10 @@ def test_no_grad_and_plain_logits(backend):
     with torch.no_grad():
         leaf = logits.clone().requires_grad_()
         off = fused_grpo_loss(leaf, inplace=True, **kwargs)
+    allowed = bounds(case.logits, **kwargs)
     for out in (plain, off):
         assert not out.loss.requires_grad
-        for name in ("loss", "logps", "entropy"):
-            torch.testing.assert_close(getattr(out, name), getattr(want, name), rtol=1e-6, atol=1e-6)
+        assert_outputs(out, want, allowed, factor=2)
     assert torch.equal(logits, before) and torch.equal(leaf, before)
 
 

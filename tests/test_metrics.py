@@ -8,6 +8,7 @@ import torch
 from cases import BACKENDS, make_case, on_device
 from grpo_kernels import fused_grpo_loss
 from grpo_kernels.metrics import METRIC_NAMES, combine
+from tolerance import U, assert_within, bounds, near
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -39,8 +40,11 @@ def test_by_hand(backend):
     }  # fmt: skip
     without = {"clip_ratio/dual_mean", *(name for name in METRIC_NAMES if name.startswith("sampling/"))}
     assert out.metrics.keys() == want.keys() == set(METRIC_NAMES) - without
+    allowed = bounds(logits, ids, completion_mask=mask, old_logps=old, ref_logps=ref, rewards=torch.tensor([1.0, 0.0]),
+                     num_generations=2, advantage_eps=0.0, beta=0.5)  # fmt: skip
     for name, value in want.items():
-        assert out.metrics[name].item() == pytest.approx(value, abs=1e-6), name
+        # old and ref are fp32, and so are the ratios that they are made of
+        assert_within(out.metrics[name], torch.tensor(value).double(), allowed.metrics[name], name, factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -56,8 +60,9 @@ def test_sums_of_parts_give_the_metrics_of_the_whole(backend):
         parts.append(fused_grpo_loss(**mine, **kwargs, num_items_in_batch=N).sums)
     joined = combine(parts)
     assert joined.keys() == whole.metrics.keys()
+    allowed = bounds(case.logits, **case.inputs(*names), **kwargs, num_items_in_batch=N).metrics
     for name, value in whole.metrics.items():
-        torch.testing.assert_close(joined[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        assert_within(joined[name], value, allowed[name], name, factor=2)
 
 
 def test_empty_parts_do_not_disturb():
@@ -68,7 +73,7 @@ def test_empty_parts_do_not_disturb():
     empty = fused_grpo_loss(case.logits, **inputs)
     joined = combine([full.sums, empty.sums])
     for name in ("ratio/min", "ratio/max", "clip_ratio/low_min", "clip_ratio/high_max", "ratio/mean"):
-        assert joined[name].item() == pytest.approx(full.metrics[name].item(), abs=1e-7), name
+        assert joined[name].item() == near(full.metrics[name].item(), 20), name
 
 
 def test_combine_errors():
@@ -89,8 +94,8 @@ def test_reward_std_of_large_rewards(backend):
     rewards = torch.tensor([1000.0, 1000.125, 1000.25, 1000.125])
     out = fused_grpo_loss(**on_device({"logits": case.logits, **case.inputs("completion_ids", "completion_mask")}),
                           rewards=on_device({"r": rewards})["r"], num_generations=2, backend=backend)  # fmt: skip
-    assert out.metrics["reward_std"].item() == pytest.approx(rewards.double().std().item(), rel=1e-5)
-    assert out.metrics["reward"].item() == pytest.approx(1000.125)
+    assert out.metrics["reward_std"].item() == pytest.approx(rewards.double().std().item(), rel=8 * U)
+    assert out.metrics["reward"].item() == near(1000.125, 4)
 
 
 PARTS = {
@@ -118,9 +123,10 @@ def test_sums_of_parts_for_every_kind_of_report(name, backend):
         parts.append(fused_grpo_loss(**mine, **kwargs).sums)
     joined = combine(parts)
     assert joined.keys() == whole.metrics.keys()
+    allowed = bounds(case.logits, **case.inputs(*names), **PARTS[name]).metrics
     for metric, value in whole.metrics.items():
         if metric != "policy_loss":  # depends on the weights, which these parts do not share
-            torch.testing.assert_close(joined[metric], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=metric: f"{n}: {m}")
+            assert_within(joined[metric], value, allowed[metric], metric, factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,9 +138,9 @@ def test_clip_metrics_of_a_sequence_level_are_means_over_sequences(backend):
     inputs = on_device(dict(logits=logits, completion_ids=ids, completion_mask=mask, old_logps=old))
     adv = on_device({"advantages": torch.ones(3)})["advantages"]
     one = fused_grpo_loss(**inputs, advantages=adv, loss_type="gspo", backend=backend).metrics
-    assert one["clip_ratio/high_mean"].item() == pytest.approx(1 / 3)
+    assert one["clip_ratio/high_mean"].item() == near(1 / 3, 6)
     per_token = adv[:, None].expand(3, 2)
     many = fused_grpo_loss(**inputs, advantages=per_token, loss_type="gspo", backend=backend).metrics
-    assert many["clip_ratio/high_mean"].item() == pytest.approx(2 / 3)
+    assert many["clip_ratio/high_mean"].item() == near(2 / 3, 6)
     assert one["clip_ratio/high_max"].item() == many["clip_ratio/high_max"].item() == 1.0
-    assert one["ratio/mean"].item() == pytest.approx(5 / 3)  # over tokens, at every level
+    assert one["ratio/mean"].item() == near(5 / 3, 6)  # over tokens, at every level

@@ -12,6 +12,7 @@ from grpo_kernels import LossConfig, fused_grpo_loss
 from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
 from grpo_kernels.weights import AGGREGATIONS
+from tolerance import assert_within, bounds
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")
 COMBINATIONS = [(term, level) for term, entry in TERMS.items() for level in entry.levels]
@@ -148,7 +149,7 @@ def test_entropy_quantile_keeps_ties(backend):
     out, grad = ours(logits, backend, **kwargs, top_entropy_quantile=0.2)
     want, want_grad = ours(logits, backend, **kwargs)
     assert torch.equal(out.loss, want.loss)
-    torch.testing.assert_close(grad, want_grad, rtol=1e-6, atol=0.0)
+    assert torch.equal(grad, want_grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -209,8 +210,9 @@ def test_skipping_changes_nothing_but_what_is_read(per_token, loss_type, backend
     kwargs = dict(**case.inputs(*FULL), advantages=advantages, loss_type=loss_type, max_completion_length=9)
     out, grad = ours(case.logits, backend, **kwargs)
     skipped, grad_skipped = ours(case.logits, backend, **kwargs, skip_zero_advantage=True)
-    torch.testing.assert_close(skipped.loss, out.loss, rtol=1e-6, atol=1e-7)
-    torch.testing.assert_close(grad_skipped, grad, rtol=1e-6, atol=1e-9)
+    allowed = bounds(case.logits, **kwargs)
+    assert_within(skipped.loss, out.loss, allowed.loss, "loss", factor=2)
+    assert_within(grad_skipped, grad, allowed.grad, "gradient", factor=2)
     unread = skipped.logps.isnan().cpu()
     assert unread.any() and not (unread & (advantages if per_token else advantages[:, None]).bool()).any()
 
@@ -246,8 +248,9 @@ def test_micro_batches_sum_to_the_batch(loss_type, backend):
         extra = extra.get(mode, {"loss_scale": size / 6})
         out, grad = ours(case.logits[part], backend, **mine, advantages=case.advantages[part], **common, **extra)
         grads, total = [*grads, grad], total + out.loss.item()
-    assert total == pytest.approx(whole.loss.item(), rel=1e-5, abs=1e-6)
-    torch.testing.assert_close(torch.cat(grads), want, rtol=1e-5, atol=1e-7)
+    allowed = bounds(case.logits, **inputs, advantages=case.advantages, **common)
+    assert_within(torch.tensor(total), whole.loss, allowed.loss, "loss", factor=2)
+    assert_within(torch.cat(grads), want, allowed.grad, "gradient", factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -7,8 +7,10 @@ import torch
 
 from cases import BACKENDS, DEVICE, check, make_case, ours
 from grpo_kernels import fused_grpo_loss, policy_loss, token_logprobs
+from grpo_kernels.metrics import combine
 from grpo_kernels.variants import LOSS_TYPES, TERMS
 from grpo_kernels.weights import AGGREGATIONS
+from tolerance import assert_within, bounds, logprob_bounds
 
 TOKEN = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "token_advantages", "importance_weights")
 LENGTHS = (5, 1, 0, 7, 3)  # with an empty sequence, and N ≠ S
@@ -28,21 +30,22 @@ def both_layouts(seed=0, dtype=torch.float32, V=37):
     return case, inside, padded, packed
 
 
-def assert_equal(packed_out, padded_out, packed_grad, padded_grad, inside, dtype=torch.float32):
-    tolerance = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 2**-7, "atol": 1e-7}
-    torch.testing.assert_close(packed_grad, padded_grad[inside], **tolerance)
-    loss = padded_out.loss.detach().cpu()
-    got = packed_out.loss.detach().cpu()
-    torch.testing.assert_close(got, loss[inside] if loss.dim() else loss, rtol=1e-5, atol=1e-6)
+def assert_equal(packed_out, padded_out, packed_grad, padded_grad, inside, allowed):
+    """Rows start elsewhere and sums go in another order: both are off from float64 by what is allowed to one."""
+    assert_within(packed_grad, padded_grad[inside], allowed.grad[inside], "gradient", factor=2)
+    tokens = (lambda x: x.cpu()[inside]) if padded_out.loss.dim() else (lambda x: x.cpu())
+    assert_within(packed_out.loss, tokens(padded_out.loss), tokens(allowed.loss), "loss", factor=2)
     for name in ("logps", "entropy"):
         want = getattr(padded_out, name)
         if want is not None:
             got = getattr(packed_out, name)
             assert got.shape == (sum(LENGTHS),)
-            torch.testing.assert_close(got.cpu(), want.cpu()[inside], rtol=1e-6, atol=1e-6)
+            assert_within(got, want.cpu()[inside], getattr(allowed, name)[inside], name, factor=2)
     assert packed_out.metrics.keys() == padded_out.metrics.keys() and packed_out.sums.keys() == padded_out.sums.keys()
-    for name in packed_out.sums:
-        torch.testing.assert_close(packed_out.sums[name], padded_out.sums[name], rtol=1e-5, atol=1e-6, msg=name)
+    from_sums = combine([packed_out.sums])
+    for name, want in padded_out.metrics.items():
+        assert_within(packed_out.metrics[name], want, allowed.metrics[name], name, factor=2)
+        assert_within(from_sums[name], want, allowed.metrics[name], name, factor=2)
 
 
 def run_both(
@@ -57,10 +60,11 @@ def run_both(
     padded |= padded_extra(case, inside) if padded_extra else {}
     packed |= packed_extra(case, inside) if packed_extra else {}
     up = 1.0 if upstream is None else upstream
+    allowed = bounds(**padded, **kwargs, upstream=upstream)
     a, da = ours(padded.pop("logits"), backend, **padded, **kwargs, upstream=up)
     b, db = ours(packed.pop("logits"), backend, **packed, **kwargs,
                  upstream=up if upstream is None else upstream[inside])  # fmt: skip
-    assert_equal(b, a, db, da, inside, dtype)
+    assert_equal(b, a, db, da, inside, allowed)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,10 +136,11 @@ def test_skip_zero_advantage(per_token, loss_type, backend):
         inputs.pop("token_advantages")
         inputs |= extra(case, inside)
     kwargs = dict(loss_type=loss_type, backend=backend, skip_zero_advantage=True)
+    allowed = bounds(**padded_in, **kwargs)
     a, da = ours(padded_in.pop("logits"), **padded_in, **kwargs)
     b, db = ours(packed_in.pop("logits"), **packed_in, **kwargs)
-    torch.testing.assert_close(b.loss.detach(), a.loss.detach(), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(db, da[inside], rtol=1e-5, atol=1e-8)
+    assert_within(b.loss, a.loss, allowed.loss, "loss", factor=2)
+    assert_within(db, da[inside], allowed.grad[inside], "gradient", factor=2)
     assert torch.equal(b.logps.isnan().cpu(), a.logps.cpu()[inside].isnan()) and b.logps.isnan().any()
 
 
@@ -149,11 +154,12 @@ def test_rewards(backend):
     packed = {name: value[:N] for name, value in packed.items() if name != "token_advantages"}
     packed["cu_seqlens"] = packed["cu_seqlens"][:5]
     kwargs = dict(rewards=torch.tensor([1.0, 0.0, 0.3, 0.8]), num_generations=2, backend=backend, beta=0.1)
+    allowed = bounds(**padded, **kwargs)
     a, da = ours(padded.pop("logits"), **padded, **kwargs)
     b, db = ours(packed.pop("logits"), **packed, **kwargs)
-    torch.testing.assert_close(db, da[inside[:4]], rtol=1e-5, atol=1e-7)
+    assert_within(db, da[inside[:4]], allowed.grad[inside[:4]], "gradient", factor=2)
     for name in a.metrics:
-        torch.testing.assert_close(b.metrics[name], a.metrics[name], rtol=1e-5, atol=1e-6, msg=name)
+        assert_within(b.metrics[name], a.metrics[name], allowed.metrics[name], name, factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -176,7 +182,9 @@ def test_strides_and_one_sequence(backend):
     cu = torch.tensor([0, 6])
     a, da = ours(case.logits, backend, **case.inputs(*TOKEN[:4]), advantages=case.advantages, loss_type="gspo")
     b, db = ours(wide, backend, **flat, advantages=case.advantages, cu_seqlens=cu, loss_type="gspo")
-    assert torch.equal(a.loss, b.loss) and torch.equal(da[0], db)
+    allowed = bounds(case.logits, **case.inputs(*TOKEN[:4]), advantages=case.advantages, loss_type="gspo")
+    assert_within(b.loss, a.loss, allowed.loss, "loss", factor=2)
+    assert_within(db, da[0], allowed.grad[0], "gradient", factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -191,11 +199,14 @@ def test_token_logprobs(entropy, backend):
             return_entropy=entropy, backend=backend,
         )  # fmt: skip
         (out.logps.square().sum() + (out.entropy.exp().sum() if entropy else 0.0)).backward()
-        outs.append((out, x.grad))
+        outs.append((out, x.grad.cpu()))
     (a, da), (b, db) = outs
     assert b.logps.shape == (sum(LENGTHS),)
-    torch.testing.assert_close(b.logps, a.logps[inside.to(DEVICE)], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(db, da[inside.to(DEVICE)], rtol=1e-5, atol=1e-7)
+    mask = padded["completion_mask"]
+    objective = lambda lp, H: lp.square().sum() + (H.exp()[mask].sum() if entropy else 0.0)  # noqa: E731
+    allowed = logprob_bounds(padded["logits"], padded["completion_ids"], mask, 0.7, objective)
+    assert_within(b.logps, a.logps.cpu()[inside], allowed.logps[inside], "logps", factor=2)
+    assert_within(db, da[inside], allowed.grad[inside], "gradient", factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -222,8 +233,10 @@ def test_policy_loss(reduction, loss_type, backend):
             grads.append(x.grad)
             results.append(out)
             assert out.logps.shape == shape
-        torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-7)
+        kwargs = {name: x.cpu() if torch.is_tensor(x) else x for name, x in kwargs.items()}
+        allowed = bounds(logits.cpu(), ids.cpu(), **kwargs)
+        assert_within(*grads, allowed.grad, "gradient", factor=2)
     for a, b in itertools.pairwise(results):
-        torch.testing.assert_close(a.loss.sum().detach(), b.loss.sum().detach(), rtol=1e-5, atol=1e-6)
+        assert_within(a.loss.sum(), b.loss.sum(), allowed.loss.sum(), "loss", factor=2)
         for name in a.metrics:
-            torch.testing.assert_close(a.metrics[name], b.metrics[name], rtol=1e-5, atol=1e-6, msg=name)
+            assert_within(a.metrics[name], b.metrics[name], allowed.metrics[name], name, factor=2)

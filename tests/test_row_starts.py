@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from cases import VALUE, assert_grad_close, make_case
+from cases import make_case
 from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss
 from grpo_kernels.kernels.launch import _tile
 from grpo_kernels.kernels.shapes import gradient_shape
+from tolerance import assert_within, bounds
 
 
 def rows_at(first, B, T, V, dtype, spare=0):
@@ -53,9 +54,10 @@ def test_every_start(V, first, spare, inplace, dtype):
     assert (launch.writes(grad) >= 1).all() and launch.writes(grad).sum(-1).max() == V + 1  # the token's own, twice
     assert (launch.reads(y) >= 2).all() and launch.reads(y).sum(-1).max() == 2 * V + 1
     assert (between == 7.0).all()
-    torch.testing.assert_close(out.loss, want.loss, **VALUE)
-    torch.testing.assert_close(out.entropy, want.entropy, **VALUE)
-    assert_grad_close(grad, want_grad.double(), dtype, roundings=1 if dtype == torch.float32 else 2)  # one each
+    allowed = bounds(case.logits[:, :3], **kwargs)
+    assert_within(out.loss, want.loss, allowed.loss, "loss", factor=2)
+    assert_within(out.entropy, want.entropy, allowed.entropy, "entropy", factor=2)
+    assert_within(grad, want_grad, allowed.grad, "gradient", factor=2)
 
 
 def test_accesses_are_as_wide_as_both_rows_allow():

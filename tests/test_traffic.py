@@ -12,7 +12,7 @@ from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.variants import TERMS
 
-pytestmark = interpreted
+pytestmark = [interpreted, pytest.mark.unshifted]
 FULL = ("completion_ids", "old_logps", "ref_logps")
 SHAPES = ((2, 3, 131), (1, 1, 9001))  # one tile per row, and several with a ragged end
 

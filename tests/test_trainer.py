@@ -19,6 +19,8 @@ from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.options import Options
 from grpo_kernels.trainer.task import addition, exact_match
 from grpo_kernels.trainer.tokenizer import character_tokenizer
+from model_tolerance import model_bounds
+from tolerance import assert_within, near
 from trainer_cases import rollout_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -128,13 +130,15 @@ def test_logits_score_the_completion_whatever_the_padding(policy, tokenizer):
     logits = loop.completion_logits(policy, rollout)
     assert logits.shape == (2, 4, len(tokenizer))
     logps = token_logprobs(logits, rollout.completion_ids, mask=rollout.completion_mask).logps
+    allowed = model_bounds(policy, lambda model: {"logps": token_logprobs(
+        loop.completion_logits(model, rollout), rollout.completion_ids, mask=rollout.completion_mask).logps})["logps"]
     for i, (prompt, completion) in enumerate(zip(prompts, completions)):
         ids = torch.tensor([tokenizer(prompt)["input_ids"] + completion])
         alone = policy(input_ids=ids).logits.log_softmax(-1)
         for t, token in enumerate(completion):
             wanted = alone[0, len(prompt) - 1 + t, token] if rollout.completion_mask[i, t] else torch.tensor(0.0)
             # fp32 through two layers of attention, whose sums run over differently padded rows
-            torch.testing.assert_close(logps[i, t], wanted, rtol=1e-5, atol=1e-5)
+            assert_within(logps[i, t], wanted, allowed[i, t], "logps", factor=2)
 
 
 def test_sampled_log_probabilities_are_those_of_the_sampler(policy, tokenizer):
@@ -144,11 +148,13 @@ def test_sampled_log_probabilities_are_those_of_the_sampler(policy, tokenizer):
     assert rollout.rewards.shape == (12,)
     assert torch.equal(rollout.prompt_ids[0], rollout.prompt_ids[2])
     assert not torch.equal(rollout.prompt_ids[0], rollout.prompt_ids[3])
+
+    def logps_of(model):
+        logits = loop.completion_logits(model, rollout)
+        return token_logprobs(logits, rollout.completion_ids, mask=rollout.completion_mask, temperature=0.7).logps
+
     with torch.no_grad():
-        logps = token_logprobs(
-            loop.completion_logits(policy, rollout), rollout.completion_ids, mask=rollout.completion_mask,
-            temperature=0.7,
-        ).logps  # fmt: skip
+        logps = logps_of(policy)
     torch.manual_seed(3)
     generated = policy.generate(
         input_ids=rollout.prompt_ids, attention_mask=rollout.prompt_mask, max_new_tokens=4, do_sample=True,
@@ -157,7 +163,8 @@ def test_sampled_log_probabilities_are_those_of_the_sampler(policy, tokenizer):
     assert torch.equal(generated.sequences[:, rollout.prompt_ids.shape[1] :], rollout.completion_ids)
     scores = torch.stack(generated.scores, dim=1).log_softmax(-1)
     wanted = scores.gather(-1, rollout.completion_ids[..., None])[..., 0] * rollout.completion_mask
-    torch.testing.assert_close(logps, wanted, rtol=1e-5, atol=1e-5)
+    allowed = model_bounds(policy, lambda model: {"logps": logps_of(model)})["logps"]
+    assert_within(logps, wanted, allowed, "logps", factor=2)
 
 
 def test_special_tokens_in_a_completion_make_it_wrong(tokenizer):
@@ -229,7 +236,7 @@ def test_warm_up_learns_answers_not_prompts(policy, tokenizer):
         logps = policy(input_ids=torch.tensor([[*prompt, *answer, 1]])).logits.log_softmax(-1)[0]
         for t, token in enumerate([*answer, 1]):
             total, count = total - logps[len(prompt) - 1 + t, token].item(), count + 1
-    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert loss.item() == near(total / count, 40)
 
 
 def test_warm_up_goes_back_when_it_overshoots(policy, tokenizer, monkeypatch):

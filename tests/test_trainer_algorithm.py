@@ -14,6 +14,8 @@ from grpo_kernels.trainer import loop, normalise
 from grpo_kernels.trainer.options import SCHEDULES, OptionError, Options
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 from grpo_kernels.variants import LOSS_TYPES
+from model_tolerance import model_bounds
+from tolerance import assert_within, near
 from trainer_cases import TASK, rollout_of, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -60,13 +62,18 @@ def test_micro_batches_add_up(policy, rollout, loss_type, masked):
     options = {"loss_type": loss_type, "beta": 0.1, "entropy_coef": 0.05, "mask_truncated_completions": masked}
     whole, moved = step(policy, rollout, reference=reference, **options)
     assert moved.abs().max() > 1e-2
+
+    def whole_of(model):
+        row, moved = step(model, rollout, reference=reference, **options)
+        return {"moved": moved, **{name: value for name, value in row.items() if value is not None}}
+
+    allowed = model_bounds(policy, whole_of)
     for parts in (3, 12) if masked else (4,):
         row, other = step(policy, rollout, reference=reference, gradient_accumulation_steps=parts, **options)
-        # fp32: sums of up to twelve gradients in another order, through two updates
-        torch.testing.assert_close(other, moved, rtol=1e-4, atol=2e-6)
+        assert_within(other, moved, allowed["moved"], "step", factor=2)
         assert row.keys() == whole.keys()
         for name, value in whole.items():
-            assert row[name] == pytest.approx(value, rel=1e-4, abs=1e-5, nan_ok=True), name
+            assert_within(torch.tensor(row[name]), torch.tensor(value), allowed[name], name, factor=2)
 
 
 def test_the_share_of_a_part():
@@ -127,7 +134,7 @@ def test_ratios_are_to_the_policy_that_sampled(policy, rollout, monkeypatch):
     step(policy, rollout, num_iterations=3, beta=0.0)
     assert len(losses) == 3
     for call in losses:
-        torch.testing.assert_close(call["old_logps"], wanted)
+        assert torch.equal(call["old_logps"], wanted)
 
 
 # --- what is learned from -------------------------------------------------------------------------
@@ -166,15 +173,15 @@ def test_entropy_bonus_raises_the_entropy(policy, rollout):
 )
 def test_scale_rewards(policy, rollout, scale, least, largest):
     row, _ = step(policy, rollout, scale_rewards=scale, beta=0.0)
-    assert row["advantage/min"] == pytest.approx(least, abs=1e-3)
-    assert row["advantage/max"] == pytest.approx(largest, abs=1e-3)
+    assert row["advantage/min"] == pytest.approx(least, abs=1e-4)  # by hand, to four places
+    assert row["advantage/max"] == pytest.approx(largest, abs=1e-4)
 
 
 def test_reward_metrics_leave_out_none(policy, rollout):
     row, _ = step(policy, rollout, beta=0.0)
     known = torch.tensor(REWARDS[:-1])
-    assert row["reward"] == pytest.approx(known.mean().item())
-    assert row["reward_std"] == pytest.approx(known.std().item())
+    assert row["reward"] == near(known.mean().item(), 12)
+    assert row["reward_std"] == near(known.std().item(), 12)
     assert row["frac_reward_zero_std"] == 0.0
 
 

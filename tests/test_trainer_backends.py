@@ -3,7 +3,6 @@
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
@@ -11,6 +10,7 @@ from safetensors.torch import load_file
 
 from grpo_kernels.trainer import cli, scoring
 from grpo_kernels.trainer.options import OptionError, Options
+from model_tolerance import assert_same_run, nudged_policies
 from trainer_cases import run, saved_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,27 +37,27 @@ def curve(directory, model, **options):
     return rows, load_file(result.model / "model.safetensors")
 
 
-def compare(one, other):
-    """Every number of every row, and the weights, to what fp32 sums in another order and some updates leave."""
-    (rows, weights), (others, other_weights) = one, other
-    assert [row["step"] for row in rows] == [row["step"] for row in others]
-    for row, also in zip(rows, others):
-        assert row.keys() == also.keys()
-        for name, value in row.items():
-            assert also[name] == pytest.approx(value, rel=1e-4, abs=1e-5), (row["step"], name)
-    for name, weight in weights.items():
-        torch.testing.assert_close(other_weights[name], weight, rtol=1e-4, atol=1e-5)
-    assert max(row.get("grad_norm", 0.0) for row in rows) > 1e-2
+def nudged(directory, model, **options):
+    """The same from weights that are off by a rounding."""
+    with nudged_policies():
+        return curve(directory, model, **options)
+
+
+def compare(one, other, off):
+    """Every number of every row, and the weights."""
+    assert_same_run(other, one, off)
+    assert max(row.get("grad_norm", 0.0) for row in one[0]) > 1e-2
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "gspo", "cispo"])
 def test_reference_and_torch(tmp_path, model, monkeypatch, loss_type):
     """The loss and the gradient are the float math of reference/: nothing of the package computes them."""
     torch_curve = curve(tmp_path / "torch", model, backend="torch", loss_type=loss_type)
+    off = nudged(tmp_path / "off", model, backend="torch", loss_type=loss_type)
     with monkeypatch.context() as patch:
         for name in ("fused_grpo_loss", "token_logprobs", "fused_linear_grpo_loss", "linear_token_logprobs"):
             patch.setattr(scoring, name, None)
-        compare(torch_curve, curve(tmp_path / "reference", model, backend="reference", loss_type=loss_type))
+        compare(torch_curve, curve(tmp_path / "reference", model, backend="reference", loss_type=loss_type), off)
 
 
 def test_triton_and_torch(tmp_path, model):
@@ -65,13 +65,15 @@ def test_triton_and_torch(tmp_path, model):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     short = {"steps": 2, "batch_size": 1, "num_generations": 4, "gradient_accumulation_steps": 1}
     torch_curve = curve(tmp_path / "torch", model, backend="torch", **short)
-    compare(torch_curve, curve(tmp_path / "triton", model, backend="triton", loss_path="logits", **short))
-    compare(torch_curve, curve(tmp_path / "linear", model, backend="triton", loss_path="linear", **short))
+    off = nudged(tmp_path / "off", model, backend="torch", **short)
+    compare(torch_curve, curve(tmp_path / "triton", model, backend="triton", loss_path="logits", **short), off)
+    compare(torch_curve, curve(tmp_path / "linear", model, backend="triton", loss_path="linear", **short), off)
 
 
 def test_linear_and_logits(tmp_path, model):
     logits = curve(tmp_path / "logits", model, loss_path="logits")
-    compare(logits, curve(tmp_path / "linear", model, loss_path="linear"))
+    off = nudged(tmp_path / "off", model, loss_path="logits")
+    compare(logits, curve(tmp_path / "linear", model, loss_path="linear"), off)
 
 
 def test_reference_is_refused_without_a_checkout(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cases import BACKENDS, VALUE, assert_grad_close
+from cases import BACKENDS
 
 try:
     importlib.metadata.version("verl")
@@ -22,6 +22,7 @@ from verl_oracle import POLICY_LOSS_REGISTRY, RolloutCorrectionConfig, actor_con
 
 from grpo_kernels import policy_loss
 from grpo_kernels.integrations import verl as plugin
+from tolerance import assert_within, bounds_of, written
 
 CLIP = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "clip_ratio_c": 1.5}
 PROBABILITY_CLIP = {"clip_ratio_low": 0.03, "clip_ratio_high": 0.1, "clip_ratio_c": 1.5}
@@ -84,21 +85,33 @@ def call(name: str, batch: dict, dtype=torch.float64, *, mode="token-mean", weig
     return loss.detach(), lp.grad, metrics
 
 
-def assert_same(ours, verls, dtype=torch.float32) -> None:
+def allowed_to(name, batch, **settings) -> dict[str, torch.Tensor]:
+    """Of an fp32 computation of verl's loss: what verl's own says where the inputs are off by their rounding."""
+    floats = {key: x for key, x in batch.items() if x.is_floating_point() and key != "response_mask"}
+
+    def evaluate(**moved):
+        loss, grad, metrics = call(name, {**batch, **{key: x.detach() for key, x in moved.items()}}, **settings)
+        return {" loss": loss, " grad": grad, **{key: torch.tensor(x).double() for key, x in metrics.items()}}
+
+    return bounds_of(evaluate, floats)
+
+
+def assert_same(ours, verls, allowed, dtype=torch.float32) -> None:
     loss, grad, metrics = ours
     want_loss, want_grad, want_metrics = verls
     assert loss.dtype == torch.float32 and grad.dtype == dtype
-    torch.testing.assert_close(loss.double(), want_loss.double(), **VALUE)
-    assert_grad_close(grad, want_grad.double(), dtype)
+    assert_within(loss, want_loss, allowed[" loss"], "loss")
+    assert_within(grad, want_grad, allowed[" grad"] + written(want_grad.double(), dtype), "gradient")
     assert list(metrics) == list(want_metrics)
     for key, value in want_metrics.items():
         assert type(metrics[key]) is float
-        assert metrics[key] == pytest.approx(value, rel=1e-5, abs=1e-6), key
+        assert_within(torch.tensor(metrics[key]), torch.tensor(value).double(), allowed[key], key)
 
 
 def check(name: str, batch: dict, **settings) -> None:
     settings = {**SETTINGS.get(name, {}), **settings}
-    assert_same(call(f"fused_{name}", batch, torch.float32, **settings), call(name, batch, **settings))
+    assert_same(call(f"fused_{name}", batch, torch.float32, **settings), call(name, batch, **settings),
+                allowed_to(name, batch, **settings))  # fmt: skip
 
 
 # --- Which losses there are ------------------------------------------------------------------------------
@@ -134,19 +147,19 @@ def test_in_ppo_loss(name, extras):
     if extras:
         arguments |= {"rollout_is_weights": is_weights(batch).double(), "ref_logps": lp - 0.3, "use_kl_loss": True,
                       "kl_loss_coef": 0.1, "entropy_coeff": 0.05}  # fmt: skip
-    results = []
-    for loss_mode in (f"fused_{name}", name):
-        x = logits.double().requires_grad_()
+
+    def run(loss_mode, x):
         loss, logged = verl_loss(x, ids, batch["advantages"].double(), completion_mask=mask, loss_mode=loss_mode,
                                  **arguments)  # fmt: skip
-        loss.backward()
-        results.append((loss.detach(), x.grad, logged))
-    (loss, grad, logged), (want, want_grad, want_logged) = results
-    torch.testing.assert_close(loss.double(), want, **VALUE)
-    assert_grad_close(grad, want_grad, torch.float32)
-    assert logged.keys() == want_logged.keys() >= {"actor/pg_loss"}
-    for key in logged:
-        assert logged[key] == pytest.approx(want_logged[key], rel=1e-5, abs=1e-6), key
+        (grad,) = torch.autograd.grad(loss, x)
+        logged = {key: torch.tensor(value).double() for key, value in logged.items()}
+        return {" loss": loss.detach().double(), " grad": grad, **logged}
+
+    got, want = (run(loss_mode, logits.double().requires_grad_()) for loss_mode in (f"fused_{name}", name))
+    allowed = bounds_of(lambda x: run(name, x), {"x": logits})
+    assert got.keys() == want.keys() >= {"actor/pg_loss"}
+    for key in want:
+        assert_within(got[key], want[key], allowed[key], key)
 
 
 # --- Every setting, on the registered functions ----------------------------------------------------------
@@ -183,7 +196,8 @@ def test_verls_own_defaults(name):
     """ε = 0.2 on either side, c = 3."""
     settings = {"dro_beta": 0.3} if name == "dro" else {}
     batch = make_batch(seed=6)
-    assert_same(call(f"fused_{name}", batch, torch.float32, **settings), call(name, batch, **settings))
+    assert_same(call(f"fused_{name}", batch, torch.float32, **settings), call(name, batch, **settings),
+                allowed_to(name, batch, **settings))  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ("vanilla", "gspo", "cispo", "geo_mean", "dppo_tv"))
@@ -191,7 +205,8 @@ def test_one_bound_for_both(name):
     """clip_ratio, where low and high are not set."""
     batch = make_batch(seed=7)
     settings = {"clip_ratio": 0.1, "clip_ratio_low": None, "clip_ratio_high": None}
-    assert_same(call(f"fused_{name}", batch, torch.float32, **settings), call(name, batch, **settings))
+    assert_same(call(f"fused_{name}", batch, torch.float32, **settings), call(name, batch, **settings),
+                allowed_to(name, batch, **settings))  # fmt: skip
 
 
 def test_cispo_without_a_lower_bound():
@@ -226,13 +241,16 @@ def test_bf16_log_probs(name):
     loss, metrics = POLICY_LOSS_REGISTRY[f"fused_{name}"](**args, config=actor_config(name, **settings))
     loss.backward()
     mode = plugin.LOSSES[name].default_mode
-    assert_same((loss.detach(), args["log_prob"].grad, metrics), call(name, batch, mode=mode, **settings),
+    allowed = allowed_to(name, batch, mode=mode, **settings)
+    assert_same((loss.detach(), args["log_prob"].grad, metrics), call(name, batch, mode=mode, **settings), allowed,
                 torch.bfloat16)  # fmt: skip
     if not name.startswith("dppo"):  # which decide in bf16 there: a token near the bound may fall on the other side
         args = {**batch, "log_prob": batch["log_prob"].detach().clone().requires_grad_()}
         want, want_metrics = POLICY_LOSS_REGISTRY[name](**args, config=actor_config(name, **settings))
-        torch.testing.assert_close(loss, want.float(), **VALUE)
-        assert metrics == pytest.approx(want_metrics, rel=1e-5, abs=1e-6)
+        assert_within(loss, want.float(), allowed[" loss"], "loss", factor=2)
+        assert metrics.keys() == want_metrics.keys()
+        for key, value in want_metrics.items():
+            assert_within(torch.tensor(metrics[key]), torch.tensor(value), allowed[key], key, factor=2)
 
 
 @losses
@@ -242,7 +260,7 @@ def test_padding_may_hold_anything(name):
     gaps = ~batch["response_mask"]
     dirty = {**batch, **{key: batch[key].masked_fill(gaps, torch.nan) for key in ("log_prob", "old_log_prob")}}
     ours = call(f"fused_{name}", dirty, torch.float32, **SETTINGS[name])
-    assert_same(ours, call(name, batch, **SETTINGS[name]))
+    assert_same(ours, call(name, batch, **SETTINGS[name]), allowed_to(name, batch, **SETTINGS[name]))
 
 
 @losses
