@@ -89,8 +89,8 @@ def prepare(
     if plan.bonus and not plan.quantile:  # else its count follows from the entropies
         w_bonus = batch_tokens(batch)
     loss_scale = checks.check_factor("loss_scale", args.loss_scale, ids)
-    scale_number, scale_tensor = (1.0, loss_scale) if isinstance(loss_scale, torch.Tensor) else (traced(loss_scale), None)
-    bonus, bonus_tensor = _bonus(config, plan, ids)
+    scale_number, scale_tensor = _apart(loss_scale)
+    bonus, bonus_tensor = _apart(checks.check_factor("entropy_coef", config.entropy_coef, ids) if plan.bonus else 0.0)
     coefs = _coefficients(args, config, plan, w.factor * scale_number, w_bonus.factor * scale_number * bonus)
     inputs = Inputs(
         ids=layout.tokens(ids),
@@ -173,10 +173,9 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, h: 
     ).pack()
 
 
-def _bonus(config: LossConfig, plan: Plan, like: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """The coefficient of the entropy bonus, a number times a tensor where there is one."""
-    coef = checks.check_factor("entropy_coef", config.entropy_coef, like) if plan.bonus else 0.0
-    return (1.0, coef) if isinstance(coef, torch.Tensor) else (traced(coef), None)
+def _apart(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
+    """A factor as a number times a tensor, where it is one."""
+    return (1.0, value) if isinstance(value, torch.Tensor) else (traced(value), None)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -52,7 +52,7 @@ class LossOutput:
     logps: Tensor  # (B, T) log π_θ of the sampled token
     entropy: Tensor | None  # (B, T) entropy of π_θ at that position, in nats; None if it was not given
     per_token_loss: Tensor  # (B, T) ℓ, unweighted
-    kl: Tensor | None  # (B, T) estimate of KL(π_θ ‖ π_ref), bias-corrected if asked for, without β; None without ref_logps
+    kl: Tensor | None  # (B, T) estimate of KL(π_θ ‖ π_ref), bias-corrected if asked for, without β; None if unknown
     advantages: Tensor  # (B, T) A
     weights: Tensor  # (B, T) w, loss_scale included
     importance_weights: Tensor | None  # (B, T) as given, or made from sampling_logps; None without either

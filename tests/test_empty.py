@@ -1,4 +1,4 @@
-"""A batch without a token, as a data-parallel rank without samples has it: loss 0, a graph, metrics as if all masked."""
+"""A batch without a token, as a data-parallel rank without samples has it: loss 0 with a graph, metrics as masked."""
 
 import pytest
 import torch
