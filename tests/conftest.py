@@ -22,7 +22,7 @@ def _poisoned(allocate):
         x = allocate(*args, **kwargs)
         if isinstance(x, torch.Tensor) and x.dtype.is_floating_point and x.device.type != "meta":
             if not torch.compiler.is_compiling():
-                x.fill_(float("nan"))
+                x.detach().fill_(float("nan"))  # a leaf may require grad
         return x
 
     return wrapper
