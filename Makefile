@@ -7,8 +7,11 @@ EXTRA_INDEX_URL ?=
 ARGS            ?=
 JOBS            ?= 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
+TORCH_VERSIONS  ?= 2.11.0 newest
 # Whatever may run a kernel: everything but the tests of other things.
 TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
+# What a torch may break by what it traces or differentiates.
+TORCH_TESTS     ?= tests/test_compile.py tests/test_autograd.py tests/test_config.py
 
 # Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
@@ -57,8 +60,8 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-verl bench traffic compile-report \
-    lint clean check-python
+.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-torch test-verl bench \
+    traffic compile-report lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -66,7 +69,7 @@ help: ## list the targets and the variables
 	@echo
 	@echo "Variables"
 	@echo "  ARGS=            passed on to the command, e.g. make demo ARGS=\"--seed 1\""
-	@echo "  JOBS=            processes that test, test-triton and test-verl run in (now: $(JOBS)); 0: no extra process"
+	@echo "  JOBS=            processes that test, test-triton, test-torch and test-verl run in (now: $(JOBS)); 0: no extra process"
 	@echo "  GPU_JOBS=        processes that test-gpu runs in, on one GPU (now: $(GPU_JOBS))"
 	@echo "  PYTHON=          the interpreter to start from, 3.10 or newer (now: $(or $(PYTHON),none found))"
 	@echo "  VENV=            the virtual environment (now: $(or $(VENV),none, PYTHON as it is)); empty: use"
@@ -76,6 +79,8 @@ help: ## list the targets and the variables
 	@echo "                   (some GB); without a GPU this one serves torch alone:"
 	@echo "                   make demo EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu"
 	@echo "  TRITON_VERSIONS= what test-triton goes through (now: $(TRITON_VERSIONS))"
+	@echo "  TORCH_VERSIONS=  what test-torch goes through (now: $(TORCH_VERSIONS)); newest: the newest that the"
+	@echo "                   index has. Each is installed with all that it asks for, CUDA too where PyPI serves it"
 
 demo: $(call installed,demo) ## train a tiny model on two-digit addition with GRPO
 	$(PY) -m grpo_kernels.trainer $(ARGS)
@@ -115,6 +120,15 @@ test-triton: $(if $(VENV),$(TRITON_VERSIONS:%=.venv-triton-%/.installed),needs-v
 	if [ -n "$$failed" ]; then echo "make test-triton: failed with Triton$$failed" >&2; exit 1; fi; \
 	echo "==> passed with Triton $(TRITON_VERSIONS)"
 
+test-torch: $(if $(VENV),$(TORCH_VERSIONS:%=.venv-torch-%/.installed),needs-venv) ## the compile and autograd tests with the oldest and the newest torch
+	@failed=; for v in $(TORCH_VERSIONS); do \
+	    echo "==> torch $$v ($$(.venv-torch-$$v/bin/python -c 'import torch; print(torch.__version__)'))"; \
+	    $(on_cpu) .venv-torch-$$v/bin/python -m pytest -n $(JOBS) --dist worksteal $(TORCH_TESTS) $(ARGS) \
+	        || failed="$$failed $$v"; \
+	done; \
+	if [ -n "$$failed" ]; then echo "make test-torch: failed with torch$$failed" >&2; exit 1; fi; \
+	echo "==> passed with torch $(TORCH_VERSIONS)"
+
 test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's own losses, on the CPU
 	$(on_cpu) .venv-verl/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity_verl $(ARGS)
 
@@ -122,7 +136,7 @@ lint: $(call installed,lint) ## ruff over the sources
 	$(PY) -m ruff check $(or $(ARGS),.)
 
 clean: ## remove the virtual environments, builds and caches, not what you produced
-	rm -rf .venv .venv-triton-* .venv-verl build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
+	rm -rf .venv .venv-triton-* .venv-torch-* .venv-verl build dist *.egg-info .pytest_cache .hypothesis .benchmarks .ruff_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # --- environments ---------------------------------------------------------------------------------
@@ -184,6 +198,17 @@ triton_numpy_3.6.0 := numpy<2.4
 	@echo "==> installing Triton $* into $(@D)"
 	@$(PY) -m venv --without-pip $(@D)
 	@$(PY) -m pip --python $(@D)/bin/python install --disable-pip-version-check $(index) --no-deps triton==$* $(if $(triton_numpy_$*),'$(triton_numpy_$*)')
+	@base=$$($(PY) -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))'); \
+	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
+	@touch $@
+
+# One environment per torch, with what that torch asks for (its Triton too); the rest is read from $(VENV).
+.venv-torch-%/.installed: $(VENV)/.installed-test
+	@rm -rf $(@D)
+	@echo "==> installing torch $* into $(@D)"
+	@$(PY) -m venv --without-pip $(@D)
+	@$(PY) -m pip --python $(@D)/bin/python install --disable-pip-version-check $(index) $(if $(filter newest,$*),--upgrade torch,torch==$*)
 	@base=$$($(PY) -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))'); \
 	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"

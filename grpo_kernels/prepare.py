@@ -14,7 +14,7 @@ from grpo_kernels.correction import CORRECTIONS
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.metrics import METRIC_NAMES, SUM_NAMES, Names, named, names_of
 from grpo_kernels.plan import Plan
-from grpo_kernels.tracing import call
+from grpo_kernels.tracing import call, traced
 from grpo_kernels.variants import LEVELS, TERMS
 from grpo_kernels.weights import AGGREGATIONS, Batch, Weight, batch_tokens
 
@@ -91,8 +91,8 @@ def prepare(
     if plan.bonus and not plan.quantile:  # else its count follows from the entropies
         w_bonus = batch_tokens(batch)
     loss_scale = checks.check_factor("loss_scale", args.loss_scale, ids)
-    scale_number, scale_tensor = (1.0, loss_scale) if isinstance(loss_scale, torch.Tensor) else (loss_scale, None)
-    bonus, bonus_tensor = _bonus(config, plan, ids)
+    scale_number, scale_tensor = _apart(loss_scale)
+    bonus, bonus_tensor = _apart(checks.check_factor("entropy_coef", config.entropy_coef, ids) if plan.bonus else 0.0)
     coefs = _coefficients(args, config, plan, w.factor * scale_number, w_bonus.factor * scale_number * bonus)
     inputs = Inputs(
         ids=layout.tokens(ids),
@@ -169,7 +169,7 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, h: 
         drift=_or(config.off_policy_mask_threshold, torch.inf),
         correction_low=_or(config.sampling_correction_min, -torch.inf),
         correction_high=_or(config.sampling_correction_max, torch.inf),
-        quantile=1.0 - config.top_entropy_quantile,
+        quantile=1.0 - traced(config.top_entropy_quantile),
         num_generations=float(args.num_generations) if isinstance(args.num_generations, numbers.Integral) else 1.0,
         softcap=args.softcap,
         logit_scale=args.logit_scale,
@@ -177,10 +177,9 @@ def _coefficients(args: Arguments, config: LossConfig, plan: Plan, w: float, h: 
     ).pack()
 
 
-def _bonus(config: LossConfig, plan: Plan, like: torch.Tensor) -> tuple[float, torch.Tensor | None]:
-    """The coefficient of the entropy bonus, a number times a tensor where there is one."""
-    coef = checks.check_factor("entropy_coef", config.entropy_coef, like) if plan.bonus else 0.0
-    return (1.0, coef) if isinstance(coef, torch.Tensor) else (coef, None)
+def _apart(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
+    """A factor as a number times a tensor, where it is one."""
+    return (1.0, value) if isinstance(value, torch.Tensor) else (traced(value), None)
 
 
 def _or(value: float | None, default: float) -> float:

@@ -160,8 +160,9 @@ class Sums:
         """
         inputs, plan = self.tokens.inputs, self.tokens.plan
         shape, device = inputs.ids.shape, inputs.ids.device
-        table = torch.zeros(1, *shape, device=device) if self.table is None else self.table
-        table = table.view(table.shape[0], *shape)
+        table = torch.zeros(1, *shape, device=device)
+        if self.table is not None:
+            table = self.table.view(len(self.names), *shape)
         rows = dict(zip(self.names, per_sequence(table, inputs).tolist()))  # name -> [B]
         values = dict.fromkeys(SUM_NAMES, 0.0) | {name: sum(row) for name, row in rows.items()}
         if live is None and inputs.cu is None:

@@ -11,6 +11,14 @@ def is_eager() -> bool:
     return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
 
 
+def traced(value: float) -> torch.Tensor | float:
+    """A number to compute with; under torch.compile a 0-d CPU tensor.
+
+    Of a sum or product of numbers torch 2.11 would make a constant, and compile anew for every value.
+    """
+    return torch.ones((), device="cpu") * value if torch.compiler.is_compiling() else value
+
+
 def are_plain(values: tuple | list) -> bool:
     """Whether the tensors among these, and in tuples among them, are torch's own, and no subclass."""
     for x in values:

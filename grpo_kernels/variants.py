@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from grpo_kernels import kl, terms
+from grpo_kernels.tracing import traced
 
 if TYPE_CHECKING:
     from grpo_kernels.config import LossConfig
@@ -79,7 +80,7 @@ _EVERY = tuple(LEVELS)
 
 def _bounds(config: "LossConfig") -> tuple[float, float]:
     """(ε_low, ε_high)"""
-    return config.epsilon, config.epsilon if config.epsilon_high is None else config.epsilon_high
+    return traced(config.epsilon), traced(config.epsilon if config.epsilon_high is None else config.epsilon_high)
 
 
 def _or(value: float | None, default: float) -> float:

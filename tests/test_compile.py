@@ -187,16 +187,23 @@ def test_new_values_do_not_recompile(backend, reduction):
     assert number_of_compilations(calls, backend) <= 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_new_tensor_values_do_not_recompile(backend):
+COUNTS = {
+    "global-tokens": ("num_items_in_batch",),
+    "seq-mean-token-sum-norm": ("global_batch_size", "max_completion_length"),
+}
+
+
+@pytest.mark.parametrize(("backend", "mode"), [("torch", mode) for mode in COUNTS] + [("triton", "global-tokens")])
+def test_new_tensor_values_do_not_recompile(backend, mode):
     hidden, weight, inputs = batch()
     adv = torch.tensor([1.0, -0.5], device=DEVICE)
 
     def values(k):
-        counts = {"loss_scale": torch.tensor(1 / k), "num_items_in_batch": torch.tensor(100.0 + k)}
+        counts = {name: torch.tensor(100.0 + k) for name in COUNTS[mode]}
+        counts |= {"loss_scale": torch.tensor(1 / k), "entropy_coef": torch.tensor(0.01 * k)}
         return {"advantages": adv * k, **{name: value.to(DEVICE) for name, value in counts.items()}}
 
-    calls = ((hidden, weight, {**inputs, **values(k), "loss_type": "dapo"}) for k in range(1, 13))
+    calls = ((hidden, weight, {**inputs, **values(k), "loss_agg_mode": mode}) for k in range(1, 13))
     assert number_of_compilations(calls, backend) == 1
 
 

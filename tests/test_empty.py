@@ -1,4 +1,4 @@
-"""Batches without a row: loss 0 with a graph and a gradient of the right shape, and no Triton grid of size 0."""
+"""A batch without a token, as a data-parallel rank without samples has it: loss 0 with a graph, metrics as masked."""
 
 import pytest
 import torch

@@ -57,7 +57,7 @@ HEADS = [
     ("hidden 2-D", lambda h, i: dict(hidden=h["hidden"][0]), ValueError, r"\(B, T\+1, H\) for.*\(5, 6\), got \(6, 9\)"),
     ("hidden batch", lambda h, i: dict(hidden=h["hidden"][:2]), ValueError, r"hidden must be.*got \(2, 6, 9\)"),
     ("hidden long", lambda h, i: dict(hidden=torch.cat([h["hidden"]] * 2, 1)), ValueError, "hidden must be"),
-    ("empty", lambda h, i: ids(i["completion_ids"][:0], hidden=h["hidden"][:0]), ValueError, "hold no token"),
+    ("no states", lambda h, i: dict(hidden=h["hidden"][..., :0]), ValueError, "states without an entry"),
     ("ids 3-D", lambda h, i: ids(i["completion_ids"][None]), ValueError, r"completion_ids must be \(B, T\), or packed"),
     ("float ids", lambda h, i: ids(i["completion_ids"].float()), TypeError, "completion_ids must be integers.*long"),
     ("ids a list", lambda h, i: ids([[1]]), TypeError, "completion_ids must be a torch.Tensor"),

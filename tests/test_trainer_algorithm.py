@@ -85,8 +85,11 @@ def test_the_share_of_a_part():
     empty = normalise.Whole(2, 0)
     bnpo = Options(loss_type="bnpo", entropy_coef=0.1).loss_config(4)
     assert normalise.share(bnpo, empty, empty) == {"loss_scale": 0.0, "entropy_coef": 0.0}
-    with pytest.raises(ValueError, match="token-sum"):
-        normalise.share(dataclasses.replace(config, loss_agg_mode="token-sum"), part, whole)
+    assert normalise.share(dataclasses.replace(tokens, loss_agg_mode="token-sum"), part, whole) == {}
+    verl = dataclasses.replace(tokens, loss_agg_mode="seq-mean-token-mean")
+    mask = torch.tensor([[1, 0], [0, 0], [1, 1]])
+    found = normalise.share(verl, normalise.Whole.of(mask[:1]), normalise.Whole.of(mask))
+    assert found == {"global_batch_size": 2}
 
 
 # --- minibatches ----------------------------------------------------------------------------------

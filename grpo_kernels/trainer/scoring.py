@@ -105,13 +105,13 @@ def _reference_loss(
     reference = reference_module()
     names = [field.name for field in dataclasses.fields(reference.Knobs) if hasattr(config, field.name)]
     knobs = {name: getattr(config, name) for name in names}
-    if "entropy_coef" in kwargs:
-        knobs["entropy_coef"] = kwargs["entropy_coef"]
-    given = {name: value for name, value in kwargs.items() if name != "entropy_coef"}
+    own = {name: kwargs[name] for name in kwargs if name in knobs}  # of this micro-batch
+    given = {name: value for name, value in kwargs.items() if name not in own}
+    knobs |= own
     out = reference.grpo_loss(logits, completion_ids, advantages, **given, **knobs)
     del given["temperature"]
     beside = policy_loss(
         out.logps.detach(), advantages, entropy=out.entropy.detach(), config=config, backend="torch",
-        **given, entropy_coef=knobs["entropy_coef"],
+        **given, **own,
     )  # fmt: skip
     return beside._replace(loss=out.loss)
