@@ -1,5 +1,7 @@
 """Whether anybody looks on while torch runs."""
 
+import functools
+
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -9,6 +11,17 @@ _HARMLESS = frozenset({torch.Tensor, torch.nn.Parameter, type(None), str, bool, 
 def is_eager() -> bool:
     """Nobody traces, fakes or counts."""
     return not torch.compiler.is_compiling() and _get_current_dispatch_mode() is None
+
+
+def cached(function):
+    """`functools.cache`, but for a tracer, which would warn of it on every graph: it keeps what it traces anyway."""
+    kept = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else kept(*args, **kwargs)
+
+    return call
 
 
 def are_plain(values: tuple | list) -> bool:
