@@ -74,7 +74,7 @@ def slime_call(args, batch, logits, function):
         return sum((a * m).sum() / m.sum().clamp_min(1) for a, m in parts)
 
     loss, log = function(args, batch, logits, sum_of_sample_mean)
-    torch.tensor(list(log.values()))  # as slime puts them together
+    torch.tensor([torch.as_tensor(value).detach() for value in log.values()])  # as slime puts them together
     return loss, log
 
 

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
@@ -78,6 +79,15 @@ def test_linear_and_logits(tmp_path, model):
     logits = curve(tmp_path / "logits", model, loss_path="logits")
     off = nudged(logits, tmp_path / "off", model, loss_path="logits")
     compare(logits, curve(tmp_path / "linear", model, loss_path="linear"), off)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_checkpointed_activations_change_no_number(tmp_path, model):
+    """The same operations, run again; and no name is used that transformers has renamed."""
+    short = {"steps": 2, "num_minibatches": 1, "gradient_accumulation_steps": 1}
+    (rows, weights), (others, other_weights) = (
+        curve(tmp_path / str(again), model, gradient_checkpointing=again, **short) for again in (False, True))
+    assert rows == others and all(torch.equal(other_weights[name], x) for name, x in weights.items())
 
 
 def test_reference_is_refused_without_a_checkout(tmp_path, monkeypatch):
