@@ -4,13 +4,13 @@ Every metric is a quotient of sums, a minimum or a maximum. `combine` puts toget
 micro-batches or ranks: the metrics of the whole batch, exactly.
 """
 
-import functools
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
 
 from grpo_kernels.jit import jit, on_numbers, on_torch, tl
+from grpo_kernels.tracing import cached
 
 # name in ``out.sums`` -> how two of them combine; the order is the kernels' column order.
 SUM_NAMES = {
@@ -165,7 +165,7 @@ class Names(NamedTuple):
     sums: dict[str, str]
 
 
-@functools.cache
+@cached
 def names_of(
     *, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool, sampling: bool, corrected: bool
 ) -> Names:

@@ -1,8 +1,8 @@
 """Plan: the structure of a call, which is what a kernel is specialised for. Values are not in it."""
 
-import functools
 from typing import NamedTuple
 
+from grpo_kernels.tracing import cached
 from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, TERMS
 
 
@@ -70,12 +70,12 @@ class Plan(NamedTuple):
         return KL_ESTIMATORS[self.kl] if self.kl else None
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def _key(plan: Plan) -> str:
     return "/".join(str(int(value)) if isinstance(value, bool) else value for value in plan)
 
 
-@functools.lru_cache(maxsize=256)
+@cached
 def _plan(key: str) -> Plan:
     values = zip(Plan._field_defaults.values(), key.split("/"))
     return Plan(*(value == "1" if isinstance(default, bool) else value for default, value in values))

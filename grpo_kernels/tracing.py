@@ -1,5 +1,7 @@
 """Whether anybody looks on while torch runs."""
 
+import functools
+
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -17,6 +19,17 @@ def traced(value: float) -> torch.Tensor | float:
     Of a sum or product of numbers torch 2.11 would make a constant, and compile anew for every value.
     """
     return torch.ones((), device="cpu") * value if torch.compiler.is_compiling() else value
+
+
+def cached(function):
+    """`functools.cache`, but for a tracer, which would warn of it on every graph: it keeps what it traces anyway."""
+    kept = functools.lru_cache(maxsize=256)(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return function(*args, **kwargs) if torch.compiler.is_compiling() else kept(*args, **kwargs)
+
+    return call
 
 
 def are_plain(values: tuple | list) -> bool:

@@ -7,13 +7,15 @@ and sees what comes of it.
 A run of some steps magnifies what the first step leaves. How much is a property of the model, its data and its
 learning rate: the same run is made once more from weights that are off by a rounding, and `apart` says how far it went
 off, over all that it logs, in multiples of the size of each number. Two ways to the loss may lie apart by four times
-that, and by the roundings of a sum in any case.
+that, and by the roundings of a sum in any case. A nudged run that samples another token is another run, and says
+nothing: the next nudge is tried.
 """
 
 import contextlib
 import copy
 import math
 
+import pytest
 import torch
 from torch import nn
 
@@ -35,16 +37,33 @@ def model_bounds(model: nn.Module, run, draws: int = 2) -> dict[str, torch.Tenso
     return bounds_of(evaluate, dict(model.named_parameters()), draws=draws)
 
 
-def nudge(model: nn.Module, unit: float = U) -> None:
-    """Every weight off by up to the error of a row; `unit`: the roundoff of what the model computes in."""
-    g = torch.Generator().manual_seed(0)
+def nudge(model: nn.Module, seed: int = 0, unit: float = U, only: str = "") -> None:
+    """Weights off by up to the error of a row in fp32, or by up to `unit` of themselves, a coarser dtype's roundoff.
+
+    `only`: those with this in their names, where two runs share the rest.
+    """
+    g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
-            p += (2 * torch.rand(p.shape, generator=g) - 1).to(p) * row_size(p) * (unit / U)
+        for p in (p for name, p in model.named_parameters() if only in name):
+            size = row_size(p) if unit == U else unit * p.abs()
+            p += (2 * torch.rand(p.shape, generator=g) - 1).to(p) * size
+
+
+def nudged_run(want: tuple, make, most: int = 12) -> tuple:
+    """The first of make(seed) -> (rows, weights) that samples what `want` has sampled."""
+
+    def sampled(rows):
+        return [{k: v for k, v in row.items() if "length" in k or "reward" in k.split("_time")[0]} for row in rows]
+
+    for seed in range(most):
+        run = make(seed)
+        if all(a == pytest.approx(b, rel=1e-6, nan_ok=True) for a, b in zip(sampled(run[0]), sampled(want[0]))):
+            return run
+    raise AssertionError(f"each of {most} nudged runs sampled something else")
 
 
 @contextlib.contextmanager
-def nudged_policies(unit: float = U):
+def nudged_policies(seed: int, unit: float = U):
     """What the trainer builds within the context has been nudged."""
     from grpo_kernels.trainer import cli
 
@@ -52,7 +71,7 @@ def nudged_policies(unit: float = U):
 
     def build_off(*args, **kwargs):
         built = build(*args, **kwargs)
-        nudge(built.policy, unit)
+        nudge(built.policy, seed, unit)
         return built
 
     cli.build = build_off
@@ -75,7 +94,7 @@ def apart(run: tuple, other: tuple) -> list[float]:
     for name, x in weights.items():
         x, y = x.double(), other_weights[name].double()
         most = max(most, ((x - y).abs().max() / x.abs().max().clamp(min=1.0)).item())
-    assert most < 0.05, f"the nudged run went another way: {most}"
+    assert most < 0.05, f"this run magnifies a rounding to {most}: it shows nothing"
     return [*seen, most]
 
 

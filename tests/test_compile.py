@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -261,3 +263,17 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
     assert len({id(op) for op, _ in calls}) == len(names)
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiling_warns_of_nothing():
+    """Not of what the package keeps between calls, either; Dynamo says everything once per process, so in its own."""
+    program = """
+import torch
+from grpo_kernels import fused_grpo_loss
+ids, advantages = torch.zeros(2, 3, dtype=torch.long), torch.ones(2)
+step = torch.compile(lambda x: fused_grpo_loss(x, ids, advantages).loss, fullgraph=True, backend="aot_eager")
+step(torch.randn(2, 3, 9, requires_grad=True)).backward()
+"""
+    command = [sys.executable, "-W", "error::UserWarning", "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "cache" not in done.stderr, done.stderr

@@ -309,7 +309,7 @@ def test_strided_hidden_states():
 
 
 @pytest.mark.unshifted
-@pytest.mark.parametrize(("loss_type", "reduction"), itertools.product(("grpo", "gspo"), ("mean", "none")))
+@pytest.mark.parametrize(("loss_type", "reduction"), [*itertools.product(("grpo", "gspo"), ("mean", "none"))])
 def test_compiled_is_eager(loss_type, reduction):
     head, inputs = batch(seed=14)
     inputs, _ = call(loss_type, inputs)

@@ -176,8 +176,8 @@ def test_entropy_bonus_raises_the_entropy(policy, rollout):
 )
 def test_scale_rewards(policy, rollout, scale, least, largest):
     row, _ = step(policy, rollout, scale_rewards=scale, beta=0.0)
-    assert row["advantage/min"] == pytest.approx(least, abs=1e-4)  # by hand, to four places
-    assert row["advantage/max"] == pytest.approx(largest, abs=1e-4)
+    assert row["advantage/min"] == pytest.approx(least, abs=2e-4)  # by hand, of standard deviations to four places
+    assert row["advantage/max"] == pytest.approx(largest, abs=2e-4)
 
 
 def test_reward_metrics_leave_out_none(policy, rollout):

@@ -3,6 +3,7 @@
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 
 from grpo_kernels.trainer import cli, scoring
 from grpo_kernels.trainer.options import OptionError, Options
-from model_tolerance import assert_same_run, nudged_policies
+from model_tolerance import assert_same_run, nudged_policies, nudged_run
 from trainer_cases import run, saved_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,10 +38,14 @@ def curve(directory, model, **options):
     return rows, load_file(result.model / "model.safetensors")
 
 
-def nudged(directory, model, **options):
+def nudged(want, directory, model, **options):
     """The same from weights that are off by a rounding."""
-    with nudged_policies():
-        return curve(directory, model, **options)
+
+    def make(seed):
+        with nudged_policies(seed):
+            return curve(directory / str(seed), model, **options)
+
+    return nudged_run(want, make)
 
 
 def compare(one, other, off):
@@ -53,7 +58,7 @@ def compare(one, other, off):
 def test_reference_and_torch(tmp_path, model, monkeypatch, loss_type):
     """The loss and the gradient are the float math of reference/: nothing of the package computes them."""
     torch_curve = curve(tmp_path / "torch", model, backend="torch", loss_type=loss_type)
-    off = nudged(tmp_path / "off", model, backend="torch", loss_type=loss_type)
+    off = nudged(torch_curve, tmp_path / "off", model, backend="torch", loss_type=loss_type)
     with monkeypatch.context() as patch:
         for name in ("fused_grpo_loss", "token_logprobs", "fused_linear_grpo_loss", "linear_token_logprobs"):
             patch.setattr(scoring, name, None)
@@ -65,15 +70,24 @@ def test_triton_and_torch(tmp_path, model):
     pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
     short = {"steps": 2, "batch_size": 1, "num_generations": 4, "gradient_accumulation_steps": 1}
     torch_curve = curve(tmp_path / "torch", model, backend="torch", **short)
-    off = nudged(tmp_path / "off", model, backend="torch", **short)
+    off = nudged(torch_curve, tmp_path / "off", model, backend="torch", **short)
     compare(torch_curve, curve(tmp_path / "triton", model, backend="triton", loss_path="logits", **short), off)
     compare(torch_curve, curve(tmp_path / "linear", model, backend="triton", loss_path="linear", **short), off)
 
 
 def test_linear_and_logits(tmp_path, model):
     logits = curve(tmp_path / "logits", model, loss_path="logits")
-    off = nudged(tmp_path / "off", model, loss_path="logits")
+    off = nudged(logits, tmp_path / "off", model, loss_path="logits")
     compare(logits, curve(tmp_path / "linear", model, loss_path="linear"), off)
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_checkpointed_activations_change_no_number(tmp_path, model):
+    """The same operations, run again; and no name is used that transformers has renamed."""
+    short = {"steps": 2, "num_minibatches": 1, "gradient_accumulation_steps": 1}
+    (rows, weights), (others, other_weights) = (
+        curve(tmp_path / str(again), model, gradient_checkpointing=again, **short) for again in (False, True))
+    assert rows == others and all(torch.equal(other_weights[name], x) for name, x in weights.items())
 
 
 def test_reference_is_refused_without_a_checkout(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import addition
 from grpo_kernels.trainer.tokenizer import character_tokenizer
-from model_tolerance import assert_same_run, nudged_policies
+from model_tolerance import assert_same_run, nudged_policies, nudged_run
 from tolerance import U
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,9 +76,12 @@ def test_both_ways_are_the_same_run(options, tmp_path, monkeypatch):
     assert called_a == LOGITS and called_b == LINEAR
     assert "loss from logits" in said_a and "loss from hidden states" in said_b
     assert len(a) == len(b) and sum("loss" in row for row in a) == 3
-    with nudged_policies(2**-8 if options.get("dtype") else U):
-        off, *_ = run(tmp_path / "off", monkeypatch, loss_path="logits", **options)
-    assert_same_run((b, {}), (a, {}), (off, {}))
+
+    def make(seed):
+        with nudged_policies(seed, 2**-8 if options.get("dtype") else U):
+            return run(tmp_path / f"off {seed}", monkeypatch, loss_path="logits", **options)[0], {}
+
+    assert_same_run((b, {}), (a, {}), nudged_run((a, {}), make))
     assert max(row["grad_norm"] for row in a if "loss" in row) > 0
 
 

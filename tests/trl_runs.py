@@ -16,7 +16,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from grpo_kernels.integrations.trl import FusedGRPOTrainer
 from grpo_kernels.trainer.tokenizer import character_tokenizer
-from model_tolerance import assert_same_run, nudge
+from model_tolerance import assert_same_run, nudge, nudged_run
 from tolerance import U
 
 ALPHABET = "abcdefghijklmnopqrstuvwxyz 0123456789"
@@ -89,8 +89,8 @@ class OneToken:
         return out
 
 
-def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, unit=None, **args):
-    """(rows of the log without times, weights after the run, the trainer), from weights off by `unit` if given."""
+def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, nudged=None, **args):
+    """(rows of the log without times, weights after the run, the trainer); ``nudged``: arguments of `nudge`."""
     fresh = path if isinstance(path, str) else copy.deepcopy(path)
     again = functools.partial(train, cls, fresh, tmp_path, front=front, evaluate=evaluate, trainer=trainer, **args)
     args = {"learning_rate": 0.5, "max_steps": 3, "optim": "sgd", "lr_scheduler_type": "constant", "beta": 0.0,
@@ -104,8 +104,8 @@ def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, unit
     held_out = data.select(range(2)) if evaluate else None
     made = cls(path, [vowels, length], config, train_dataset=data, eval_dataset=held_out, **trainer or {})
     made.again = again
-    if unit:
-        nudge(made.model, unit)
+    if nudged:
+        nudge(made.model, *nudged)
     made.train()
     if evaluate:
         made.evaluate()
@@ -113,11 +113,11 @@ def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, unit
     return rows, {k: v.detach().clone() for k, v in made.model.state_dict().items()}, made
 
 
-def same(ours, theirs, unit=U):
+def same(ours, theirs, unit=U, only=""):
     """The same run, so far as a run from weights that are off by `unit` is the same: see model_tolerance."""
     trainer = theirs[2]
     if not hasattr(trainer, "nudged"):
-        trainer.nudged = trainer.again(unit=unit)[:2]
+        trainer.nudged = nudged_run(theirs, lambda seed: trainer.again(nudged=(seed, unit, only))[:2])
     assert_same_run(ours[:2], theirs[:2], trainer.nudged)
 
 

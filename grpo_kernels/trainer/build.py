@@ -60,5 +60,6 @@ def build(options: Options, device: torch.device, resumed: Checkpoint | None = N
     if options.takes_hidden_states(task.max_completion_length, len(tokenizer)):
         find_head(policy)
     if options.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(policy, "activation_checkpointing_enable", None)  # the name in newer transformers
+        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
     return Built(task, tokenizer, policy.to(device), left_out)
