@@ -50,7 +50,7 @@ TARGETS = {
 }
 KERNELS = (
     "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "correction_kernel", "segments_kernel", "groups_kernel", "threshold_kernel", "unite_kernel",
+    "correction_kernel", "segments_kernel", "groups_kernel", "mismatch_kernel", "threshold_kernel", "unite_kernel",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Which passes over a row a kernel makes; how many exponentials per element they may take together; and

@@ -9,6 +9,7 @@ from grpo_kernels.correction import CORRECTIONS, Correction
 from grpo_kernels.inputs import Coefs, Inputs
 from grpo_kernels.jit import is_interpreted, triton
 from grpo_kernels.kernels.groups import groups_kernel
+from grpo_kernels.kernels.mismatch import mismatch_kernel
 from grpo_kernels.kernels.quantile import threshold_kernel
 from grpo_kernels.kernels.reduce import sequence_kernel, total_kernel
 from grpo_kernels.kernels.row import Cap
@@ -149,7 +150,6 @@ def objective(
     sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
     term, own = TERMS[plan.term], plan.own
-    correction = CORRECTIONS[plan.correction] if plan.correction and inputs.sampling is not None else None
     with _on(logps):
         _over(sequence_kernel, B)(
             logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
@@ -159,20 +159,32 @@ def objective(
             *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
             *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
             _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
-            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.correction_low, coefs.correction_high, coefs.limits,
-            term.kind(*coefs.term),
+            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.limits, term.kind(*coefs.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
             LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(inputs), SUMMARY=plan.of_sequence,
             WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
-            CORRECTED=correction is not None, CORRECTED_ONCE=correction is not None and correction.per_sequence,
-            GATED=correction is not None and correction.gated,
             **block_shape(),
         )  # fmt: skip
+        if inputs.sampling is not None:
+            _mismatch(logps, inputs, coefs, plan, partial)
         total_kernel[(1,)](partial, sums, total, metrics, B, SAMPLED=inputs.sampling is not None, **block_shape())
     return total, sums, metrics, losses, local, spread, share, h
+
+
+def _mismatch(logps, inputs: Inputs, coefs: Coefs, plan: Plan, partial: torch.Tensor) -> None:
+    """The columns of the partial sums that the sampler's log-probabilities are for."""
+    correction = CORRECTIONS[plan.correction] if plan.correction else None
+    B = inputs.sequences
+    mismatch_kernel[(B,)](
+        logps, inputs.mask, inputs.old, inputs.sampling, inputs.is_weight, partial, inputs.cu,
+        *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.sampling), *_strides(inputs.is_weight),
+        _at(inputs), B, inputs.ids.shape[1], coefs.correction_low, coefs.correction_high, SKIP=plan.skip,
+        CORRECTED=correction is not None, ONCE=correction is not None and correction.per_sequence,
+        GATED=correction is not None and correction.gated, **block_shape(),
+    )  # fmt: skip
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:

@@ -5,15 +5,13 @@ taken in fp64, in a fixed order.
 """
 
 from grpo_kernels.advantages import is_known
-from grpo_kernels.correction import mismatch, outside
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rewards import group_advantage
 from grpo_kernels.kernels.rows import kernel, load_or
-from grpo_kernels.kernels.sequences import BLOCK, add, bounds, load_row, nothing, unmasked
-from grpo_kernels.metrics import SUM_NAMES, summarise
+from grpo_kernels.kernels.sequences import BLOCK, SUMS, add, bounds, load_row, nothing, unmasked
+from grpo_kernels.metrics import summarise
 from grpo_kernels.objective import drift_of, keeps_sequence, limited_ratio, log_ratio, scaled, token_objective, weight
 
-SUMS = tl.constexpr(len(SUM_NAMES))
 _INF = tl.constexpr(float("inf"))
 
 
@@ -32,13 +30,12 @@ def sequence_kernel(
     count, loss_scale, tokens, entropy_coef, threshold, groups, batch_std, cu,
     mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, gate_b, gate_t, is_b, is_t, count_b,
     at_b, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
-    drift_limit: tl.float32, corr_low: tl.float32, corr_high: tl.float32, limits, c,
+    drift_limit: tl.float32, limits, c,
     TERM: tl.constexpr, REGION: tl.constexpr, STATISTIC: tl.constexpr, CORRECTION: tl.constexpr, OWN: tl.constexpr,
     HOW: tl.constexpr, SPREAD: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, OFF_POLICY: tl.constexpr,
     LIMITED: tl.constexpr, CLAMPED: tl.constexpr, TRUST: tl.constexpr, SUMMARY: tl.constexpr,
     WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr,
-    SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr, CORRECTED: tl.constexpr,
-    CORRECTED_ONCE: tl.constexpr, GATED: tl.constexpr,
+    SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence: ℓ, its derivatives, and the sums of the metrics.
 
@@ -46,8 +43,7 @@ def sequence_kernel(
     sequence also has ``spread``, ∂L/∂r of the ratio that all its tokens share, and ``share``, what each
     moves it by: `spread_kernel` puts them together. HOW ("", "mean", "sum") makes the level's log
     ratio of the tokens', OWN ("", "mean", "sum") the term's own statistic; SUMMARY: either exists, or
-    an off-policy mask, so that the sequence is read twice. CORRECTED: the importance weights were made of
-    the sampler's log-probabilities, one per sequence (CORRECTED_ONCE), or by whole sequences (GATED).
+    an off-policy mask, so that the sequence is read twice.
     """
     seq = tl.program_id(0).to(tl.int64)
     first, last, end = bounds(cu, seq, B, T)
@@ -115,20 +111,11 @@ def sequence_kernel(
     s_drift = nothing()
     ratio_min = tl.full([BLOCK], _INF, tl.float32)
     ratio_max = tl.full([BLOCK], -_INF, tl.float32)
-    s_gap = nothing()
-    s_heard = nothing()
-    s_drawn = nothing()
-    s_corrected = nothing()
-    s_mismatch = nothing()
-    gap_max = tl.zeros([BLOCK], tl.float32)
-    drawn_min = tl.full([BLOCK], _INF, tl.float32)
-    drawn_max = tl.full([BLOCK], -_INF, tl.float32)
     for start in range(first, end, BLOCK):
         tok = start + tl.arange(0, BLOCK).to(tl.int64)
         at = seq * at_b + tok
         inside = tok < end
-        there = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
-        live = there
+        live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
         A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
         if SKIP:
             live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
@@ -194,28 +181,6 @@ def sequence_kernel(
         ranked = live & (ratio == ratio)
         ratio_min = tl.minimum(ratio_min, tl.where(ranked, ratio, _INF))
         ratio_max = tl.maximum(ratio_max, tl.where(ranked, ratio, -_INF))
-        if sampling is not None:
-            sampled = tl.load(sampling + seq * samp_b + tok * samp_t, mask=there, other=0.0).to(tl.float32)
-            d = mismatch(load_row(old, seq * old_b + tok * old_t, there, lp), sampled)
-            heard = live & (sampled == sampled)
-            gap = tl.where(heard, tl.abs(d), 0.0)
-            s_gap = add(s_gap, gap)
-            s_heard = add(s_heard, tl.where(heard, 1.0, 0.0))
-            gap_max = tl.maximum(gap_max, tl.where(gap == gap, gap, 0.0))
-            if CORRECTED_ONCE:
-                s_mismatch = add(s_mismatch, tl.where(there, d, 0.0))
-            else:
-                drawn = tl.exp(d)
-                if CORRECTED:
-                    corrected = outside(drawn, corr_low, corr_high)
-                    drawn = load_row(is_weight, seq * is_b + tok * is_t, live, 1.0)
-                    if GATED:
-                        corrected = drawn == 0.0
-                    s_corrected = add(s_corrected, tl.where(live & corrected, 1.0, 0.0))
-                s_drawn = add(s_drawn, tl.where(live, drawn, 0.0))
-                ranked = live & (drawn == drawn)
-                drawn_min = tl.minimum(drawn_min, tl.where(ranked, drawn, _INF))
-                drawn_max = tl.maximum(drawn_max, tl.where(ranked, drawn, -_INF))
 
     s_clips = s_tokens
     if CLIP_ONCE:
@@ -228,20 +193,6 @@ def sequence_kernel(
         s_high = s_clips * high
         s_cap = s_clips * cap
     empty = s_clips == 0.0
-    s_trust = s_drawn
-    s_draws = s_tokens
-    if CORRECTED_ONCE:  # sequences without tokens count too, but not those that were left unread
-        drawn = tl.load(is_weight + seq * is_b).to(tl.float32)
-        s_draws = nothing() + 1.0
-        if SKIP:
-            s_draws = tl.where(s_tokens > 0.0, s_draws, 0.0)
-        corrected = outside(tl.exp(s_mismatch.to(tl.float32)), corr_low, corr_high)
-        s_corrected = tl.where(corrected, s_draws, 0.0)
-        s_drawn = tl.where(s_draws > 0.0, drawn.to(tl.float64), 0.0)
-        s_trust = s_drawn * s_tokens
-        ranked = (s_draws > 0.0) & (drawn == drawn)
-        drawn_min = tl.where(ranked, drawn, drawn_min)
-        drawn_max = tl.where(ranked, drawn, drawn_max)
     reward = nothing()
     scored = nothing()
     flat = nothing()
@@ -255,10 +206,9 @@ def sequence_kernel(
         reward, reward * reward, scored, flat, nothing() + 1.0,
         tl.min(ratio_min, axis=0).to(tl.float64), tl.where(empty, _INF, s_low / s_clips),
         tl.max(ratio_max, axis=0).to(tl.float64), tl.where(empty, -_INF, s_high / s_clips),
-        1.0 - scored, s_gap, s_heard, s_drawn, s_draws, s_corrected, s_trust, tl.max(gap_max, axis=0).to(tl.float64),
-        tl.min(drawn_min, axis=0).to(tl.float64), tl.max(drawn_max, axis=0).to(tl.float64),
+        1.0 - scored,
     )  # fmt: skip
-    for k in tl.static_range(SUMS):
+    for k in tl.static_range(len(row)):
         tl.store(partial + seq * SUMS + k, row[k])
 
 
@@ -288,7 +238,7 @@ def column(partial, B, at: tl.constexpr, HOW: tl.constexpr):
 def total_kernel(partial, sums, loss, metrics, B, SAMPLED: tl.constexpr):
     """One program: the sums over sequences [SUMS] fp64, the loss [] and the metrics, fp32.
 
-    SAMPLED: there are log-probabilities of the sampler.
+    SAMPLED: `mismatch_kernel` has run, which has the last columns.
     """
     total = column(partial, B, 0, "sum")
     policy = column(partial, B, 1, "sum")

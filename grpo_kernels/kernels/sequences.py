@@ -8,8 +8,10 @@ and counts stay exact.
 from grpo_kernels.correction import mismatch, outside, within
 from grpo_kernels.jit import jit, tl
 from grpo_kernels.kernels.rows import kernel
+from grpo_kernels.metrics import SUM_NAMES
 
 BLOCK = tl.constexpr(256)
+SUMS = tl.constexpr(len(SUM_NAMES))
 
 
 @jit
