@@ -61,7 +61,7 @@ endif
 .NOTPARALLEL:
 .SUFFIXES:
 .PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-torch test-verl bench \
-    traffic compile-report lint clean check-python
+    traffic compile-report layout lint clean check-python
 
 help: ## list the targets and the variables
 	@echo "Targets"
@@ -131,6 +131,9 @@ test-torch: $(if $(VENV),$(TORCH_VERSIONS:%=.venv-torch-%/.installed),needs-venv
 
 test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's own losses, on the CPU
 	$(on_cpu) .venv-verl/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity_verl $(ARGS)
+
+layout: check-python ## the rules of the package's house: floors, circles, long files
+	$(PY) tests/layout.py
 
 lint: $(call installed,lint) ## ruff over the sources
 	$(PY) -m ruff check $(or $(ARGS),.)

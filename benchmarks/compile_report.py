@@ -36,11 +36,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import machine_code
-from grpo_kernels.correction import CORRECTIONS
-from grpo_kernels.inputs import Coefs, Inputs
-from grpo_kernels.kernels import launch
-from grpo_kernels.plan import Plan
-from grpo_kernels.variants import KL_ESTIMATORS, TERMS
+from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
+from grpo_kernels.objective.corrections import CORRECTIONS
+from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.plan import Plan
+from grpo_kernels.triton_backend import launch
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -45,8 +45,8 @@ def describe(device: torch.device) -> dict[str, object]:
 
 def kernel_files() -> list[Path]:
     """What the kernels' speed comes from: they, the functions they are compiled from, and the head's chunks."""
-    files = {*PACKAGE.glob("kernels/*.py"), PACKAGE / "linear_chunks.py"}
-    return sorted(files | {path for path in PACKAGE.glob("*.py") if re.search(r"^@(\w+\.)?jit$", read(path), re.M)})
+    files = {*PACKAGE.glob("triton_backend/*.py"), PACKAGE / "linear" / "chunks.py"}
+    return sorted(files | {path for path in PACKAGE.rglob("*.py") if re.search(r"^@(\w+\.)?jit$", read(path), re.M)})
 
 
 def kernels_digest() -> str:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.smoke_cases import BF16, FP16, FP32, Case
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
-from grpo_kernels import ops as kernel_ops
-from grpo_kernels.inputs import Coefs, Inputs
-from grpo_kernels.plan import Plan
+from grpo_kernels.call import ops as kernel_ops
+from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.plan import Plan
 from reference import policy_loss as exact_policy_loss
 from reference import token_logprobs as exact_token_logprobs
 

@@ -33,7 +33,7 @@ from benchmarks import linear_traffic
 from benchmarks.counting import Device, Launch, bare_ops, launches
 from benchmarks.interpreter import hasten
 from grpo_kernels import fused_grpo_loss, token_logprobs
-from grpo_kernels.variants import LEVELS, LOSS_TYPES, TERMS
+from grpo_kernels.objective.catalogue import LEVELS, LOSS_TYPES, TERMS
 
 B, T, V = 4, 4, 17001  # whole tiles of bf16 logits, lines of the rest, and rows that start anywhere
 SMALL_LAUNCHES = 8

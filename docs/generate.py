@@ -24,9 +24,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 from grpo_kernels import LossConfig  # noqa: E402
-from grpo_kernels.correction import CORRECTIONS  # noqa: E402
-from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS  # noqa: E402
-from grpo_kernels.weights import AGGREGATIONS  # noqa: E402
+from grpo_kernels.objective.aggregations import AGGREGATIONS  # noqa: E402
+from grpo_kernels.objective.catalogue import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS  # noqa: E402
+from grpo_kernels.objective.corrections import CORRECTIONS  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- catalogue:([\w-]+)((?: [\w.+-]+)*) -->\n).*?(<!-- /catalogue -->)", re.DOTALL)
 PARTS = {  # fields whose default is the loss type's own

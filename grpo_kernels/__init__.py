@@ -1,11 +1,11 @@
 """The GRPO family of losses as drop-in GPU kernels."""
 
-from grpo_kernels.advantages import group_advantages
-from grpo_kernels.config import LossConfig
-from grpo_kernels.linear import fused_linear_grpo_loss, linear_token_logprobs
-from grpo_kernels.logprobs import TokenLogprobs, token_logprobs
-from grpo_kernels.loss import LossOutput, fused_grpo_loss, policy_loss
-from grpo_kernels.weights import microbatch
+from grpo_kernels.api.advantages import group_advantages
+from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
+from grpo_kernels.api.logprobs import TokenLogprobs, token_logprobs
+from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
+from grpo_kernels.objective.aggregations import microbatch
+from grpo_kernels.objective.config import LossConfig
 
 __version__ = "0.1.0"
 

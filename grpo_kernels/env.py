@@ -7,7 +7,7 @@ import platform
 import torch
 
 import grpo_kernels
-from grpo_kernels.jit import is_interpreted, triton
+from grpo_kernels.objective.language import is_interpreted, triton
 
 _PACKAGES = ("torch", "triton", "transformers", "trl", "verl", "liger-kernel", "numpy")
 
@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 def _backend(has_gpu: bool) -> str:
     if triton is None:
         return "torch (Triton is not installed)"
-    from grpo_kernels.kernels.rows import loss_kernel
+    from grpo_kernels.triton_backend.row_kernels import loss_kernel
 
     if is_interpreted(loss_kernel):
         return "triton, interpreted (TRITON_INTERPRET=1): for tests, not for speed"

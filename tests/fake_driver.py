@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 
 from counting import bare_ops
 from grpo_kernels import fused_grpo_loss, token_logprobs
-from grpo_kernels.kernels import launch
+from grpo_kernels.triton_backend import launch
 
 
 class FakeDriver:

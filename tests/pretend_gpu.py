@@ -256,8 +256,9 @@ def _gradients_like(outputs, gradients):
 @contextlib.contextmanager
 def pretended_gpu(monkeypatch):
     """Pretends within the context. torch.cuda stays as it is: a test that needs streams or graphs is skipped."""
-    from grpo_kernels import linear_ops, ops
-    from grpo_kernels.kernels import launch
+    from grpo_kernels.call import ops
+    from grpo_kernels.linear import head_ops
+    from grpo_kernels.triton_backend import launch
 
     sizes = ops.stats_shape
     autocast, enabled, cast = torch.autocast, torch.is_autocast_enabled, torch.get_autocast_dtype
@@ -265,7 +266,7 @@ def pretended_gpu(monkeypatch):
 
     monkeypatch.setitem(ops._BACKENDS, "triton", "pretended_backend")
     monkeypatch.setattr(launch, "is_interpreted", lambda kernel: False)
-    for module in (ops, linear_ops):
+    for module in (ops, head_ops):
         monkeypatch.setattr(module, "stats_shape", lambda rows, backend: sizes(rows, "torch"))
     # Neither traces under a mode. What would be compiled runs as it is, on the same devices.
     monkeypatch.setattr(torch, "compile", _uncompiled)

@@ -156,9 +156,9 @@ def test_activation_checkpointing(backend):
 @pytest.mark.parametrize("inplace", (False, True))
 def test_opcheck(inplace, backend):
     """torch's own checks of the registrations: schema, aliasing, fakes."""
-    from grpo_kernels import ops
-    from grpo_kernels.inputs import Coefs, Inputs
-    from grpo_kernels.plan import Plan
+    from grpo_kernels.call import ops
+    from grpo_kernels.objective.inputs import Coefs, Inputs
+    from grpo_kernels.objective.plan import Plan
 
     leaf, kwargs = setup()
     inputs = Inputs(kwargs["completion_ids"], kwargs["completion_mask"], kwargs["old_logps"],

@@ -44,11 +44,12 @@ def test_kernels_told_by_their_text(monkeypatch, tmp_path):
     shutil.copytree(environment.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(environment, "PACKAGE", copy)
     assert environment.kernels_digest() == before
-    (copy / "loss.py").write_text("# not compiled\n")
+    (copy / "api" / "loss.py").write_text("# not compiled\n")
     assert environment.kernels_digest() == before
     names = {path.relative_to(copy).as_posix() for path in environment.kernel_files()}
-    assert {"kernels/rows.py", "kernels/launch.py", "terms.py", "objective.py", "linear_chunks.py"} <= names
-    with (copy / "kernels" / "launch.py").open("a") as file:
+    wanted = {"triton_backend/row_kernels.py", "triton_backend/launch.py", "objective/terms.py", "linear/chunks.py"}
+    assert wanted <= names
+    with (copy / "triton_backend" / "launch.py").open("a") as file:
         file.write("# changed\n")
     assert environment.kernels_digest() != before
 

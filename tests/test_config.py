@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from grpo_kernels import LossConfig
-from grpo_kernels.config import resolve_config
-from grpo_kernels.variants import LEVELS, LOSS_TYPES, TERMS
+from grpo_kernels.objective.catalogue import LEVELS, LOSS_TYPES, TERMS
+from grpo_kernels.objective.config import resolve_config
 
 PRESETS = {
     "grpo": ("clipped", "token", "sequence-mean"),

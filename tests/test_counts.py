@@ -17,8 +17,8 @@ from grpo_kernels import (
     microbatch,
     token_logprobs,
 )
-from grpo_kernels.config import resolve_config
-from grpo_kernels.weights import AGGREGATIONS
+from grpo_kernels.objective.aggregations import AGGREGATIONS
+from grpo_kernels.objective.config import resolve_config
 
 NAMES = ("completion_ids", "completion_mask", "old_logps", "advantages")
 # the count -> the aggregations that read it

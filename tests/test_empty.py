@@ -13,7 +13,7 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
-from grpo_kernels.metrics import combine
+from grpo_kernels.objective.metrics import combine
 
 V, H = 37, 8
 PADDED = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "importance_weights")

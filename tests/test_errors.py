@@ -181,7 +181,7 @@ def test_validate_variable(monkeypatch):
 
 
 def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
-    from grpo_kernels.kernels import launch
+    from grpo_kernels.triton_backend import launch
 
     case = make_case()
     monkeypatch.setattr(launch, "is_interpreted", lambda kernel: False)

@@ -8,9 +8,10 @@ import torch
 import reference
 from cases import BACKENDS, DEVICE, check, make_case, on_device
 from counting import interpreted, launches
-from grpo_kernels import checks, fused_grpo_loss, fused_linear_grpo_loss, group_advantages, ops, policy_loss
-from grpo_kernels.advantages import group_rows
-from grpo_kernels.metrics import combine
+from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, group_advantages, policy_loss
+from grpo_kernels.call import checks, ops
+from grpo_kernels.objective.advantages import group_rows
+from grpo_kernels.objective.metrics import combine
 
 INF, NAN = math.inf, math.nan
 SIZES = [4, 2, 1, 5]  # 12 rows

@@ -12,9 +12,10 @@ import torch
 
 from cases import BACKENDS, make_case, ours
 from counting import Device, HostSync, bare_ops, interpreted, launches
-from grpo_kernels import checks, fused_grpo_loss, token_logprobs, vocab
-from grpo_kernels.variants import LOSS_TYPES
-from grpo_kernels.weights import AGGREGATIONS
+from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels.call import checks, sharded
+from grpo_kernels.objective.aggregations import AGGREGATIONS
+from grpo_kernels.objective.catalogue import LOSS_TYPES
 from tolerance import assert_within, bounds
 
 # --- launches and host syncs -----------------------------------------------------------------------
@@ -140,7 +141,7 @@ def test_every_knob_at_once_takes_fourteen_small_launches():
 @pytest.mark.parametrize("loss_type", ("dapo", "gspo"))
 def test_a_vocabulary_in_parts_takes_two_launches_and_no_host_sync(loss_type, monkeypatch):
     """The exchange between ranks apart, which needs ranks: test_vocab_parallel.py has them."""
-    monkeypatch.setattr(vocab, "gathered", lambda x, group: x.new_empty((2, *x.shape)))
+    monkeypatch.setattr(sharded, "gathered", lambda x, group: x.new_empty((2, *x.shape)))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
     monkeypatch.setattr(checks, "check_vocab_group", lambda group: group)
     x, ids = on_meta(B, T, V).requires_grad_(), on_meta(B, T, dtype=torch.int64)

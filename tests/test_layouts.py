@@ -7,8 +7,8 @@ import torch
 
 from cases import BACKENDS, DEVICE, make_case, ours
 from grpo_kernels import fused_grpo_loss, policy_loss
-from grpo_kernels.inputs import Coefs, Inputs
-from grpo_kernels.ops import correct_op, segments_op
+from grpo_kernels.call.ops import correct_op, segments_op
+from grpo_kernels.objective.inputs import Coefs, Inputs
 from tolerance import U, assert_within, bounds, steps
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")

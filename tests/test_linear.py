@@ -8,7 +8,7 @@ import torch
 import reference
 from cases import BACKENDS, DEVICE, assert_outputs, on_device
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_logprobs
-from grpo_kernels.variants import LOSS_TYPES
+from grpo_kernels.objective.catalogue import LOSS_TYPES
 from linear_cases import B, H, T, V, assert_close, batch, expected, gradients, leaves_of, logits_of, ours
 from linear_tolerance import assert_gradients, linear_bounds, linear_logprob_bounds
 from tolerance import assert_within
@@ -65,23 +65,23 @@ def test_chunks_do_not_matter(loss_type, chunk):
 @pytest.mark.parametrize("setting", ("environment", "default"))
 def test_chunks_come_from_the_environment(setting, monkeypatch):
     heights = []
-    from grpo_kernels import linear_head
+    from grpo_kernels.linear import head
 
-    real = linear_head.Head.__init__
+    real = head.Head.__init__
 
     def noted(self, hidden, weight, bias, tokens, T, height):
         heights.append(height)
         real(self, hidden, weight, bias, tokens, T, height)
 
-    monkeypatch.setattr(linear_head.Head, "__init__", noted)
+    monkeypatch.setattr(head.Head, "__init__", noted)
     if setting == "environment":
         monkeypatch.setenv("GRPO_KERNELS_CHUNK_BYTES", str(5 * ROW))
     head, inputs = batch()
     ours(head, call("grpo", inputs)[0], "torch")
     assert heights == [5 if setting == "environment" else 4096]
     if setting == "default":
-        assert linear_head.chunk_rows(None, 151936, 2) == 3456  # 1 GiB, whole 128s
-        assert [linear_head.chunk_rows(None, V, 4, on_cpu=True) for V in (16000, 32000, 151936)] == [512, 256, 256]
+        assert head.chunk_rows(None, 151936, 2) == 3456  # 1 GiB, whole 128s
+        assert [head.chunk_rows(None, V, 4, on_cpu=True) for V in (16000, 32000, 151936)] == [512, 256, 256]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

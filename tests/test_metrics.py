@@ -7,7 +7,7 @@ import torch
 
 from cases import BACKENDS, make_case, on_device
 from grpo_kernels import fused_grpo_loss
-from grpo_kernels.metrics import METRIC_NAMES, combine
+from grpo_kernels.objective.metrics import METRIC_NAMES, combine
 from tolerance import U, assert_within, bounds, near
 
 

@@ -7,8 +7,8 @@ import torch
 
 from cases import BACKENDS, DEVICE, GRAD_RTOL, make_case, on_device
 from grpo_kernels import LossConfig, fused_grpo_loss, fused_linear_grpo_loss, microbatch, policy_loss
-from grpo_kernels.metrics import combine
-from grpo_kernels.weights import AGGREGATIONS
+from grpo_kernels.objective.aggregations import AGGREGATIONS
+from grpo_kernels.objective.metrics import combine
 
 NAMES = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "advantages")
 

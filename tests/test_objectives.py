@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from cases import BACKENDS, check, expected, make_case, ours
 from grpo_kernels import LossConfig, fused_grpo_loss
-from grpo_kernels.correction import CORRECTIONS
-from grpo_kernels.variants import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
-from grpo_kernels.weights import AGGREGATIONS
+from grpo_kernels.objective.aggregations import AGGREGATIONS
+from grpo_kernels.objective.catalogue import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
+from grpo_kernels.objective.corrections import CORRECTIONS
 from tolerance import assert_within, bounds
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")

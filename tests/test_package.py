@@ -49,7 +49,7 @@ def test_import_is_light():
         """
         import sys
         import grpo_kernels
-        heavy = {"transformers", "matplotlib", "trl", "grpo_kernels.kernels.rows"} & set(sys.modules)
+        heavy = {"transformers", "matplotlib", "trl", "grpo_kernels.triton_backend.row_kernels"} & set(sys.modules)
         assert not heavy, heavy
         """
     )

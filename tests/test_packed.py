@@ -7,9 +7,9 @@ import torch
 
 from cases import BACKENDS, DEVICE, check, make_case, ours
 from grpo_kernels import fused_grpo_loss, policy_loss, token_logprobs
-from grpo_kernels.metrics import combine
-from grpo_kernels.variants import LOSS_TYPES, TERMS
-from grpo_kernels.weights import AGGREGATIONS
+from grpo_kernels.objective.aggregations import AGGREGATIONS
+from grpo_kernels.objective.catalogue import LOSS_TYPES, TERMS
+from grpo_kernels.objective.metrics import combine
 from tolerance import assert_within, bounds, logprob_bounds
 
 TOKEN = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "token_advantages", "importance_weights")

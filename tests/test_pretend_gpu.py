@@ -11,8 +11,8 @@ import torch
 
 from cases import make_case
 from grpo_kernels import fused_grpo_loss, token_logprobs
-from grpo_kernels.inputs import Coefs
-from grpo_kernels.ops import threshold_op
+from grpo_kernels.call.ops import threshold_op
+from grpo_kernels.objective.inputs import Coefs
 from pretend_gpu import DeviceMismatch, pretended, pretended_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

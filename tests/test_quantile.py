@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from cases import DEVICE
-from grpo_kernels.inputs import Coefs
-from grpo_kernels.ops import threshold_op
-from grpo_kernels.quantile import FP32_COUNT, sorted_entropies
+from grpo_kernels.call.ops import threshold_op
+from grpo_kernels.objective.inputs import Coefs
+from grpo_kernels.objective.quantile import FP32_COUNT, sorted_entropies
 
 BACKENDS = ("torch", "triton")
 

@@ -6,8 +6,8 @@ import torch
 from cases import make_case
 from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss
-from grpo_kernels.kernels.launch import _tile
-from grpo_kernels.kernels.shapes import gradient_shape
+from grpo_kernels.triton_backend.launch import _tile
+from grpo_kernels.triton_backend.shapes import gradient_shape
 from tolerance import assert_within, bounds
 
 

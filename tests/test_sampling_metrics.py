@@ -7,8 +7,8 @@ import torch
 
 from cases import BACKENDS, DEVICE, check, make_case, on_device
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, policy_loss
-from grpo_kernels.correction import CORRECTIONS
-from grpo_kernels.metrics import METRIC_NAMES, combine
+from grpo_kernels.objective.corrections import CORRECTIONS
+from grpo_kernels.objective.metrics import METRIC_NAMES, combine
 
 NAN = math.nan
 GAP, RATIO = "sampling/sampling_logp_difference/", "sampling/importance_sampling_ratio/"

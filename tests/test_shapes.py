@@ -2,7 +2,7 @@
 
 import pytest
 
-from grpo_kernels.kernels.shapes import gradient_shape, logprob_shape
+from grpo_kernels.triton_backend.shapes import gradient_shape, logprob_shape
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import torch
 from benchmarks import smoke
 from benchmarks.smoke_cases import all_cases, case
 from benchmarks.smoke_job import ROUNDING, Job, errors
-from grpo_kernels.kernels import launch
+from grpo_kernels.triton_backend import launch
 
 BF16_LOSS, PACKED_LOGPS = "loss: grpo, KL k3 bf16 131", "log-probs: and backward, packed"
 

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_kernels import LossConfig
-from grpo_kernels.jit import on_torch
-from grpo_kernels.objective import Limits, limited_ratio, log_ratio, token_objective, weight
-from grpo_kernels.terms import Clip, Gmpo, Vespo, clipped, clipped_region, gmpo_statistic, vespo_phi
-from grpo_kernels.variants import KL_ESTIMATORS, TERMS
+from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
+from grpo_kernels.objective.language import on_torch
+from grpo_kernels.objective.terms import Clip, Gmpo, Vespo, clipped, clipped_region, gmpo_statistic, vespo_phi
+from grpo_kernels.objective.token import Limits, limited_ratio, log_ratio, token_objective, weight
 from reference.kl import estimate_kl
 from reference.knobs import Knobs
 from reference.terms import Tokens, policy_term

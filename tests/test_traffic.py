@@ -10,7 +10,7 @@ import torch
 from cases import make_case
 from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
-from grpo_kernels.variants import TERMS
+from grpo_kernels.objective.catalogue import TERMS
 
 pytestmark = [interpreted, pytest.mark.unshifted]
 FULL = ("completion_ids", "old_logps", "ref_logps")

@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from benchmarks import linear_traffic, traffic_report
 from counting import HostSync, interpreted
-from grpo_kernels import linear_chunks, linear_head
-from grpo_kernels.kernels import launch, rows
-from grpo_kernels.variants import LOSS_TYPES
+from grpo_kernels.linear import chunks, head
+from grpo_kernels.objective.catalogue import LOSS_TYPES
+from grpo_kernels.triton_backend import launch, row_kernels
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +79,8 @@ class Twice:
 
 def reads_twice(monkeypatch):
     """The first pass over each row, once more in the same launch: memory may not see it, the issue slots do."""
-    read_row = rows.read_row
-    monkeypatch.setattr(rows, "read_row", lambda *args: (read_row(*args), read_row(*args))[1])
+    read_row = row_kernels.read_row
+    monkeypatch.setattr(row_kernels, "read_row", lambda *args: (read_row(*args), read_row(*args))[1])
 
 
 def launches_twice(monkeypatch):
@@ -88,16 +88,16 @@ def launches_twice(monkeypatch):
 
 
 def reads_masked_rows(monkeypatch):
-    monkeypatch.setattr(rows, "is_masked", lambda *_: False)
+    monkeypatch.setattr(row_kernels, "is_masked", lambda *_: False)
 
 
 def writes_twice(monkeypatch):
-    write_zeros = rows.write_zeros
-    monkeypatch.setattr(rows, "write_zeros", lambda *args: (write_zeros(*args), write_zeros(*args))[1])
+    write_zeros = row_kernels.write_zeros
+    monkeypatch.setattr(row_kernels, "write_zeros", lambda *args: (write_zeros(*args), write_zeros(*args))[1])
 
 
 def leaves_rows_unwritten(monkeypatch):
-    monkeypatch.setattr(rows, "write_zeros", lambda *_: None)
+    monkeypatch.setattr(row_kernels, "write_zeros", lambda *_: None)
 
 
 def copies_logits(monkeypatch):
@@ -110,18 +110,18 @@ def launches_many_small_ones(monkeypatch):
 
 
 def multiplies_in_fp32(monkeypatch):
-    monkeypatch.setattr(linear_head, "accumulate", lambda total, dz, h, first: total.add_(dz.float().T @ h.float()))
+    monkeypatch.setattr(head, "accumulate", lambda total, dz, h, first: total.add_(dz.float().T @ h.float()))
 
 
 def projects_twice(monkeypatch):
-    logits = linear_head.Head.logits
-    monkeypatch.setattr(linear_head.Head, "logits", lambda self, h: (logits(self, h), logits(self, h))[1])
+    logits = head.Head.logits
+    monkeypatch.setattr(head.Head, "logits", lambda self, h: (logits(self, h), logits(self, h))[1])
 
 
 @interpreted
 def test_a_host_that_asks_once_more_is_noticed(monkeypatch):
-    empty = linear_chunks._empty
-    monkeypatch.setattr(linear_chunks, "_empty", lambda head, *a: (head.weight.sum().tolist(), empty(head, *a))[1])
+    empty = chunks._empty
+    monkeypatch.setattr(chunks, "_empty", lambda head, *a: (head.weight.sum().tolist(), empty(head, *a))[1])
     with pytest.raises(HostSync, match="the host would wait"):
         traffic_report.main(["--case", "head: grpo"])
 

@@ -10,10 +10,10 @@ pytest.importorskip("transformers", reason="the trainer's requirements are not i
 
 from transformers import get_scheduler
 
+from grpo_kernels.objective.catalogue import LOSS_TYPES
 from grpo_kernels.trainer import loop, normalise
 from grpo_kernels.trainer.options import SCHEDULES, OptionError, Options
 from grpo_kernels.trainer.tokenizer import character_tokenizer
-from grpo_kernels.variants import LOSS_TYPES
 from model_tolerance import model_bounds
 from tolerance import assert_within, near
 from trainer_cases import TASK, rollout_of, tiny_llama

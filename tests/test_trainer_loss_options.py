@@ -65,7 +65,7 @@ class Extended:
             None: off.
         low, high: the ends; 100 % is
             possible.
-        kind: one of `grpo_kernels.variants.LEVELS`; None: no kind.
+        kind: one of `grpo_kernels.objective.catalogue.LEVELS`; None: no kind.
         style: ``"plain"`` or ``"fancy"``.
 
     Not a field: text.

@@ -16,7 +16,7 @@ import variation
 from benchmarks.interpreter import hasten
 from cases import assert_outputs, expected, make_case
 from grpo_kernels import fused_grpo_loss, token_logprobs
-from grpo_kernels.variants import LOSS_TYPES
+from grpo_kernels.objective.catalogue import LOSS_TYPES
 from tolerance import assert_within, bounds, logprob_bounds
 
 V = 37

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from grpo_kernels.linear_checks import has_adapter
+from grpo_kernels.linear.head_checks import has_adapter
 
 PROBE = 8  # tokens that a model's own logits are compared on
 TOLERANCE = 0.02  # of the largest logit; bf16 rounds it by 0.004

@@ -22,12 +22,12 @@ from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from trl import GRPOTrainer
 
-from grpo_kernels.config import LossConfig
+from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
+from grpo_kernels.api.logprobs import token_logprobs
+from grpo_kernels.api.loss import LossOutput, fused_grpo_loss
 from grpo_kernels.integrations.head import Head, HeadError, body, find_head, named_head
-from grpo_kernels.linear import fused_linear_grpo_loss, linear_token_logprobs
-from grpo_kernels.logprobs import token_logprobs
-from grpo_kernels.loss import LossOutput, fused_grpo_loss
-from grpo_kernels.metrics import combine
+from grpo_kernels.objective.config import LossConfig
+from grpo_kernels.objective.metrics import combine
 
 TESTED = "1.16"
 LOSS_PATHS = ("auto", "linear", "logits")

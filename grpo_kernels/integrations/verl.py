@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels.api.loss import LossOutput, policy_loss
 from grpo_kernels.integrations.verl_linear import (
     TESTED,
     fused_linear_for_ppo,
@@ -22,7 +23,6 @@ from grpo_kernels.integrations.verl_linear import (
     patch,
     without_verl,
 )
-from grpo_kernels.loss import LossOutput, policy_loss
 
 try:
     import verl

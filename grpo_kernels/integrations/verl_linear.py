@@ -12,8 +12,8 @@ from types import ModuleType
 import torch
 from torch import distributed as dist
 
-from grpo_kernels.linear import linear_token_logprobs
-from grpo_kernels.logprobs import TokenLogprobs
+from grpo_kernels.api.linear import linear_token_logprobs
+from grpo_kernels.api.logprobs import TokenLogprobs
 
 TESTED = "0.9"
 

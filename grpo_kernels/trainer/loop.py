@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from grpo_kernels import LossConfig, group_advantages
 from grpo_kernels.integrations.head import Head
-from grpo_kernels.metrics import combine
+from grpo_kernels.objective.metrics import combine
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.normalise import Whole, share
 from grpo_kernels.trainer.options import REWARD_WINDOW, Options

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from grpo_kernels import LossConfig, ops
+from grpo_kernels import LossConfig
+from grpo_kernels.call import ops
 from grpo_kernels.trainer.loss_options import LOSS_FIELDS, LossOptions, flag, in_flags, option
 from grpo_kernels.trainer.normalise import Whole, share
 

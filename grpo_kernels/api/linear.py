@@ -1,0 +1,179 @@
+"""`fused_linear_grpo_loss` and `linear_token_logprobs`: from hidden states and the head, without [N, V] logits."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from grpo_kernels.api.logprobs import TokenLogprobs
+from grpo_kernels.api.loss import LossOutput
+from grpo_kernels.call import checks, ops
+from grpo_kernels.call.prepare import Arguments, prepare
+from grpo_kernels.linear import head_autograd
+from grpo_kernels.linear.head import chunk_rows
+from grpo_kernels.linear.head_autograd import Options
+from grpo_kernels.linear.head_checks import check_count, check_hidden, check_number, head_tensors
+from grpo_kernels.objective.config import LossConfig, resolve_config
+from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.plan import Plan
+
+
+def fused_linear_grpo_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | torch.nn.Module,
+    completion_ids: torch.Tensor,
+    advantages: torch.Tensor | None = None,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    rewards: torch.Tensor | None = None,
+    num_generations: int | Sequence[int] | torch.Tensor | None = None,
+    old_logps: torch.Tensor | None = None,
+    ref_logps: torch.Tensor | None = None,
+    completion_mask: torch.Tensor | None = None,
+    importance_weights: torch.Tensor | None = None,
+    sampling_logps: torch.Tensor | None = None,
+    temperature: torch.Tensor | float = 1.0,
+    num_items_in_batch: torch.Tensor | float | None = None,
+    loss_scale: torch.Tensor | float = 1.0,
+    cu_seqlens: torch.Tensor | None = None,
+    skip_zero_advantage: bool = False,
+    return_entropy: bool = False,
+    reduction: str = "mean",
+    data_group: torch.distributed.ProcessGroup | None = None,
+    chunk_bytes: int | None = None,
+    num_rows: int | None = None,
+    accumulate_in_fp32: bool = True,
+    backend: str | None = None,
+    config: LossConfig | None = None,
+    **overrides,
+) -> LossOutput:
+    """`fused_grpo_loss` of ``logits = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, never held whole.
+
+    The logits are made a chunk of rows at a time, in one buffer that then takes their gradient, from which
+    those of hidden states and weight follow: three matrix products in all, as the plain head has. A fourth
+    is needed where the gradient has to wait: ``reduction="none"``, fp16, ``top_entropy_quantile``, and for a
+    sequence longer than a chunk if the objective depends on whole sequences. Rows that do not count (masked;
+    of advantage 0 with ``skip_zero_advantage``) take no part in the products.
+
+    Args:
+        hidden: (B, T, H), or (B, T+1, H) whose last position is not read and gets gradient 0, or packed
+            (N, H); fp32, bf16 or fp16: what the head is applied to, and the dtype of the products, under
+            autocast too. ``hidden[b, t]`` predicts ``completion_ids[b, t]``.
+        weight: (V, H) in the dtype of ``hidden``, or the head itself (a ``torch.nn.Linear``). A DTensor (FSDP2)
+            is gathered once, and its gradient given back sharded, the mean over the ranks. With DDP the head
+            may stay inside the wrapped module, unless that looks for unused parameters, as which DDP then
+            takes the head: it raises.
+        completion_ids: (B, T) or (N,), integers; at masked positions anything.
+        bias: (V,), or None.
+        logit_scale: factor of the logits (Cohere), or the inverse of their divisor (Granite); above 0.
+        softcap: bound of the logits (Gemma); None: none.
+        chunk_bytes: bytes of logits at a time. None: GRPO_KERNELS_CHUNK_BYTES, or else 1 GiB, and at most
+            4096 rows; on a CPU 32 MiB, and at least 256 rows. The result does not depend on it beyond rounding.
+        num_rows: how many rows are read, if known; it must be right, which is checked on the CPU alone. With
+            a mask, ``skip_zero_advantage`` or ``cu_seqlens`` the host otherwise waits for the device once, to
+            count them; objectives that depend on whole sequences then wait a second time, for their lengths,
+            whatever is given here.
+        accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype,
+            which takes half the memory in half precision, and rounds once per chunk.
+        advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
+            sampling_logps, temperature, num_items_in_batch, loss_scale, cu_seqlens, skip_zero_advantage,
+            return_entropy, reduction, data_group, backend, config, **overrides: as in `fused_grpo_loss`.
+
+    Returns:
+        `LossOutput`; the loss is differentiable, once, in ``hidden``, ``weight`` and ``bias``, as far as they
+        require grad: a frozen head, or frozen hidden states, save their product.
+
+    Raises:
+        ValueError: wrong shape, device, value or combination; another tensor that requires grad; a head with
+            an adapter on it, or a weight that DeepSpeed ZeRO-3 has partitioned.
+        TypeError: wrong dtype or type, an unknown keyword.
+        IndexError, RuntimeError: as `fused_grpo_loss`.
+    """
+    config = resolve_config(config, overrides)
+    weight, bias = head_tensors(weight, bias)
+    layout = check_hidden(hidden, weight, bias, completion_ids, cu_seqlens)
+    temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
+    backend = ops.choose_backend(backend, hidden)
+    args = Arguments(
+        advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
+        sampling_logps, num_items_in_batch, loss_scale, cu_seqlens, reduction, data_group, skip_zero_advantage,
+        temperature, softcap, logit_scale,
+    )  # fmt: skip
+    call = prepare(args, config, layout, completion_ids, backend, return_entropy)
+    loss, logps, entropy, sums, values = head_autograd.run_linear_loss(
+        layout.tokens(hidden), weight, bias, call.inputs, call.coefs, call.plan,
+        entropy=return_entropy or call.needs_entropy, weighted=call.weighted, data_group=data_group,
+        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
+    )  # fmt: skip
+    return LossOutput(
+        loss=layout.restore(loss),
+        logps=layout.restore(logps),
+        entropy=layout.restore(entropy) if return_entropy else None,
+        metrics=call.metrics(values),
+        sums=call.sums(sums),
+    )
+
+
+def linear_token_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor | torch.nn.Module,
+    completion_ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: torch.Tensor | float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    return_entropy: bool = False,
+    chunk_bytes: int | None = None,
+    num_rows: int | None = None,
+    accumulate_in_fp32: bool = True,
+    backend: str | None = None,
+) -> TokenLogprobs:
+    """`token_logprobs` of ``softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, a chunk of rows at a time.
+
+    For old and reference passes, and for objectives of one's own. A backward computes the logits again.
+
+    Args:
+        hidden, weight, completion_ids, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32:
+            as in `fused_linear_grpo_loss`.
+        temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
+        mask: of zeros and ones, shaped as the ids; masked rows take no part, and have log-probability 0.
+        return_entropy: compute the entropies as well.
+        backend: None (by device), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``TokenLogprobs(logps, entropy)``, fp32, shaped as the ids, in nats; entropy is None unless asked for.
+
+    Raises:
+        ValueError, TypeError, IndexError: as `fused_linear_grpo_loss`.
+    """
+    weight, bias = head_tensors(weight, bias)
+    layout = check_hidden(hidden, weight, bias, completion_ids, None)
+    checks.check_mask("mask", mask, hidden, layout)
+    temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
+    backend = ops.choose_backend(backend, hidden)
+    heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
+    coefs = Coefs(temperature=1.0 if heat is not None else temperature, softcap=softcap, logit_scale=logit_scale)
+    inputs = Inputs(ids=layout.tokens(completion_ids), mask=layout.tokens(mask), temperature=heat)
+    logps, entropy = head_autograd.LinearLogprobsFunction.apply(
+        layout.tokens(hidden), weight, bias, tuple(inputs), coefs.pack(), Plan().key(), return_entropy,
+        _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
+    )  # fmt: skip
+    return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)
+
+
+def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.Tensor | float, float, float]:
+    """(temperature, softcap, logit_scale): a scale without a cap is a temperature."""
+    temperature = checks.check_temperature(temperature, hidden, layout)
+    logit_scale = check_number("logit_scale", logit_scale)
+    if softcap is not None:
+        return temperature, check_number("softcap", softcap), logit_scale
+    return (temperature if logit_scale == 1.0 else temperature / logit_scale), math.inf, logit_scale
+
+
+def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> Options:
+    height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size(), weight.device.type == "cpu")
+    return Options(height, check_count(num_rows), bool(in_fp32), backend)

@@ -1,0 +1,65 @@
+"""`token_logprobs`: differentiable log-probabilities and entropies of given tokens."""
+
+from typing import NamedTuple
+
+import torch
+
+from grpo_kernels.call import autograd, checks, ops
+from grpo_kernels.objective.inputs import Coefs
+from grpo_kernels.objective.plan import Plan
+
+_PLAN = Plan().key()
+
+
+class TokenLogprobs(NamedTuple):
+    """What `token_logprobs` returns."""
+
+    logps: torch.Tensor  # (B, T) or (N,) fp32, in nats, 0 where masked
+    entropy: torch.Tensor | None  # likewise
+
+
+def token_logprobs(
+    logits: torch.Tensor,
+    completion_ids: torch.Tensor,
+    *,
+    temperature: torch.Tensor | float = 1.0,
+    mask: torch.Tensor | None = None,
+    return_entropy: bool = False,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
+    backend: str | None = None,
+) -> TokenLogprobs:
+    """Log-probabilities ``log softmax(logits / temperature)[id]``, and the entropies of the distributions.
+
+    Both are differentiable in the logits, so that any objective can be built on them; no [B, T, V]
+    tensor is made besides the gradient. The forward reads each logit once.
+
+    Args:
+        logits: (B, T, V), or (B, T+1, V) whose last position is not read, or packed (N, V); fp32, bf16
+            or fp16, contiguous in V, other strides free. ``logits[b, t]`` scores ``completion_ids[b, t]``.
+        completion_ids: (B, T) or (N,), integers.
+        temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
+        mask: of zeros and ones, shaped as the ids; masked rows are not read, their ids may be anything.
+        return_entropy: compute the entropy as well.
+        vocab_group: process group over which the vocabulary is spread, as in `fused_grpo_loss`.
+        backend: None (by device), ``"triton"`` or ``"torch"``.
+
+    Returns:
+        ``TokenLogprobs(logps, entropy)``, fp32, shaped as the ids, in nats, 0 where masked; entropy is
+        None unless asked for.
+
+    Raises:
+        ValueError: wrong shape, stride, device or value. TypeError: wrong dtype.
+        IndexError: on the CPU, an unmasked id outside the vocabulary (on a GPU its row is NaN).
+    """
+    vocab_group = checks.check_vocab_group(vocab_group)
+    layout = checks.check_logits(logits, completion_ids, part=vocab_group is not None)
+    checks.check_mask("mask", mask, logits, layout)
+    temperature = checks.check_temperature(temperature, logits, layout)
+    backend = ops.choose_backend(backend, logits)
+    heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
+    coefs = Coefs(temperature=1.0 if heat is not None else temperature).pack()
+    logps, entropy = autograd.TokenLogprobsFunction.apply(
+        layout.tokens(logits), layout.tokens(completion_ids), layout.tokens(mask), heat, coefs, _PLAN, return_entropy,
+        backend, vocab_group,
+    )  # fmt: skip
+    return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)

@@ -1,0 +1,228 @@
+"""Autograd of the losses: which op runs when, and what is kept for the backward.
+
+Two forms of the loss, with the same maths:
+
+* one launch: the forward writes the gradient beside the log-probabilities (`_OneLaunch`);
+* two launches: log-probabilities now, the gradient from two numbers per row in the backward
+  (`_TwoLaunches`): a loss that depends on more than its own row, a loss per token, a vocabulary that is
+  spread over ranks, and fp16, where rounding before a loss scaler's 65536 would zero most of the gradient.
+
+`_FromLogprobs` is the loss of log-probabilities that somebody else has made.
+"""
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.call import ops, overwritten, sharded
+from grpo_kernels.objective.inputs import Inputs
+from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.quantile import sorted_entropies
+from grpo_kernels.objective.tracing import call
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "grpo_kernels does not support double backward (create_graph=True): its gradient is written by a kernel. "
+            "Use the plain PyTorch code in reference/ for second derivatives."
+        )
+
+
+def backward_may_run_again() -> bool:
+    """Whether this backward keeps its graph, so that what it saved must survive."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def is_one(up: Tensor) -> bool:
+    """Whether there is nothing to multiply by; asked only where nobody has to be waited for."""
+    return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
+
+
+class Objective:
+    """The [B, T] maths after the log-probabilities: loss, metrics, and the derivatives by lp and H."""
+
+    def __init__(self, logps, entropies, tensors, coefs, plan: str, steps: tuple, backend: str, data_group=None):
+        weighted, correction, quantile, spreads, bonus = steps
+        inputs = Inputs(*tensors)
+        if correction:
+            inputs = inputs._replace(is_weight=call(ops.correct_op, logps, tensors, coefs, correction, backend))
+        if quantile:
+            ranked = sorted_entropies(entropies, inputs.mask, data_group)
+            threshold, tokens = call(ops.threshold_op, *ranked, coefs, backend)
+            inputs = inputs._replace(threshold=threshold, tokens=tokens)
+        loss, self.sums, self.metrics, losses, self.local, self.spread, self.share, self.h = call(
+            ops.objective_op, logps, entropies, tuple(inputs), coefs, plan, weighted, backend
+        )
+        self.loss = loss if weighted else losses
+        self.spreads, self.bonus, self.backend = spreads, bonus, backend
+
+    def save(self, ctx) -> tuple[Tensor, ...]:
+        """What `slopes` needs."""
+        ctx.spreads, ctx.bonus, ctx.backend = self.spreads, self.bonus, self.backend
+        return self.local, self.spread, self.share, self.h
+
+    @staticmethod
+    def slopes(ctx, saved, up: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(∂L/∂lp, ∂L/∂H or None, factor of both that is still missing)"""
+        local, spread, share, h = saved
+        if ctx.spreads:
+            return call(ops.join_op, local, spread, share, up, cu, ctx.backend), None, None
+        return local, h if ctx.bonus else None, up
+
+
+class _OneLaunch(torch.autograd.Function):
+    """Loss whose gradient the forward has already written."""
+
+    @staticmethod
+    def forward(ctx, logits, tensors, coefs, plan, entropy, backend, inplace):
+        guarded = inplace and overwritten.are_guarded()
+        if inplace and not guarded:
+            logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
+            grad = logits.detach()
+        else:
+            logps, entropies, loss, sums, metrics, grad = call(
+                ops.loss_op, logits, tensors, coefs, plan, entropy, backend
+            )
+        if guarded:
+            overwritten.give_up(logits)
+        ctx.backend = backend
+        ctx.save_for_backward(grad)
+        ctx.mark_non_differentiable(logps, entropies, sums, metrics)
+        ctx.set_materialize_grads(False)  # or zeros would be made for what has no gradient
+        return loss, logps, entropies, sums, metrics
+
+    @staticmethod
+    def backward(ctx, up, *_):
+        refuse_double_backward()
+        (grad,) = ctx.saved_tensors
+        if backward_may_run_again():
+            grad = call(ops.scale_op, grad, up, ctx.backend)
+        elif not is_one(up):
+            ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
+        return grad, *(None,) * 6
+
+
+class _TwoLaunches(torch.autograd.Function):
+    """Loss whose gradient is written in the backward, upstream gradient included, before rounding."""
+
+    @staticmethod
+    def forward(ctx, logits, tensors, coefs, plan, steps, entropy, backend, inplace, data_group, vocab_group):
+        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, coefs, plan, entropy, backend, vocab_group)
+        it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, backend, data_group)
+        ctx.inplace, saved = inplace, it.save(ctx)
+        inputs = Inputs(*tensors)
+        rows = (ids, inputs.temperature, inputs.cu, inputs.segments)
+        ctx.save_for_backward(logits, coefs, stats, *saved, *rows)
+        ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
+        ctx.set_materialize_grads(False)
+        return it.loss, logps, entropies, it.sums, it.metrics
+
+    @staticmethod
+    def backward(ctx, up, *_):
+        refuse_double_backward()
+        logits, coefs, stats, *rest = ctx.saved_tensors
+        saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
+        g, h, up = Objective.slopes(ctx, saved, up, cu)
+        # masked rows have g = h = 0, which says as much as the mask
+        tensors = tuple(Inputs(ids=ids, temperature=temperature, cu=cu, segments=segments))
+        grad = write_gradient(logits, tensors, stats, g, h, up, coefs, ctx.backend, ctx.inplace)
+        return grad, *(None,) * 9
+
+
+class _FromLogprobs(torch.autograd.Function):
+    """Loss of given log-probabilities and entropies, differentiable in both."""
+
+    @staticmethod
+    def forward(ctx, logps, entropies, tensors, coefs, plan, steps, backend, data_group):
+        it = Objective(
+            logps.float().contiguous(), None if entropies is None else entropies.float().contiguous(), tensors, coefs,
+            plan, steps, backend, data_group,
+        )  # fmt: skip
+        saved = it.save(ctx)
+        ctx.dtypes = logps.dtype, None if entropies is None else entropies.dtype
+        ctx.save_for_backward(*saved, Inputs(*tensors).cu)
+        ctx.mark_non_differentiable(it.sums, it.metrics)
+        ctx.set_materialize_grads(False)
+        return it.loss, it.sums, it.metrics
+
+    @staticmethod
+    def backward(ctx, up, *_):
+        refuse_double_backward()
+        *saved, cu = ctx.saved_tensors
+        g, h, up = Objective.slopes(ctx, saved, up, cu)
+        g, h = ((x if x is None or up is None else torch.where(x == 0.0, 0.0, x * up)) for x in (g, h))
+        lp_dtype, H_dtype = ctx.dtypes
+        return g.to(lp_dtype), None if h is None else h.to(H_dtype), *(None,) * 6
+
+
+class TokenLogprobsFunction(torch.autograd.Function):
+    """Log-probabilities and entropies, both differentiable."""
+
+    @staticmethod
+    def forward(ctx, logits, ids, mask, temperature, coefs, plan, entropy, backend, vocab_group):
+        tensors = tuple(Inputs(ids=ids, mask=mask, temperature=temperature))
+        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, coefs, plan, entropy, backend, vocab_group)
+        ctx.backend, ctx.entropy = backend, entropy
+        ctx.save_for_backward(logits, ids, mask, temperature, stats, coefs)
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, g, h):
+        refuse_double_backward()
+        logits, ids, mask, temperature, stats, coefs = ctx.saved_tensors
+        g, h = given_slopes(g, h if ctx.entropy else None, ids)
+        tensors = tuple(Inputs(ids=ids, mask=mask, temperature=temperature))
+        grad = write_gradient(logits, tensors, stats, g, h, None, coefs, ctx.backend, False)
+        return grad, *(None,) * 8
+
+
+def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    """∂L/∂lp and ∂L/∂H as the kernels read them."""
+    g = torch.zeros(ids.shape, device=ids.device) if g is None else g.contiguous()
+    return g, None if h is None else h.contiguous()
+
+
+def write_gradient(logits, tensors, stats, g, h, up, coefs, backend, inplace) -> Tensor:
+    """The gradient of the logits, in a new tensor or in the logits' own."""
+    guarded = inplace and overwritten.are_guarded()
+    if guarded or not inplace:
+        grad = call(ops.slope_op, logits, tensors, stats, g, h, up, coefs, backend)
+        if guarded:
+            overwritten.give_up(logits)
+        return grad
+    ops.slope_op_(logits, tensors, stats, g, h, up, coefs, backend)
+    return logits.detach()
+
+
+def run_loss(
+    logits, inputs: Inputs, coefs: Tensor, plan: Plan, *, entropy: bool, backend: str, inplace: bool, weighted: bool,
+    data_group=None, vocab_group=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(loss, logps, entropies, sums, metrics), differentiable in the logits if they require grad."""
+    tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        logps, entropies, *_ = sharded.logprobs(logits.detach(), tensors, coefs, key, entropy, backend, vocab_group)
+        it = Objective(logps, entropies if entropy else None, tensors, coefs, key, steps, backend, data_group)
+        return it.loss, logps, entropies, it.sums, it.metrics
+    if weighted and plan.one_launch and logits.dtype != torch.float16 and vocab_group is None:
+        return _OneLaunch.apply(logits, tensors, coefs, key, entropy, backend, inplace)
+    return _TwoLaunches.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace, data_group, vocab_group)
+
+
+def run_policy_loss(
+    logps, entropies, inputs: Inputs, coefs: Tensor, plan: Plan, *, backend: str, weighted: bool, data_group=None
+) -> tuple[Tensor, ...]:
+    """(loss, sums, metrics), differentiable in the log-probabilities and entropies."""
+    steps = steps_of(plan, weighted)
+    return _FromLogprobs.apply(logps, entropies, tuple(inputs), coefs, plan.key(), steps, backend, data_group)
+
+
+def steps_of(plan: Plan, weighted: bool) -> tuple:
+    """What `Objective` does: (weighted, mode of a correction, entropy quantile, leaves a gradient to spread, bonus)."""
+    correction = plan.correction if plan.late_correction else ""
+    return weighted, correction, plan.quantile, bool(plan.spread) and not weighted, weighted and plan.bonus

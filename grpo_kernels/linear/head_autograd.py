@@ -1,0 +1,153 @@
+"""Autograd of the losses from hidden states.
+
+Two forms, as with logits (`grpo_kernels.call.autograd`):
+
+* `_Fused`: the forward makes the gradients too, so that the head is multiplied three times in all;
+* `_Deferred`: what depends on the whole batch, on an upstream gradient per token, or on a loss scaler
+  (fp16), is made in the backward, from logits that are computed again.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.call import ops
+from grpo_kernels.call.autograd import (
+    Objective,
+    backward_may_run_again,
+    given_slopes,
+    is_one,
+    refuse_double_backward,
+    steps_of,
+)
+from grpo_kernels.linear import head_ops
+from grpo_kernels.objective.inputs import Inputs
+from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.tracing import call
+
+
+class Options(NamedTuple):
+    """How the products are made: rows of logits at a time, rows read (-1: unknown), dtype of ∂L/∂W, backend."""
+
+    height: int
+    count: int
+    in_fp32: bool
+    backend: str
+
+
+def _wanted(ctx) -> str:
+    return "".join(letter for letter, needed in zip("hwb", ctx.needs_input_grad) if needed)
+
+
+def _given(gradients: tuple[Tensor, ...], wanted: str) -> tuple[Tensor | None, ...]:
+    return tuple(x if letter in wanted else None for letter, x in zip("hwb", gradients))
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
+        ctx.wanted, ctx.backend = _wanted(ctx), options.backend
+        logps, entropies, loss, sums, metrics, *gradients = call(
+            head_ops.linear_loss_op, hidden, weight, bias, tensors, coefs, plan, entropy, ctx.wanted,
+            options.in_fp32, options.height, options.count, options.backend,
+        )  # fmt: skip
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(logps, entropies, sums, metrics)
+        ctx.set_materialize_grads(False)
+        return loss, logps, entropies, sums, metrics
+
+    @staticmethod
+    def backward(ctx, up, *_):
+        refuse_double_backward()
+        again = backward_may_run_again()
+        gradients = [
+            x if dtype is None else _times(x, up, dtype, again, ctx.backend)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)
+        ]
+        return *_given(gradients, ctx.wanted), *(None,) * 5
+
+
+def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str) -> Tensor:
+    """x · up in this dtype; in place where nobody needs x any more."""
+    if x.dtype != dtype:
+        # into the dtype at once: as large as a weight, one more in fp32 would count
+        return x.to(dtype) if is_one(up) else torch.mul(x, up, out=x.new_empty(x.shape, dtype=dtype))
+    if x.numel() == 0 or (not again and is_one(up)):
+        return x
+    rows = x.view(1, -1, x.shape[-1])
+    if again:
+        return call(ops.scale_op, rows, up, backend).view(x.shape)
+    ops.scale_op_(rows, up, backend)
+    return x
+
+
+class _Deferred(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: Options, data_group):
+        logps, entropies, stats, count = call(
+            head_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
+            options.count, options.backend,
+        )  # fmt: skip
+        it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, options.backend, data_group)
+        ctx.wanted, ctx.plan, ctx.options = _wanted(ctx), plan, options
+        ctx.save_for_backward(hidden, weight, bias, coefs, stats, count, *it.save(ctx), *tensors)
+        ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
+        ctx.set_materialize_grads(False)
+        return it.loss, logps, entropies, it.sums, it.metrics
+
+    @staticmethod
+    def backward(ctx, up, *_):
+        refuse_double_backward()
+        hidden, weight, bias, coefs, stats, count, *rest = ctx.saved_tensors
+        saved, tensors = rest[:4], tuple(rest[4:])
+        g, h, up = Objective.slopes(ctx, saved, up, Inputs(*tensors).cu)
+        gradients = _pull_back(ctx, hidden, weight, bias, tensors, stats, count, g, h, up, coefs)
+        return *gradients, *(None,) * 7
+
+
+def _pull_back(ctx, hidden, weight, bias, tensors, stats, count, g, h, up, coefs):
+    gradients = call(
+        head_ops.linear_slope_op, hidden, weight, bias, tensors, stats, g, h, up, coefs, ctx.plan, ctx.wanted,
+        ctx.options.in_fp32, ctx.options.height, count, ctx.options.backend,
+    )  # fmt: skip
+    dtypes = (hidden.dtype, weight.dtype, weight.dtype)
+    return _given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted)
+
+
+class LinearLogprobsFunction(torch.autograd.Function):
+    """Log-probabilities and entropies, both differentiable."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
+        logps, entropies, stats, count = call(
+            head_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
+            options.count, options.backend,
+        )  # fmt: skip
+        ctx.wanted, ctx.plan, ctx.options, ctx.entropy = _wanted(ctx), plan, options, entropy
+        ctx.save_for_backward(hidden, weight, bias, coefs, stats, count, *tensors)
+        ctx.set_materialize_grads(False)
+        if not entropy:
+            ctx.mark_non_differentiable(entropies)
+        return logps, entropies
+
+    @staticmethod
+    def backward(ctx, g, h):
+        refuse_double_backward()
+        hidden, weight, bias, coefs, stats, count, *tensors = ctx.saved_tensors
+        g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
+        gradients = _pull_back(ctx, hidden, weight, bias, tuple(tensors), stats, count, g, h, None, coefs)
+        return *gradients, *(None,) * 5
+
+
+def run_linear_loss(
+    hidden, weight, bias, inputs: Inputs, coefs: Tensor, plan: Plan, *, entropy: bool, weighted: bool,
+    options: Options, data_group=None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """(loss, logps, entropies, sums, metrics), differentiable in hidden states, weight and bias."""
+    tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
+    needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if needed and weighted and not plan.quantile and hidden.dtype != torch.float16:
+        return _Fused.apply(hidden, weight, bias, tensors, coefs, key, entropy, options)
+    return _Deferred.apply(hidden, weight, bias, tensors, coefs, key, steps, entropy, options, data_group)

@@ -1,0 +1,223 @@
+"""Reductions as weights: loss = Σ w·ℓ with w detached and known before the loss.
+
+Every reduction in use is ``w = m · factor · loss_scale / max(count, 1)``, the count a number of
+tokens: of the sequence (B,), of the batch (a scalar), or none. The division itself is
+`grpo_kernels.objective.token.weight`, which the kernels and the CPU path share.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from grpo_kernels.objective.scalars import is_number
+
+if TYPE_CHECKING:
+    from grpo_kernels.objective.config import LossConfig
+
+
+class Weight(NamedTuple):
+    """``factor / max(count, 1)``; count is (B,), a scalar, or None for 1."""
+
+    count: torch.Tensor | None
+    factor: float
+
+
+class Batch(NamedTuple):
+    """What an aggregation may know of a batch. A count that the caller gives is a number or a 0-d tensor."""
+
+    mask: torch.Tensor | None  # (B, T)
+    packed_lengths: torch.Tensor | None  # (B,) unmasked tokens of each sequence, where they are packed
+    B: int
+    T: int
+    num_items: torch.Tensor | float | None  # the caller's token count
+    horizon: torch.Tensor | float  # the constant that stands for a sequence's length
+    global_batch_size: torch.Tensor | float | None  # the caller's count of sequences
+
+    def lengths(self) -> torch.Tensor | None:
+        """(B,) unmasked tokens of each sequence; None: T each."""
+        if self.packed_lengths is not None or self.mask is None:
+            return self.packed_lengths
+        return self.mask.sum(1, dtype=torch.float32)
+
+    def one_sequence(self) -> float:
+        """1/B, of an empty batch 1."""
+        return 1.0 / max(self.B, 1)
+
+
+def divided(weight: Weight, count: torch.Tensor | float) -> Weight:
+    """A weight divided by a number or tensor, which counts as 1 at least."""
+    if not isinstance(count, torch.Tensor):
+        return Weight(weight.count, weight.factor / max(count, 1.0))
+    if weight.count is None:
+        return Weight(count, weight.factor)
+    return Weight(weight.count.clamp(min=1.0) * count.clamp(min=1.0), weight.factor)
+
+
+def sequence_mean(batch: Batch) -> Weight:
+    lengths = batch.lengths()
+    if lengths is None:
+        return Weight(None, batch.one_sequence() / max(batch.T, 1))
+    return Weight(lengths, batch.one_sequence())
+
+
+def sequence_sum(batch: Batch) -> Weight:
+    return Weight(None, batch.one_sequence())
+
+
+def batch_tokens(batch: Batch) -> Weight:
+    if batch.packed_lengths is not None:
+        return Weight(batch.packed_lengths.sum(), 1.0)
+    if batch.mask is not None:
+        return Weight(batch.mask.sum(dtype=torch.float32), 1.0)
+    return Weight(None, 1.0 / max(batch.B * batch.T, 1))
+
+
+def global_tokens(batch: Batch) -> Weight:
+    return batch_tokens(batch) if batch.num_items is None else divided(token_sum(batch), batch.num_items)
+
+
+def constant(batch: Batch) -> Weight:
+    return divided(sequence_sum(batch), batch.horizon)
+
+
+def token_sum(batch: Batch) -> Weight:
+    return Weight(None, 1.0)
+
+
+def nonempty_sequence_sum(batch: Batch) -> Weight:
+    if batch.global_batch_size is not None:
+        return divided(token_sum(batch), batch.global_batch_size)
+    lengths = batch.lengths()
+    if lengths is None:
+        return sequence_sum(batch)
+    return Weight((lengths > 0).sum(dtype=torch.float32), 1.0)
+
+
+def nonempty_sequence_mean(batch: Batch) -> Weight:
+    weight, lengths = nonempty_sequence_sum(batch), batch.lengths()
+    if lengths is None:
+        return divided(weight, batch.T)
+    if weight.count is None:
+        return weight._replace(count=lengths)
+    if batch.global_batch_size is not None:
+        return divided(weight._replace(count=lengths), weight.count)
+    return weight._replace(count=lengths * weight.count)  # where no sequence has a token, none has a length
+
+
+def nonempty_sequence_constant(batch: Batch) -> Weight:
+    return divided(nonempty_sequence_sum(batch), batch.horizon)
+
+
+class Part(NamedTuple):
+    """Sizes of a micro-batch and of the batch that it is a part of, each a number or a 0-d tensor."""
+
+    tokens: torch.Tensor | float
+    total_tokens: torch.Tensor | float
+    sequences: torch.Tensor | float
+    total_sequences: torch.Tensor | float
+
+
+def share_of_sequences(part: Part) -> dict:
+    return {"loss_scale": _quotient(part.sequences, part.total_sequences)}
+
+
+def share_of_tokens(part: Part) -> dict:
+    return {"loss_scale": _quotient(part.tokens, part.total_tokens)}
+
+
+def whole_tokens(part: Part) -> dict:
+    return {"num_items_in_batch": part.total_tokens}
+
+
+def whole_sequences(part: Part) -> dict:
+    return {"global_batch_size": part.total_sequences}
+
+
+def nothing(part: Part) -> dict:
+    return {}
+
+
+def _quotient(part: torch.Tensor | float, whole: torch.Tensor | float) -> torch.Tensor | float:
+    """part/whole, 0 where the whole is 0."""
+    if not isinstance(whole, torch.Tensor):
+        return part / whole if whole else part * 0.0
+    some = whole > 0
+    return torch.where(some, part / torch.where(some, whole, 1), 0.0)
+
+
+class Aggregation(NamedTuple):
+    """``loss_agg_mode``: its weight as a function of the batch, and as a formula."""
+
+    function: Callable[[Batch], Weight]
+    formula: str
+    micro: Callable[[Part], dict]  # keywords that make a part's weights those of the whole batch
+    needs_horizon: bool = False
+
+
+AGGREGATIONS = {
+    "sequence-mean": Aggregation(sequence_mean, "m / (max(|y|, 1)·B)", share_of_sequences),
+    "sequence-sum": Aggregation(sequence_sum, "m / B", share_of_sequences),
+    "batch-tokens": Aggregation(batch_tokens, "m / max(Σ m, 1)", share_of_tokens),
+    "global-tokens": Aggregation(global_tokens, "m / max(num_items_in_batch, 1)", whole_tokens),
+    "constant": Aggregation(constant, "m / (B·max_completion_length)", share_of_sequences, True),
+    "token-mean": Aggregation(global_tokens, "m / max(num_items_in_batch, 1)", whole_tokens),
+    "token-sum": Aggregation(token_sum, "m", nothing),
+    "seq-mean-token-sum": Aggregation(nonempty_sequence_sum, "m / B'", whole_sequences),
+    "seq-mean-token-mean": Aggregation(nonempty_sequence_mean, "m / (|y|·B')", whole_sequences),
+    "seq-mean-token-sum-norm": Aggregation(
+        nonempty_sequence_constant, "m / (B'·max_completion_length)", whole_sequences, True
+    ),
+}
+
+
+def microbatch(
+    config: "LossConfig",
+    *,
+    tokens: torch.Tensor | float,
+    total_tokens: torch.Tensor | float,
+    sequences: torch.Tensor | float,
+    total_sequences: torch.Tensor | float,
+) -> dict:
+    """Keywords of the loss of one part of a batch, so that losses and gradients of the parts sum to the batch's.
+
+        sum(fused_grpo_loss(..., config=config, **microbatch(config, tokens=..., ...)).loss for each part)
+
+    The parts hold whole sequences. Advantages come from the whole batch (`group_advantages`). An entropy
+    quantile is that of each call, so with one the parts differ from the whole. ``constant`` and
+    ``seq-mean-token-sum-norm`` want ``max_completion_length`` in the config, unless all parts are padded to
+    the length of the whole.
+
+    Args:
+        config: the loss of the whole batch.
+        tokens, total_tokens: unmasked tokens of the part, and of the batch.
+        sequences, total_sequences: sequences of the part, and of the batch; in verl's ``seq-mean-*`` modes
+            those that have an unmasked token.
+
+    Each is a number or a 0-d tensor; tensors are not read, and the keywords then hold tensors. All may be 0:
+    a part without a token, or without a sequence, adds nothing.
+
+    Returns:
+        A dict of some of ``loss_scale``, ``num_items_in_batch``, ``global_batch_size`` and, where the config
+        has a bonus, ``entropy_coef``. For data-parallel wrappers that average gradients multiply
+        ``loss_scale`` (1 where it is not there) by the number of ranks.
+
+    Raises:
+        ValueError: a negative number, or a part that is larger than the whole.
+        TypeError: what is no number.
+    """
+    part = Part(tokens, total_tokens, sequences, total_sequences)
+    for name, value in part._asdict().items():
+        if not (isinstance(value, torch.Tensor) or is_number(value)):
+            raise TypeError(f"{name} must be a number or a 0-d tensor, got {type(value).__name__}.")
+        if not isinstance(value, torch.Tensor) and not value >= 0:
+            raise ValueError(f"{name} must be 0 or more, got {value}.")
+    for name in ("tokens", "sequences"):
+        some, whole = getattr(part, name), getattr(part, f"total_{name}")
+        if not isinstance(some, torch.Tensor) and not isinstance(whole, torch.Tensor) and some > whole:
+            raise ValueError(f"{name}={some} of a part are more than total_{name}={whole} of the whole batch.")
+    keywords = AGGREGATIONS[config.aggregation].micro(part)
+    if config.entropy_coef is not None:  # a mean over tokens whatever the aggregation, and times loss_scale
+        share = _quotient(_quotient(tokens, total_tokens), keywords.get("loss_scale", 1.0))
+        keywords["entropy_coef"] = config.entropy_coef * share
+    return keywords

@@ -1,0 +1,43 @@
+"""Importance weights that correct for a sampler whose log-probabilities differ from the trainer's.
+
+d = log π_old − log π_sampler at unmasked tokens, 0 where the sampler's is NaN. A token's ratio is
+exp d, a sequence's exp Σ d; both are truncated to the bounds, or masked out beyond them.
+"""
+
+from typing import NamedTuple
+
+from grpo_kernels.objective.language import jit, tl
+
+
+class Correction(NamedTuple):
+    per_sequence: bool  # one weight per sequence
+    truncate: bool  # clamp to the bounds; else 0 beyond
+    gated: bool  # token ratios, where the sequence's geometric mean lies within the bounds
+
+
+CORRECTIONS = {
+    "token_truncate": Correction(False, True, False),
+    "token_mask": Correction(False, False, False),
+    "sequence_truncate": Correction(True, True, False),
+    "sequence_mask": Correction(True, False, False),
+    "seq_mask_tis": Correction(False, False, True),
+}
+
+
+@jit
+def mismatch(old, sampled):
+    """d, 0 where the sampler has no log-probability."""
+    return tl.where(sampled == sampled, old - sampled, 0.0)
+
+
+@jit
+def outside(ratio, low, high):
+    return (ratio > high) | (ratio < low)
+
+
+@jit
+def within(ratio, low, high, TRUNCATE: tl.constexpr):
+    if TRUNCATE:
+        return tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
+    else:
+        return tl.where((ratio > high) | (ratio < low), 0.0, ratio)

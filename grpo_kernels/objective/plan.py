@@ -1,0 +1,81 @@
+"""Plan: the structure of a call, which is what a kernel is specialised for. Values are not in it."""
+
+from typing import NamedTuple
+
+from grpo_kernels.objective.catalogue import KL_ESTIMATORS, LEVELS, TERMS
+from grpo_kernels.objective.tracing import cached
+
+
+class Plan(NamedTuple):
+    """What is computed; ops take it as a string (`key`), which torch.compile can hold."""
+
+    term: str = "reinforce"
+    level: str = "token"
+    kl: str = ""  # "" without a KL
+    bias: bool = False  # the KL is multiplied by ρ
+    clamped: bool = False  # the KL is held within bounds
+    limited: bool = False  # and so is the log ratio
+    scale_rewards: str = "none"
+    unbiased: bool = True
+    skip: bool = False  # rows of advantage 0 are not read
+    bonus: bool = False  # there is an entropy bonus
+    quantile: bool = False  # tokens of low entropy are masked out of the policy term
+    off_policy: bool = False  # sequences that have drifted are masked out of the policy term
+    correction: str = ""  # how importance weights are made of the sampler's log-probabilities
+    late_correction: bool = False  # ... which needs this call's own log-probabilities
+    weight_once: bool = False  # the term's statistic takes importance weights that are one per sequence
+    clip_once: bool = False  # the clip metrics have one value per sequence
+
+    def key(self) -> str:
+        return _key(self)
+
+    @classmethod
+    def from_key(cls, key: str) -> "Plan":
+        return _plan(key)
+
+    @property
+    def of_sequence(self) -> bool:
+        """Whether a token's loss depends on the rest of its sequence."""
+        return self.level != "token" or self.off_policy or self.own is not None
+
+    @property
+    def one_launch(self) -> bool:
+        """Whether a row's gradient follows from the row alone, given the weights."""
+        return self.row_gate and not self.quantile
+
+    @property
+    def row_gate(self) -> bool:
+        """Whether a row of advantage 0 can be skipped by itself, not only with its whole sequence."""
+        return not (self.of_sequence or self.late_correction)
+
+    @property
+    def own(self):
+        """The term's statistic of the sequence, or None."""
+        return TERMS[self.term].statistic
+
+    def trusts(self, inputs) -> bool:
+        """Whether the policy term has a factor: an importance weight, or a mask."""
+        weighted = inputs.is_weight is not None and self.own is None
+        return weighted or self.off_policy or inputs.threshold is not None
+
+    @property
+    def spread(self) -> str:
+        """Which derivative goes to all tokens of the sequence: the "level"'s, the "term"'s own, or "" none."""
+        if self.own is not None and self.own.spreads:
+            return "term"
+        return "level" if LEVELS[self.level].spreads else ""
+
+    @property
+    def kl_function(self):
+        return KL_ESTIMATORS[self.kl] if self.kl else None
+
+
+@cached
+def _key(plan: Plan) -> str:
+    return "/".join(str(int(value)) if isinstance(value, bool) else value for value in plan)
+
+
+@cached
+def _plan(key: str) -> Plan:
+    values = zip(Plan._field_defaults.values(), key.split("/"))
+    return Plan(*(value == "1" if isinstance(default, bool) else value for default, value in values))

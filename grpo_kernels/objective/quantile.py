@@ -1,0 +1,53 @@
+"""The entropy that a share of the tokens exceeds, without a host synchronisation and at any size.
+
+`torch.quantile` stops at 2^24 elements and wants the masked ones removed, which a GPU can only do by
+telling the host how many there are. Here they are sorted to the end instead, as infinite.
+"""
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.objective.language import jit, on_torch, tl
+from grpo_kernels.objective.ranks import gathered
+
+FP32_COUNT = 1 << 24  # beyond it fp32, which torch.quantile ranks in, skips whole numbers
+
+
+@jit
+def interpolated(start, end, part):
+    """Between two entries, as torch.lerp: from the nearer one, so that a whole rank gives an entry exactly."""
+    found = tl.where(part < 0.5, start + part * (end - start), end - (end - start) * (1.0 - part))
+    return tl.where(start == end, start, found)  # both may be infinite
+
+
+def sorted_entropies(entropies: Tensor, mask: Tensor | None, data_group=None) -> tuple[Tensor, Tensor]:
+    """Ascending entropies of this batch, and of the batches of all ranks of ``data_group``; the masked infinite.
+
+    Batches of different sizes are padded to the largest, which takes one host synchronisation.
+    """
+    H = entropies.reshape(-1)
+    if mask is not None:
+        H = H.masked_fill(mask.reshape(-1) == 0, torch.inf)
+    ordered = H.sort().values
+    return ordered, ordered if data_group is None else _gather(H, data_group).sort().values
+
+
+def threshold(ordered: Tensor, everywhere: Tensor, q: float) -> tuple[Tensor, Tensor]:
+    """(`torch.quantile` (linear) of the finite entries of ``everywhere``, those of ``ordered`` not below it)."""
+    last = (everywhere < torch.inf).sum() - 1
+    rank = (last.float() * q).double()  # as torch.quantile rounds it
+    if everywhere.numel() > FP32_COUNT:
+        rank = torch.where(last < FP32_COUNT, rank, last.double() * q)
+    rank = rank.clamp(min=0.0)
+    below = rank.floor()
+    ends = everywhere[torch.stack((below, rank.ceil())).long()]
+    value = on_torch(interpolated)(ends[0], ends[1], (rank - below).float())
+    return value, ((ordered < torch.inf) & (ordered >= value)).sum(dtype=torch.float32)
+
+
+def _gather(H: Tensor, group) -> Tensor:
+    """The entries of all ranks, those that pad to a common size infinite."""
+    size = torch.tensor([H.numel()], device=H.device)
+    torch.distributed.all_reduce(size, torch.distributed.ReduceOp.MAX, group)
+    padded = torch.nn.functional.pad(H, (0, int(size) - H.numel()), value=torch.inf)
+    return gathered(padded, group).flatten()

@@ -1,0 +1,289 @@
+"""Launches: the Triton backend, with the same functions as `grpo_kernels.cpu_backend.backend`."""
+
+import contextlib
+from collections.abc import Callable
+
+import torch
+
+from grpo_kernels.objective.catalogue import LEVELS, TERMS
+from grpo_kernels.objective.corrections import CORRECTIONS, Correction
+from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.language import is_interpreted, triton
+from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
+from grpo_kernels.objective.plan import Plan
+from grpo_kernels.triton_backend.groups import groups_kernel
+from grpo_kernels.triton_backend.mismatch import mismatch_kernel
+from grpo_kernels.triton_backend.objective_kernels import sequence_kernel, total_kernel
+from grpo_kernels.triton_backend.quantile import threshold_kernel
+from grpo_kernels.triton_backend.row import Cap
+from grpo_kernels.triton_backend.row_kernels import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
+from grpo_kernels.triton_backend.sequence_kernels import correction_kernel, segments_kernel, spread_kernel
+from grpo_kernels.triton_backend.shapes import OPTIONS, block_shape, gradient_shape, logprob_shape
+from grpo_kernels.triton_backend.sharded import BLOCK, unite_kernel
+
+
+def require_available(device: torch.device) -> None:
+    """Raise unless the kernels can run on tensors of this device."""
+    if triton is None:
+        raise ValueError("backend='triton' needs Triton, which is not installed. `pip install triton`, or use 'torch'.")
+    if device.type == "cpu" and not is_interpreted(loss_kernel):
+        raise ValueError(
+            "backend='triton' on CPU tensors needs Triton's interpreter: set TRITON_INTERPRET=1 before the first "
+            "import of grpo_kernels. For speed on a CPU use backend='torch'."
+        )
+
+
+def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row."""
+    logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
+    entropies, stats = _entropy_like(logps, entropy), logps.new_empty((logps.numel(), 3))
+    _score(logits, inputs, coefs, plan, entropy, logps, entropies, stats, part=False)
+    return logps, entropies, stats
+
+
+def _score(
+    logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, logps, entropies, stats, part: bool
+) -> None:
+    ids, gate = inputs.ids, inputs.adv if inputs.gate is None else inputs.gate
+    rewards = inputs.rewards if inputs.gate is None else None
+    V = logits.shape[2]
+    with _on(logits):
+        _over(logprob_kernel, ids.numel())(
+            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.groups, inputs.batch_std,
+            inputs.segments, logps, entropies, stats,
+            *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
+            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
+            coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
+            PART=part, **_tile(logprob_shape, V, logits, capped=_cap(coefs) is not None),
+        )  # fmt: skip
+
+
+def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
+    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start: see `unite_kernel`."""
+    n = inputs.ids.numel()
+    part = logits.new_empty(4 * n, dtype=torch.float32)
+    depths, stats = part[3 * n :].view(inputs.ids.shape), part[: 3 * n].view(n, 3)
+    _score(logits, inputs, coefs, plan, entropy, depths, depths.new_empty(0), stats, part=True)
+    return part
+
+
+def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, 4·B·T]."""
+    ranks, n = parts.shape[0], inputs.ids.numel()
+    logps = parts.new_empty(inputs.ids.shape)
+    entropies, stats = _entropy_like(logps, entropy), parts.new_empty(n, 3)
+    with _on(parts):
+        _over(unite_kernel, triton.cdiv(n, BLOCK))(
+            parts, inputs.temperature, inputs.segments, logps, entropies, stats, *_strides(inputs.temperature), ranks,
+            n, inputs.ids.shape[1], 1.0 / coefs.temperature, ENTROPY=entropy, BLOCK=BLOCK, **block_shape(),
+        )  # fmt: skip
+    return logps, entropies, stats
+
+
+def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, loss [], sums [S], metrics [M]) of an objective of single tokens.
+
+    Its gradient goes to ``out`` in the launch that reads the logits.
+    """
+    logps, entropies = gradient(logits, out, inputs, coefs, plan, entropy)
+    totals = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+    return logps, entropies, *totals
+
+
+def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``, in one launch."""
+    B, rows, V = logits.shape
+    logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
+    entropies = _entropy_like(logps, entropy)
+    term = TERMS[plan.term]
+    with _on(logits):
+        _over(loss_kernel, B * rows)(
+            logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
+            inputs.is_weight, inputs.temperature, inputs.groups, inputs.batch_std, inputs.segments, logps, entropies,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef,
+            *_strides(logits), *_strides(out), *_strides(inputs.ids), *_strides(inputs.mask),
+            *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
+            *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
+            inputs.sequences, inputs.ids.shape[1], rows, V, int(coefs.num_generations), 1.0 / coefs.temperature,
+            _cap(coefs), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits,
+            term.kind(*coefs.term),
+            TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
+            **_tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None),
+        )  # fmt: skip
+    return logps, entropies
+
+
+def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
+    """out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], both factors times ``up``."""
+    B, rows, V = logits.shape
+    ids = inputs.ids
+    up = None if up is None else up.expand(ids.shape)
+    with _on(logits):
+        _over(slope_kernel, B * rows)(
+            logits, out, ids, inputs.mask, inputs.temperature, inputs.segments, stats, g, h, up,
+            *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
+            *_strides(inputs.temperature), *_strides(up), _at(inputs),
+            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature, _cap(coefs),
+            **_tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None),
+        )  # fmt: skip
+
+
+def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
+    """out = grad · up, in place or not; nothing moves in place where up is 1."""
+    B, rows, V = grad.shape
+    with _on(grad):
+        _over(scale_kernel, B * rows)(
+            grad, out, up, *grad.stride()[:2], *out.stride()[:2], rows, V,
+            SAME=grad.data_ptr() == out.data_ptr(), **_tile(gradient_shape, V, grad, out),
+        )  # fmt: skip
+
+
+def objective(
+    logps: torch.Tensor, entropies: torch.Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
+) -> tuple[torch.Tensor, ...]:
+    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`."""
+    B = inputs.sequences
+    losses, local, h = (torch.empty_like(logps) for _ in range(3))
+    spread, share = (torch.empty_like(logps) if plan.spread else logps.new_empty(0) for _ in range(2))
+    partial = logps.new_empty((B, len(SUM_NAMES)), dtype=torch.float64)
+    sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
+    total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
+    term, own = TERMS[plan.term], plan.own
+    with _on(logps):
+        _over(sequence_kernel, B)(
+            logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
+            inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
+            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef, inputs.threshold, inputs.groups,
+            inputs.batch_std, inputs.cu,
+            *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
+            *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
+            _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
+            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.limits, term.kind(*coefs.term),
+            TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
+            CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
+            SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
+            LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(inputs), SUMMARY=plan.of_sequence,
+            WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
+            **block_shape(),
+        )  # fmt: skip
+        if inputs.sampling is not None:
+            _mismatch(logps, inputs, coefs, plan, partial)
+        total_kernel[(1,)](partial, sums, total, metrics, B, SAMPLED=inputs.sampling is not None, **block_shape())
+    return total, sums, metrics, losses, local, spread, share, h
+
+
+def _mismatch(logps, inputs: Inputs, coefs: Coefs, plan: Plan, partial: torch.Tensor) -> None:
+    """The columns of the partial sums that the sampler's log-probabilities are for."""
+    correction = CORRECTIONS[plan.correction] if plan.correction else None
+    B = inputs.sequences
+    mismatch_kernel[(B,)](
+        logps, inputs.mask, inputs.old, inputs.sampling, inputs.is_weight, partial, inputs.cu,
+        *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.sampling), *_strides(inputs.is_weight),
+        _at(inputs), B, inputs.ids.shape[1], coefs.correction_low, coefs.correction_high, SKIP=plan.skip,
+        CORRECTED=correction is not None, ONCE=correction is not None and correction.per_sequence,
+        GATED=correction is not None and correction.gated, **block_shape(),
+    )  # fmt: skip
+
+
+def join(local, spread, share, up, cu) -> torch.Tensor:
+    """g = up·local + share·Σ up·spread, the sum over each sequence."""
+    g = torch.empty_like(local)
+    up = None if up is None else up.expand(local.shape)
+    B = local.shape[0] if cu is None else cu.shape[0] - 1
+    with _on(local):
+        _over(spread_kernel, B)(
+            g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, B, local.shape[1],
+            **block_shape(),
+        )  # fmt: skip
+    return g
+
+
+def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.Tensor:
+    """Importance weights, (B, T) or (B, 1), from the sampler's log-probabilities."""
+    B, T = inputs.sequences, old.shape[1]
+    out = old.new_empty((B, 1) if correction.per_sequence else old.shape, dtype=torch.float32)
+    with _on(old):
+        _over(correction_kernel, B)(
+            old, inputs.sampling, inputs.mask, out, inputs.cu, *_strides(old), *_strides(inputs.sampling),
+            *_strides(inputs.mask), _at(inputs), B, T, coefs.correction_low, coefs.correction_high,
+            PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
+            **block_shape(),
+        )  # fmt: skip
+    return out
+
+
+def threshold(ordered, everywhere, q: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """`grpo_kernels.objective.quantile.threshold`."""
+    value, kept = ordered.new_empty(()), ordered.new_empty(())
+    with _on(ordered):
+        threshold_kernel[(1,)](ordered, everywhere, value, kept, ordered.numel(), everywhere.numel(), q, num_warps=1,
+                             **OPTIONS)  # fmt: skip
+    return value, kept
+
+
+def groups(sizes: torch.Tensor, B: int) -> torch.Tensor:
+    """`grpo_kernels.objective.advantages.group_rows`."""
+    out = sizes.new_empty((2, B), dtype=torch.int32)
+    n = sizes.shape[0]
+    with _on(sizes):
+        groups_kernel[(n,)](sizes.contiguous(), out, B, n, num_warps=1)
+    return out
+
+
+def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of packed input: the sequence of each token [N] int32, and the unmasked tokens of each sequence [B]."""
+    B = cu.shape[0] - 1
+    numbers = torch.full((N,), B, dtype=torch.int32, device=cu.device)  # tokens of no sequence
+    lengths = torch.empty(B, device=cu.device)
+    with _on(cu):
+        _over(segments_kernel, B)(mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
+    return numbers, lengths
+
+
+def _over(kernel, programs: int):
+    """The kernel, to be called over so many programs; over none there is nothing to launch, and CUDA refuses."""
+    return kernel[(programs,)] if programs else lambda *args, **kwargs: None
+
+
+def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """The tensor's own device, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int]:
+    """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
+
+    ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
+    equally far off a boundary of 16 bytes; if not, every entry by itself.
+    """
+    size = tensors[0].element_size()
+    off = {(x.data_ptr() % 16, *(stride * size % 16 for stride in _strides(x))) for x in tensors}
+    found = shape(V, size, 16 // size if len(off) == 1 else 1, capped)
+    return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **found}
+
+
+def _cap(coefs: Coefs) -> Cap | None:
+    bound = coefs.softcap
+    return Cap(bound, coefs.logit_scale / bound, 1.0 / bound) if bound < torch.inf else None
+
+
+def _strides(x: torch.Tensor | None) -> tuple[int, int]:
+    """The first two strides, 0 where a size is 1 (so that it broadcasts) or the tensor is missing."""
+    if x is None:
+        return 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
+
+
+def _at(inputs: Inputs) -> int:
+    """How far apart sequences lie in the outputs, 0 for packed input, where a token's place is its own."""
+    return inputs.ids.shape[1] if inputs.cu is None else 0
+
+
+def _stride(count: torch.Tensor | None) -> int:
+    return 0 if count is None or count.dim() == 0 else count.stride(0)
+
+
+def _entropy_like(logps: torch.Tensor, entropy: bool) -> torch.Tensor:
+    return torch.empty_like(logps) if entropy else logps.new_empty(0)
