@@ -7,6 +7,7 @@ import torch
 import reference
 from grpo_kernels import fused_grpo_loss
 from tolerance import Bounds, assert_within, bounds
+from variation import unshifted
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("torch", "triton")
@@ -76,6 +77,7 @@ def ours(logits, backend, *, upstream=None, **kwargs):
     return out, grads[0].cpu()
 
 
+@unshifted()
 def expected(logits, *, upstream=None, **kwargs):
     """The reference's (LossOutput, gradient), in float64 from the same logits."""
     drop = ("inplace", "skip_zero_advantage", "return_entropy", "backend")

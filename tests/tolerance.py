@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 import reference
+from variation import unshifted
 
 U = 2.0**-24  # unit roundoff of fp32
 DRAWS, SAFETY = 8, 2  # the largest of eight uniform draws is below half of the worst case once in 256
@@ -160,6 +161,7 @@ def moved(x: Tensor, size: Tensor, g: torch.Generator) -> Tensor:
     return x + (2 * torch.rand(x.shape, generator=g, dtype=x.dtype) - 1) * size
 
 
+@unshifted()
 def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor], draws=DRAWS) -> tuple[dict, dict]:
     """(exact results, their errors), by name, of evaluate(**inputs) where each input is off by its size."""
 
