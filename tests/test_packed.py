@@ -13,7 +13,7 @@ from grpo_kernels.weights import AGGREGATIONS
 from tolerance import assert_within, bounds, logprob_bounds
 
 TOKEN = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "token_advantages", "importance_weights")
-LENGTHS = (5, 1, 0, 7, 3)  # with an empty sequence, and N ≠ S
+LENGTHS = (4, 1, 0, 5, 2)  # with an empty sequence, and N ≠ S
 T = max(LENGTHS)
 COMBINATIONS = [(term, level) for term, entry in TERMS.items() for level in entry.levels]
 
