@@ -8,6 +8,7 @@ import reference
 from grpo_kernels import fused_grpo_loss
 from pretend_gpu import pretended
 from tolerance import Bounds, assert_within, bounds
+from variation import unshifted
 
 DEVICE = "cuda" if torch.cuda.is_available() or pretended() else "cpu"  # where tests put what kernels are given
 BACKENDS = ("torch", "triton")
@@ -77,6 +78,7 @@ def ours(logits, backend, *, upstream=None, **kwargs):
     return out, grads[0].cpu()
 
 
+@unshifted()
 def expected(logits, *, upstream=None, **kwargs):
     """The reference's (LossOutput, gradient), in float64 from the same logits."""
     drop = ("inplace", "skip_zero_advantage", "return_entropy", "backend")

@@ -59,7 +59,7 @@ def slime_batch(seed=0):
     batch = {"unconcat_tokens": tokens, "total_lengths": totals, "response_lengths": lengths, "loss_masks": masks,
              "advantages": [torch.full((n,), a) for n, a in zip(lengths, (1.0, -0.8, -0.3))]}  # fmt: skip
     for name in ("log_probs", "ref_log_probs", "rollout_log_probs"):
-        batch[name] = [noisy(x, g) for x in near]
+        batch[name] = [noisy(x, g, size) for x, size in zip(near, (0.3, 0.3, 0.05))]  # one inside of every bound
     return batch, logits.requires_grad_()
 
 

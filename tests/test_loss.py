@@ -127,7 +127,10 @@ def test_inplace_gives_the_same(dtype, reduction, extra, backend):
     kwargs = dict(**case.inputs(*FULL, "advantages"), beta=0.1, reduction=reduction)
     out, grad = ours(case.logits, backend, **kwargs)
     again, in_place = ours(case.logits, backend, **kwargs, inplace=True)
-    assert torch.equal(out.loss, again.loss) and torch.equal(grad, in_place)
+    # Rows are read from where both they and the gradient's are aligned: sums may go in another order.
+    allowed = bounds(case.logits, **kwargs)
+    assert_outputs(again, out, allowed, factor=2)
+    assert_within(in_place, grad, allowed.grad, "gradient", factor=2)
 
 
 def _strided(kind: str, x: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ def upstream_for(reduction: str, case):
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_loss_types(loss_type, dtype, backend):
     """Presets, with advantages per sequence and everything that folds into the weights."""
-    case = make_case(B=4, T=6, dtype=dtype, extra=1, seed=1)
+    case = make_case(B=4, T=4, dtype=dtype, extra=1, seed=1)
     check(
         case.logits, backend, **case.inputs(*FULL, "advantages", "importance_weights"), loss_type=loss_type, beta=0.1,
         entropy_coef=0.02, return_entropy=True, max_completion_length=9, num_items_in_batch=17, loss_scale=0.5,
@@ -45,7 +45,7 @@ def test_loss_types(loss_type, dtype, backend):
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize(("term", "level"), COMBINATIONS)
 def test_terms_at_every_level(term, level, reduction, backend):
-    case = make_case(B=4, T=7, seed=2)
+    case = make_case(B=4, T=5, seed=2)
     check(
         case.logits, backend, **case.inputs(*FULL, "importance_weights"), advantages=case.token_advantages,
         policy_term=term, importance_sampling_level=level, **TIGHT.get(term, {}), beta=0.2,
@@ -58,7 +58,7 @@ def test_terms_at_every_level(term, level, reduction, backend):
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)
 def test_kl_estimators_at_every_level(estimator, level, bias, backend):
-    case = make_case(B=3, T=6, seed=3)
+    case = make_case(B=3, T=4, seed=3)
     for clamp in (None, 0.05):
         check(
             case.logits, backend, **case.inputs(*FULL, "advantages"), beta=0.5, kl_estimator=estimator,
@@ -70,7 +70,7 @@ def test_kl_estimators_at_every_level(estimator, level, bias, backend):
 @pytest.mark.parametrize("level", ("token", "sequence"))
 @pytest.mark.parametrize("mode", AGGREGATIONS)
 def test_aggregations(mode, level, backend):
-    case = make_case(B=4, T=6, seed=4)
+    case = make_case(B=4, T=4, seed=4)
     for knobs in ({}, {"max_completion_length": 11, "global_batch_size": 7, "num_items_in_batch": 29}):
         for names in (FULL, ("completion_ids", "old_logps", "ref_logps")):
             ids = case.completion_ids.clamp(min=0)
@@ -93,7 +93,7 @@ def sampled(case, seed=0):
 @pytest.mark.parametrize("term", ("clipped", "vespo", "gmpo"))
 @pytest.mark.parametrize("mode", CORRECTIONS)
 def test_corrections(mode, term, on_policy, backend):
-    case = make_case(B=4, T=6, seed=5)
+    case = make_case(B=4, T=4, seed=5)
     names = tuple(name for name in FULL if not (on_policy and name == "old_logps"))
     for low, high in ((None, 1.4), (0.7, None), (0.8, 1.2), (None, None)):
         check(

@@ -31,6 +31,7 @@ class Model(torch.autograd.Function):
 
 
 @interpreted
+@pytest.mark.unshifted
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("spare", (0, 1, 8))
@@ -60,6 +61,7 @@ def test_every_start(V, first, spare, inplace, dtype):
     assert_within(grad, want_grad, allowed.grad, "gradient", factor=2)
 
 
+@pytest.mark.unshifted
 def test_accesses_are_as_wide_as_both_rows_allow():
     def chosen(V, *tensors):
         found = _tile(gradient_shape, V, *tensors)

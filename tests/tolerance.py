@@ -34,13 +34,15 @@ import torch
 from torch import Tensor
 
 import reference
+from variation import unshifted
 
 U = 2.0**-24  # unit roundoff of fp32
 DRAWS, SAFETY = 8, 2  # the largest of eight uniform draws is below half of the worst case once in 256
 KL_METRICS = ("kl", "approx_kl")
 RUN_ONLY = ("inplace", "skip_zero_advantage", "return_entropy", "backend")  # do not change the numbers
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
-LEAST = {torch.float16: 2.0**-24}  # spacing of subnormal numbers, where it is not out of sight
+TINY = 2.0**-120  # fp32 makes 0 of what is smaller, and of factors of it
+LEAST = {torch.float16: 2.0**-24}  # spacing of subnormal numbers
 
 
 def steps(n: int) -> int:
@@ -50,7 +52,7 @@ def steps(n: int) -> int:
 
 def written(x: Tensor, dtype: torch.dtype, roundings: int = 1) -> Tensor:
     """What is lost on writing x: a unit in the last place, as the interpreter truncates where hardware rounds."""
-    return roundings * EPS[dtype] * x.abs() + LEAST.get(dtype, 0.0)
+    return roundings * EPS[dtype] * x.abs() + LEAST.get(dtype, TINY)
 
 
 def near(value, n: int = 1):
@@ -160,6 +162,7 @@ def moved(x: Tensor, size: Tensor, g: torch.Generator) -> Tensor:
     return x + (2 * torch.rand(x.shape, generator=g, dtype=x.dtype) - 1) * size
 
 
+@unshifted()
 def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor], draws=DRAWS) -> tuple[dict, dict]:
     """(exact results, their errors), by name, of evaluate(**inputs) where each input is off by its size."""
 
@@ -173,7 +176,7 @@ def carried(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor], draws
         for name, x in exact.items():
             errors[name] = torch.maximum(errors[name], (other[name] - x).abs().nan_to_num(0.0, math.inf))
     factor = SAFETY * DRAWS / draws
-    return exact, {name: factor * x + 8 * U * exact[name].abs().nan_to_num(0.0) for name, x in errors.items()}
+    return exact, {name: factor * x + 8 * U * exact[name].abs().nan_to_num(0.0) + TINY for name, x in errors.items()}
 
 
 def bounds_of(evaluate, inputs: dict[str, Tensor], sizes: dict[str, Tensor] | None = None, draws=DRAWS) -> dict:

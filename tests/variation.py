@@ -78,4 +78,4 @@ def from_environment() -> None:
         Shifted(shift).__enter__()
 
 
-unshifted = _disable_current_modes  # a context, for what compiles in such a process
+unshifted = _disable_current_modes  # a context, for what compiles in such a process, and for float64 on the side

@@ -80,7 +80,9 @@ def dtypes():
             check(case.logits, backend, **case.inputs(*PADDED), beta=0.05)
             out, grad = loss_of(case.logits, backend, **case.inputs(*PADDED), beta=0.05)
             again = loss_of(case.logits, backend, **case.inputs(*PADDED), beta=0.05, inplace=True)
-            assert torch.equal(out.loss, again[0].loss) and torch.equal(grad, again[1])
+            allowed = bounds(case.logits, **case.inputs(*PADDED), beta=0.05)  # the rows of both start elsewhere
+            assert_within(again[0].loss, out.loss, allowed.loss, "loss in place", factor=2)
+            assert_within(again[1], grad, mine(allowed.grad), "gradient in place", factor=2)
 
 
 def packed():
