@@ -30,7 +30,7 @@ def house(tmp_path):
     [
         ({"objective__kl": "import grpo_kernels.call.checks", "call__checks": ""}, "stands on a floor above it"),
         ({"cpu_backend__rows": "import grpo_kernels.triton_backend.row", "triton_backend__row": ""}, "backends"),
-        ({"cpu_backend__a": "import grpo_kernels.triton_backend.b", "triton_backend__b": ""}, "know nothing of each other"),
+        ({"api__a": "import grpo_kernels.api.b", "api__b": "import grpo_kernels.api.a"}, "api.a -> api.b -> api.a"),
         ({name: "" for name in "abcdef"} | {"metrics": ""}, "6 at most"),
         ({"api__a": "from grpo_kernels import LossConfig", "__init__": ""}, "imports the package itself"),
     ],
