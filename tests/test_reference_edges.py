@@ -221,7 +221,7 @@ PACKED = {
         ({"log_ratio_clamp": (1.0, -1.0)}, ValueError, "log_ratio_clamp"),
         ({"loss_type": "cispo", "cispo_min": 6.0}, ValueError, "cispo_min"),
         ({"sampling_correction_min": 4.0}, ValueError, "sampling_correction_min"),
-        ({"global_batch_size": 0}, ValueError, "global_batch_size"),
+        ({"global_batch_size": -1}, ValueError, "global_batch_size"),
         # Packed input.
         ({"cu_seqlens": torch.tensor([0, 5])}, ValueError, "cu_seqlens"),
         (PACKED, ValueError, "cu_seqlens"),

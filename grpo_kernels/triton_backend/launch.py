@@ -228,7 +228,7 @@ def groups(sizes: torch.Tensor, B: int) -> torch.Tensor:
     out = sizes.new_empty((2, B), dtype=torch.int32)
     n = sizes.shape[0]
     with _on(sizes):
-        groups_kernel[(n,)](sizes.contiguous(), out, B, n, num_warps=1)
+        groups_kernel[(n,)](sizes.contiguous(), out, B, n, num_warps=1, **OPTIONS)
     return out
 
 
