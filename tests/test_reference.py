@@ -218,7 +218,7 @@ def test_metrics_by_hand():
     # The flags see ρ after δ: 2 becomes 1.1, inside.
     capped = grpo_loss(**batch, rewards=f64([2, 0]), num_generations=2, delta=1.1).metrics
     assert capped["clip_ratio/high_mean"] == 0 and capped["ratio/max"] == 2
-        assert "kl" in capped  # its reference is watched, beta or not
+    assert "kl" in capped  # its reference is watched, beta or not
     # With the signs of A turned round every token has moved against its advantage: nothing is held.
     against = grpo_loss(**batch, rewards=f64([0, 2]), num_generations=2).metrics
     assert all(value == 0 for name, value in against.items() if name.startswith("clip_ratio"))
