@@ -276,6 +276,8 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cuda": enabled(on_host(device)))
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: cast(on_host(device)))
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     ops.backend_of.cache_clear()
     storages = _Storages()
     try:

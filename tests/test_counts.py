@@ -140,7 +140,7 @@ def test_a_temperature_of_one_number_in_every_loss(backend):
         ]
         torch.testing.assert_close(found[1], found[0], **VALUE)
     for wrong in (torch.tensor(0.0), torch.tensor(-1.0), torch.tensor(torch.nan)):
-        with pytest.raises(ValueError, match="temperature must be (a finite number )?above 0"):
+        with pytest.raises(ValueError, match=r"temperature must be (a finite number )?above 0"):
             loss_of(case, temperature=wrong)
     with pytest.raises(TypeError, match="temperature must be a number, or a tensor of them"):
         loss_of(case, temperature="hot")

@@ -5,6 +5,7 @@ import torch
 import triton
 
 from cases import BACKENDS, DEVICE, make_case, on_device
+from counting import interpreted
 from grpo_kernels import (
     fused_grpo_loss,
     fused_linear_grpo_loss,
@@ -145,6 +146,7 @@ def test_sums_combine_with_those_of_others(backend):
         torch.testing.assert_close(metrics[name], value, rtol=0, atol=0)
 
 
+@interpreted
 @pytest.mark.parametrize("shape", SHAPES)
 def test_no_launch_over_nothing(shape, monkeypatch):
     """CUDA refuses a grid of size 0, of which the interpreter would not tell."""
