@@ -41,7 +41,9 @@ class Pointer:
 
     def resolve(self, mask, counts: torch.Tensor):
         """(flat tensor of the pointer's unit, places, mask), the accesses counted."""
-        flat = self.memory.flat[: self.memory.flat.numel() // 2 * 2].view(torch.int32) if self.words else self.memory.flat
+        flat = self.memory.flat
+        if self.words:
+            flat = flat[: flat.numel() // 2 * 2].view(torch.int32)
         at = torch.as_tensor(self.at)
         mask = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
         at, mask = torch.broadcast_tensors(at, mask)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from cases import DEVICE, check, expected, make_case, ours
-from grpo_kernels import fused_grpo_loss
-from grpo_kernels.objective.language import triton
+from cases import check, expected, make_case, ours
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton 3.6")
 
@@ -247,7 +245,7 @@ def test_ids_outside_the_vocabulary_turn_their_row_nan(chip, monkeypatch):
     ids = case.completion_ids.clamp(min=0)
     ids[0, 0], ids[3, 2] = -1, 2**40
     monkeypatch.setattr("grpo_kernels.call.checks.validates", lambda device: False)
-    out, grad = ours(case.logits, "triton", completion_ids=ids, advantages=case.advantages)
+    _, grad = ours(case.logits, "triton", completion_ids=ids, advantages=case.advantages)
     bad = (ids < 0) | (ids >= case.logits.shape[2])
     assert torch.equal(grad.isnan().all(-1), bad) and torch.equal(grad.isnan().any(-1), bad)
 
@@ -258,6 +256,6 @@ def test_what_stands_in_for_copies_sees_wrong_waits(chip):
         pytest.skip("runs the kernel's body on the CPU")
     case = case_of()
     for changes in ({"wait_group": lambda left: None}, {"commit_group": lambda: None}):
-        with pytest.raises(AssertionError, match="on its way|on their way"):
+        with pytest.raises(AssertionError, match=r"on its way|on their way"):
             chip.set(**changes)
             ours(case.logits, "triton", **case.inputs(*GIVEN))

@@ -211,8 +211,8 @@ def onchip_kernel(
 ):  # fmt: skip
     """`loss_kernel`, with its arguments; rewards, groups and a cap are not there. V is a multiple of 8.
 
-    S slots of K lines, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a thread. The slots are full: S·K
-    lines are less than a row.
+    S slots of K lines, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a thread. The slots are
+    full: S·K lines are less than a row.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
