@@ -35,7 +35,7 @@ class Chip:
         monkeypatch.setattr(ways, "LEAST_BYTES", 0)
 
     def set(self, programs=3, slots=3, lines=1, lag=2, **changes):
-        def launcher(logits):
+        def launcher(logits, inputs, entropy):
             shape = onchip_launch._shape(logits.shape[2], slots=slots, lines=lines, warps=1, lag=lag, registers=128,
                                          programs=programs)  # fmt: skip
             del shape["programs"]

@@ -104,7 +104,7 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
             tile = _tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None)
         else:
             inputs = chip.with_advantages(inputs, coefs, plan)
-            run, tile = chip.launcher(logits)
+            run, tile = chip.launcher(logits, inputs, entropy)
         run(
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
             inputs.is_weight, inputs.temperature, inputs.groups, inputs.batch_std, inputs.segments, logps, entropies,

@@ -160,22 +160,22 @@ def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.const
 
 @gluon.jit
 def place_of(segments, n, B, T, rows, all_rows):
-    """(sequence, token, whether it is scored) of row n; a row of no sequence gets a legal place."""
+    """(sequence, token, whether it is scored) of row n, 32 bits; a row of no sequence gets a legal place."""
     row = gl.minimum(n, all_rows - 1)
     if segments is not None:
-        seq = gl.load(segments + row).to(gl.int64)
-        tok = row.to(gl.int64)
+        seq = gl.load(segments + row)
+        tok = row
     else:
-        seq = (row // rows).to(gl.int64)
-        tok = (row % rows).to(gl.int64)
+        seq = row // rows
+        tok = row % rows
     scored = (n < all_rows) & (tok < T) & (seq < B)
     return gl.minimum(seq, B - 1), gl.minimum(tok, T - 1), scored
 
 
 @gluon.jit
-def look_ahead(ids, mask, adv, segments, n, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, B, T, rows, all_rows,
+def look_ahead(ids, mask, adv, segments, n, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, B, T, V, rows, all_rows,
                SKIP: gl.constexpr):  # fmt: skip
-    """(state, sequence, token, token id) of row n."""
+    """(state, sequence, token, token id) of row n; the id is −1 where the vocabulary does not have it."""
     seq, tok, scored = place_of(segments, n, B, T, rows, all_rows)
     state = gl.where(scored, LIVE, NOT_SCORED)
     if SKIP:
@@ -183,14 +183,14 @@ def look_ahead(ids, mask, adv, segments, n, ids_b, ids_t, mask_b, mask_t, adv_b,
         state = gl.where(scored & (A == 0.0), SKIPPED, state)
     if mask is not None:
         state = gl.where(scored & is_masked(mask, seq * mask_b + tok * mask_t), MASKED, state)
-    return state, seq, tok, gl.load(ids + seq * ids_b + tok * ids_t).to(gl.int64)
+    token = gl.load(ids + seq * ids_b + tok * ids_t).to(gl.int64)
+    return state, seq, tok, gl.where((token >= 0) & (token < V), token, -1).to(gl.int32)
 
 
 @gluon.jit
-def token_logit(row, token, V, live):
+def token_logit(row, token, live):
     """NaN for an id outside the vocabulary, never read; nor is a row that is not live."""
-    known = live & (token >= 0) & (token < V)
-    return gl.load(row + token, mask=known, other=float("nan")).to(gl.float32)
+    return gl.load(row + token, mask=live & (token >= 0), other=float("nan")).to(gl.float32)
 
 
 @gluon_kernel
@@ -240,19 +240,18 @@ def onchip_kernel(
     # The first row: its first pass alone.
     n = gl.program_id(0)
     state, seq, tok, token = look_ahead(ids, mask, adv, segments, n, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, B, T,
-                                        rows, all_rows, SKIP)  # fmt: skip
+                                        V, rows, all_rows, SKIP)  # fmt: skip
     live = state == LIVE
     row = row_at(logits, seq, tok, logits_b, logits_t, True)
-    x_token = token_logit(row, token, V, live)
-    inverse = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature)
+    x_token = token_logit(row, token, live)
+    scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     A = gl.load(adv + seq * adv_b + tok * adv_t).to(gl.float32)
     counted = load_or(count, seq * count_b, 1.0)
     lp_old = load_or(old, seq * old_b + tok * old_t, 0.0)
     lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
     trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
     state1, seq1, tok1, token1 = look_ahead(ids, mask, adv, segments, n + P, ids_b, ids_t, mask_b, mask_t, adv_b,
-                                            adv_t, B, T, rows, all_rows, SKIP)  # fmt: skip
-    scale = inverse * LOG2E
+                                            adv_t, B, T, V, rows, all_rows, SKIP)  # fmt: skip
     src = as_words(row)
     end = gl.where(live, END, 0)
     for s in range(S):
@@ -271,16 +270,15 @@ def onchip_kernel(
         # Of the next row all numbers, of the one after it the mask and the token.
         live1 = state1 == LIVE
         row1 = row_at(logits, seq1, tok1, logits_b, logits_t, True)
-        x_token1 = token_logit(row1, token1, V, live1)
-        inverse1 = inverse_or(temperature, seq1 * temp_b + tok1 * temp_t, inv_temperature)
+        x_token1 = token_logit(row1, token1, live1)
+        scale1 = inverse_or(temperature, seq1 * temp_b + tok1 * temp_t, inv_temperature) * LOG2E
         A1 = gl.load(adv + seq1 * adv_b + tok1 * adv_t).to(gl.float32)
         counted1 = load_or(count, seq1 * count_b, 1.0)
         lp_old1 = load_or(old, seq1 * old_b + tok1 * old_t, 0.0)
         lp_ref1 = load_or(ref, seq1 * ref_b + tok1 * ref_t, 0.0)
         trust1 = load_or(is_weight, seq1 * is_b + tok1 * is_t, 1.0)
         state2, seq2, tok2, token2 = look_ahead(ids, mask, adv, segments, n + 2 * P, ids_b, ids_t, mask_b, mask_t,
-                                                adv_b, adv_t, B, T, rows, all_rows, SKIP)  # fmt: skip
-        scale1 = inverse1 * LOG2E
+                                                adv_b, adv_t, B, T, V, rows, all_rows, SKIP)  # fmt: skip
         off1 = x_token1 * scale1
         src1 = as_words(row1)
         end1 = gl.where(live1, END, 0)
@@ -316,11 +314,11 @@ def onchip_kernel(
                                                      CLAMPED)  # fmt: skip
             g = weight(counted, w_factor, factor) * (d_ratio + d_lp)
             idle = (g == 0.0) & (h == 0.0)
-            g = g * inverse
+            g = g * (scale * LN2)
             slope = -g / row_total
             d_token = token_slope(depth, row_total, g)
             if BONUS:
-                pull = -h * inverse * LN2 / row_total
+                pull = -h * (scale * LN2) * LN2 / row_total
                 slope = slope - pull * mean
                 d_token = d_token + gl.exp2(depth) * pull * (gl.maximum(depth, DEEP) - mean)
         else:
@@ -338,7 +336,6 @@ def onchip_kernel(
             regular = regular & (gl.abs(folded) < SMALL)
         total = nothing
         moment = nothing
-        known = (token >= 0) & (token < V)
         if regular:
             write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS)
             part1 = load_words(src1, at1, end1)
@@ -363,7 +360,7 @@ def onchip_kernel(
                 wait_group(LAG)
                 total, moment = absorb(total, moment, slots.index(s).load(L), scale1, off1, ENTROPY)
             barrier()  # the token's entry is stored by another thread than the line's
-            gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=known)
+            gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY)
             total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY)
             if D3 > 0:
@@ -389,7 +386,7 @@ def onchip_kernel(
                 for first in range(0, END, TILE):
                     gl.store(dst + at + first, zeros, mask=at + first < END)
             else:
-                gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=known)
+                gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             if live1:
                 total, moment = sum_slots(slots, total, moment, scale1, off1, S, L, ENTROPY)
                 total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY)
@@ -404,7 +401,6 @@ def onchip_kernel(
         token = token1
         row = row1
         x_token = x_token1
-        inverse = inverse1
         scale = scale1
         A = A1
         counted = counted1

@@ -13,16 +13,24 @@ from grpo_kernels.triton_backend.shapes import OPTIONS
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 
 
-def onchip_shape(V: int) -> dict[str, int]:
+def onchip_shape(V: int, crowded: bool = False) -> dict[str, int]:
     """Slots, lines, lag and options for rows of V bf16 entries, and ``programs`` per multiprocessor.
 
     Measured on an H200 as prototypes, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.12 at
     V = 151936 and 1.11 at 128256 (lag 3; 1.13 and 1.12 with lag 2); three of 8 warps with 6 slots of 2 lines take 1.11
-    at V = 32000.
+    at V = 32000. ``crowded`` calls would spill with these, and get more registers per entry; not measured.
     """
     if 2 * V <= _SHORT:
-        return _shape(V, slots=6, lines=2, warps=8, lag=2, registers=80, programs=3)
-    return _shape(V, slots=7, lines=4, warps=16, lag=3, registers=128, programs=1)
+        registers, programs = (128, 2) if crowded else (80, 3)
+        return _shape(V, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
+    slots, lines, lag = (14, 2, 4) if crowded else (7, 4, 3)
+    return _shape(V, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1)
+
+
+def crowded(inputs: Inputs, entropy: bool) -> bool:
+    """Whether a call has entropies, or more numbers per row than most."""
+    more = (inputs.ref, inputs.is_weight, inputs.temperature, inputs.segments)
+    return entropy or sum(x is not None for x in more) > 2
 
 
 def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int) -> dict[str, int]:
@@ -65,9 +73,9 @@ def with_advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> Inputs:
     return inputs._replace(adv=adv, rewards=None, groups=None, batch_std=None)
 
 
-def launcher(logits: torch.Tensor):
+def launcher(logits: torch.Tensor, inputs: Inputs, entropy: bool):
     """(kernel over its programs, shape): persistent ones, at most one per row."""
     B, rows, V = logits.shape
-    shape = onchip_shape(V)
+    shape = onchip_shape(V, crowded(inputs, entropy))
     processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
     return onchip_kernel[(min(processors * shape.pop("programs"), B * rows),)], shape
