@@ -168,7 +168,7 @@ def bind(function, names: dict, seen: dict):
 class Kernel:
     """A Gluon kernel over so many programs, to be called as Triton's. ``accesses`` are those of the last call.
 
-    ``changes`` replaces names of the kernel's module, to show that a test would see it.
+    ``changes``: names of the kernel's module, and what makes of a program's `Copies` what stands in their place.
     """
 
     def __init__(self, kernel, programs: int, changes: dict | None = None) -> None:
@@ -183,14 +183,11 @@ class Kernel:
             copies, gl = Copies(), language(program, self.programs)
             names = {
                 "gl": gl, "tl": gl, "barrier": lambda: None, "copy_to_shared": copies.start,
-                "commit_group": copies.commit, "wait_group": copies.wait, "pack_bf16": pack_bf16, **self.changes,
+                "commit_group": copies.commit, "wait_group": copies.wait, "pack_bf16": pack_bf16,
             }  # fmt: skip
+            names |= {name: change(copies) for name, change in self.changes.items()}
             bind(self.kernel, names, {})(*args, **constants)
-            assert not any(self.open_copies(copies)), "a program ends with copies on their way"
-
-    @staticmethod
-    def open_copies(copies: Copies) -> list:
-        return [copies.open, *copies.groups]
+            assert not any([copies.open, *copies.groups]), "a program ends with copies on their way"
 
     def _argument(self, x):
         if not isinstance(x, torch.Tensor):

@@ -8,6 +8,7 @@ from cases import check, expected, make_case, ours
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton 3.6")
 
 from gluon_standin import Kernel
+from grpo_kernels import fused_grpo_loss
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS
 from grpo_kernels.triton_backend import onchip, onchip_launch, ways
 
@@ -68,13 +69,13 @@ pytestmark = pytest.mark.unshifted  # rows must start at multiples of 16 bytes
 
 
 @body
-@pytest.mark.parametrize("programs", (1, 3, 7, 40))
+@pytest.mark.parametrize("programs", (1, 3, 40))
 @pytest.mark.parametrize("name", SHAPES)
 def test_vocabularies_around_the_bounds_of_slots_and_lines(chip, name, programs):
     slots, lines, lag = SHAPES[name]
     chip.set(programs, slots, lines, lag)
     full = slots * lines * LINE
-    for V in (full - 8, full, full + 8, full + LINE, full + 2 * LINE + 48, full + 5 * LINE + 16):
+    for V in (full - 8, full, full + 8, full + 2 * LINE + 48, full + 9 * LINE + 16):
         if V > lines * LINE:
             check_case(case_of(V), inplace=programs != 3)
     check_case(case_of(full + 8, extra=1, seed=1))
@@ -82,7 +83,7 @@ def test_vocabularies_around_the_bounds_of_slots_and_lines(chip, name, programs)
 
 @body
 @pytest.mark.parametrize("inplace", (False, True))
-@pytest.mark.parametrize("programs", (1, 2, 4, 40))
+@pytest.mark.parametrize("programs", (1, 4, 40))
 def test_rows_without_a_gradient_between_live_ones(chip, programs, inplace):
     chip.set(programs)
     case = case_of(B=3, T=4, extra=1)
@@ -199,14 +200,8 @@ ODD_ROWS = {  # what the row is like, and what its gradient must be
 }
 
 
-@body
-@pytest.mark.parametrize("inplace", (False, True))
-@pytest.mark.parametrize("entropy", (False, True))
-@pytest.mark.parametrize("name", ODD_ROWS)
-def test_rows_whose_sum_has_another_anchor(chip, name, entropy, inplace):
-    """Every third row is such a one; ours against the Triton kernel's, interpreted."""
-    case = case_of(B=3, T=4)
-    ids = case.completion_ids.clamp(min=0)
+def spoil(case, ids, name):
+    """Makes three rows such ones."""
     which, value = ODD_ROWS[name]
     for b, t in ((0, 1), (1, 0), (2, 3)):
         if which == "token":
@@ -219,8 +214,19 @@ def test_rows_whose_sum_has_another_anchor(chip, name, entropy, inplace):
             case.logits[b, t] += value
         else:
             case.logits[b, t, 7] = value
+
+
+@body
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("entropy", (False, True))
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_rows_whose_sum_has_another_anchor(chip, name, entropy, inplace):
+    """Every third row is such a one; ours against the Triton kernel's, interpreted."""
+    case = case_of(B=3, T=4)
+    ids = case.completion_ids.clamp(min=0)
+    spoil(case, ids, name)
     given = {"completion_ids": ids, "advantages": torch.tensor([1.0, -1.0, 0.5]), "return_entropy": entropy}
-    if name == "banned entries" or name == "huge logits" or name.startswith("token below"):
+    if name in ("banned entries", "huge logits") or name.startswith("token below"):
         check(case.logits, "triton", **given, inplace=inplace)
         return
     out, grad = ours(case.logits, "triton", **given, inplace=inplace)
@@ -250,12 +256,81 @@ def test_ids_outside_the_vocabulary_turn_their_row_nan(chip, monkeypatch):
     assert torch.equal(grad.isnan().all(-1), bad) and torch.equal(grad.isnan().any(-1), bad)
 
 
-def test_what_stands_in_for_copies_sees_wrong_waits(chip):
-    """A wait that is left out or comes too late is an error here, as it would be on a GPU."""
-    if ON_GPU:
-        pytest.skip("runs the kernel's body on the CPU")
+WRONG_WAITS = {
+    "no wait": {"wait_group": lambda copies: lambda left: None},
+    "a wait too late by one": {"wait_group": lambda copies: lambda left: copies.wait(left + 1)},
+    "no groups": {"commit_group": lambda copies: lambda: None},
+}
+
+
+@body
+@pytest.mark.parametrize("name", WRONG_WAITS)
+def test_a_wrong_wait_is_seen(chip, name):
+    """Each of these reads a slot before its copy is done."""
     case = case_of()
-    for changes in ({"wait_group": lambda left: None}, {"commit_group": lambda: None}):
-        with pytest.raises(AssertionError, match=r"on its way|on their way"):
-            chip.set(**changes)
-            ours(case.logits, "triton", **case.inputs(*GIVEN))
+    chip.set(**WRONG_WAITS[name])
+    with pytest.raises(AssertionError, match=r"on its way|on their way"):
+        ours(case.logits, "triton", **case.inputs(*GIVEN))
+
+
+# --- on a GPU ------------------------------------------------------------------------------------------------------
+
+TOKENS = {32000: 120, 36872: 40, 151936: 40}  # V: tokens of each of four sequences, more than there are programs
+
+@pytest.fixture
+def real_chip(monkeypatch):
+    if not ON_GPU or ways.device_obstacle(torch.empty(0, device="cuda")):
+        pytest.skip("needs an NVIDIA GPU, sm_90 or newer with 227 KB of shared memory")
+    monkeypatch.setenv(ways.VARIABLE, "onchip")
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("V", TOKENS)
+def test_the_kernel_itself(real_chip, V, inplace):
+    case = case_of(V, B=4, T=TOKENS[V], extra=1)
+    check_case(case, inplace=inplace)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("V", (32000, 151936))
+def test_the_kernel_itself_with_every_input(real_chip, V, name):
+    names, kwargs = OBJECTIVES[name]
+    case = case_of(V, B=4, T=TOKENS[V])
+    given = case.inputs(*names)
+    given["advantages"] = given.pop("token_advantages", given.get("advantages"))
+    given = {key: value for key, value in given.items() if value is not None}
+    if "completion_mask" not in given:
+        given["completion_ids"] = given["completion_ids"].clamp(min=0)
+    if name != "skip":  # of unread rows the reference has log-probabilities
+        check(case.logits, "triton", **given, **kwargs, inplace=True)
+
+
+@pytest.mark.parametrize("name", ODD_ROWS)
+def test_the_kernel_itself_where_the_sum_has_another_anchor(real_chip, monkeypatch, name):
+    case = case_of(32000, B=3, T=150)
+    ids = case.completion_ids.clamp(min=0)
+    spoil(case, ids, name)
+    given = {"completion_ids": ids, "advantages": torch.tensor([1.0, -1.0, 0.5])}
+    out, grad = ours(case.logits, "triton", **given, inplace=True)
+    monkeypatch.setenv(ways.VARIABLE, "triton")
+    want, want_grad = ours(case.logits, "triton", **given)
+    torch.testing.assert_close(grad, want_grad, rtol=2**-6, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(out.logps, want.logps, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+def test_two_runs_give_the_same_bits_and_a_graph_does_too(real_chip):
+    case = case_of(32000, B=4, T=300)
+    given = {name: x.cuda() for name, x in case.inputs(*GIVEN).items()}
+    logits = case.logits.cuda().requires_grad_()
+
+    def step():
+        return torch.autograd.grad(fused_grpo_loss(logits, **given).loss, logits)[0]
+
+    first = step()
+    assert torch.equal(first, step())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(first, captured)

@@ -33,7 +33,7 @@ def test_onchip_raises_where_it_cannot_run_and_auto_does_not(monkeypatch):
     given = case.inputs("completion_ids", "advantages", "completion_mask")
     want = ours(case.logits, "triton", **given)[1]
     monkeypatch.setenv(ways.VARIABLE, "onchip")
-    with pytest.raises(ValueError, match="NVIDIA GPU.*GRPO_KERNELS_ROWS=auto"):
+    with pytest.raises(ValueError, match=r"NVIDIA GPU.*GRPO_KERNELS_ROWS=auto"):
         ours(case.logits, "triton", **given)
     for setting in ("auto", "triton"):
         monkeypatch.setenv(ways.VARIABLE, setting)
