@@ -11,6 +11,7 @@ from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.language import is_interpreted, triton
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.triton_backend import ways
 from grpo_kernels.triton_backend.groups import groups_kernel
 from grpo_kernels.triton_backend.mismatch import mismatch_kernel
 from grpo_kernels.triton_backend.objective_kernels import sequence_kernel, total_kernel
@@ -96,8 +97,15 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
     logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
     term = TERMS[plan.term]
+    chip = ways.on_chip(logits, out, inputs, coefs)
     with _on(logits):
-        _over(loss_kernel, B * rows)(
+        if chip is None:
+            run = _over(loss_kernel, B * rows)
+            tile = _tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None)
+        else:
+            inputs = chip.with_advantages(inputs, coefs, plan)
+            run, tile = chip.launcher(logits, inputs, entropy)
+        run(
             logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
             inputs.is_weight, inputs.temperature, inputs.groups, inputs.batch_std, inputs.segments, logps, entropies,
             inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef,
@@ -108,8 +116,7 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
             _cap(coefs), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits,
             term.kind(*coefs.term),
             TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
-            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus,
-            **_tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None),
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus, **tile,
         )  # fmt: skip
     return logps, entropies
 

@@ -1,0 +1,81 @@
+"""Shape and launch of the on-chip kernel."""
+
+import torch
+
+from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.language import tl
+from grpo_kernels.objective.plan import Plan
+from grpo_kernels.triton_backend.onchip import onchip_kernel
+from grpo_kernels.triton_backend.rewards import group_advantage
+from grpo_kernels.triton_backend.row_kernels import kernel
+from grpo_kernels.triton_backend.shapes import OPTIONS
+
+_SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
+
+
+def onchip_shape(V: int, crowded: bool = False) -> dict[str, int]:
+    """Slots, lines, lag and options for rows of V bf16 entries, and ``programs`` per multiprocessor.
+
+    Measured on an H200 as prototypes, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.12 at
+    V = 151936 and 1.11 at 128256 (lag 3; 1.13 and 1.12 with lag 2); three of 8 warps with 6 slots of 2 lines take 1.11
+    at V = 32000. ``crowded`` calls would spill with these, and get more registers per entry; not measured.
+    """
+    if 2 * V <= _SHORT:
+        registers, programs = (128, 2) if crowded else (80, 3)
+        return _shape(V, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
+    slots, lines, lag = (14, 2, 4) if crowded else (7, 4, 3)
+    return _shape(V, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1)
+
+
+def crowded(inputs: Inputs, entropy: bool) -> bool:
+    """Whether a call has entropies, or more numbers per row than most."""
+    more = (inputs.ref, inputs.is_weight, inputs.temperature, inputs.segments)
+    return entropy or sum(x is not None for x in more) > 2
+
+
+def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int) -> dict[str, int]:
+    line = 32 * warps * 8  # entries
+    slots = min(slots, (V - 1) // (lines * line))
+    left = -(-(V - slots * lines * line) // line)  # lines in registers: two parts of up to four, or three
+    first = min(4, _power(-(-left // 2)))
+    second = min(4, _power(left - first))
+    third = _power(left - first - second) if left > first + second else 0
+    return {
+        "S": slots, "K": lines, "D1": first, "D2": second, "D3": third, "LAG": min(lag, slots),
+        "WARPS": warps, "num_warps": warps, "maxnreg": registers, "programs": programs, **OPTIONS,
+    }  # fmt: skip
+
+
+def _power(n: int) -> int:
+    """The power of two from n on."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@kernel
+def advantages_kernel(rewards, groups, batch_std, adv, B, G, adv_eps: tl.float32, SCALE: tl.constexpr,
+                      UNBIASED: tl.constexpr):  # fmt: skip
+    """One program per sequence: its advantage, out: [B]."""
+    seq = tl.program_id(0).to(tl.int64)
+    A = group_advantage(rewards, groups, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)[0]
+    tl.store(adv + seq, A)
+
+
+def with_advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> Inputs:
+    """Advantages in place of rewards, in a small launch: a persistent program would wait for them at every row."""
+    if inputs.rewards is None:
+        return inputs
+    B = inputs.sequences
+    adv = torch.empty((B, 1), dtype=torch.float32, device=inputs.rewards.device)
+    advantages_kernel[(B,)](
+        inputs.rewards, inputs.groups, inputs.batch_std, adv, B, int(coefs.num_generations), coefs.adv_eps,
+        SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, num_warps=1, **OPTIONS,
+    )  # fmt: skip
+    return inputs._replace(adv=adv, rewards=None, groups=None, batch_std=None)
+
+
+def launcher(logits: torch.Tensor, inputs: Inputs, entropy: bool):
+    """(kernel over its programs, shape): persistent ones, at most one per row."""
+    B, rows, V = logits.shape
+    shape = onchip_shape(V, crowded(inputs, entropy))
+    processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
+    return onchip_kernel[(min(processors * shape.pop("programs"), B * rows),)], shape
