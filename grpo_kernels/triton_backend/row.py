@@ -15,10 +15,11 @@ from typing import NamedTuple
 from grpo_kernels.objective.language import constant, is_interpreted, jit, tl
 from grpo_kernels.objective.softmax import LN2, LOG2E, LOWEST, logp_of, token_slope
 
+TWO_BANNED = constant(-(0x007F << 16) - 0x0080)  # the word of two −inf in bf16, 0xFF80 each
 DEEP = constant(-160.0)  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
 # Above this Σ 2^(x − x_token) is not used. −g/Σ stays normal up to 2^64; an entropy, the difference of log2 Σ and
-# a mean of that size, stays as good as one from the maximum up to 2^20.
-MOST, MOST_OF_ENTROPIES = constant(2.0**64), constant(2.0**20)
+# a mean of that size, stays within 1e-5 up to 2^32.
+MOST, MOST_OF_ENTROPIES = constant(2.0**64), constant(2.0**32)
 
 
 class Cap(NamedTuple):
@@ -59,12 +60,25 @@ def tile_at(start, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
 
 
 @jit
-def load_tile(row, at, V, MASKED: tl.constexpr, HINT: tl.constexpr):
+def load(row, at, V, other, MASKED: tl.constexpr, HINT: tl.constexpr):
     if MASKED:
-        x = tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy=HINT)
+        return tl.load(row + at, mask=at < V, other=other, eviction_policy=HINT)
     else:
-        x = tl.load(row + at, eviction_policy=HINT)
-    return x.to(tl.float32)  # [K, N·W]; cast first: the interpreter's bf16 arithmetic is wrong
+        return tl.load(row + at, eviction_policy=HINT)
+
+
+@jit
+def load_tile(row, start, V, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+              HINT: tl.constexpr):  # fmt: skip
+    """A tile in fp32, [K, N·W]. Two bf16 come as one word, which takes one instruction each: they are its halves."""
+    if W > 1 and row.dtype.element_ty == tl.bfloat16:
+        words = (row + start).to(tl.pointer_type(tl.int32))
+        pair = load(words, tile_at(0, K, N, W // 2), (V - start) // 2, TWO_BANNED, MASKED, HINT)
+        first, second = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(first, second), [K, N * W])
+    else:
+        x = load(row, tile_at(start, K, N, W), V, float("-inf"), MASKED, HINT)
+        return x.to(tl.float32)  # cast first: the interpreter's bf16 arithmetic is wrong
 
 
 @jit
@@ -120,7 +134,7 @@ def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, EDGE: tl.con
 def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, N: tl.constexpr,
                 W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
-    x = capped(load_tile(row, tile_at(start, K, N, W), V, MASKED, HINT), cap)
+    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
     x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
@@ -187,7 +201,7 @@ def parts_of(x, scale, off, ENTROPY: tl.constexpr):
 @jit
 def add_tile(total, moment, row, start, V, scale, off, cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
              MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    x = capped(load_tile(row, tile_at(start, K, N, W), V, MASKED, HINT), cap)
+    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
     part, share = parts_of(x, scale, off, ENTROPY)
     total += per_thread_sum(tl.reshape(part, [K, N, W]))
     if ENTROPY:
@@ -280,7 +294,7 @@ def slope_at(x, scale, off, cap, slope, pull, ENTROPY: tl.constexpr):
 def slope_tile(out, row, start, V, scale, off, cap, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
                MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
-    x = capped(load_tile(row, at, V, MASKED, HINT), cap)
+    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
     d = slope_at(x, scale, off, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
@@ -355,7 +369,7 @@ def scaled(x, factor):
 @jit
 def scale_tile(out, row, start, V, factor, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):
     at = tile_at(start, K, N, W)
-    d = scaled(load_tile(row, at, V, MASKED, ""), factor).to(out.dtype.element_ty)
+    d = scaled(load_tile(row, start, V, K, N, W, MASKED, ""), factor).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
