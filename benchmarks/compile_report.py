@@ -93,11 +93,12 @@ class Recorder:
 def recording(launches: list, label: str, wave: int) -> Iterator[None]:
     """Launches are recorded instead of run, with the tile shapes of a GPU of this wave size."""
     shapes = ("gradient_shape", "logprob_shape", "block_shape")
-    saved = {name: getattr(launch, name) for name in (*KERNELS, *shapes)}
+    saved = {name: getattr(launch, name) for name in (*KERNELS, *shapes, "line_bytes")}
     for name in KERNELS:
         setattr(launch, name, Recorder(saved[name], launches, label))
     for name in shapes:
         setattr(launch, name, functools.partial(saved[name], wave=wave))
+    launch.line_bytes = lambda device: 128  # as on a GPU, for tensors that lie on the CPU
     try:
         yield
     finally:

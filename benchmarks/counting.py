@@ -6,6 +6,7 @@ have no data, so whatever would make the host wait for a device cannot work on t
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +18,21 @@ from grpo_kernels.call import ops
 from grpo_kernels.linear import head_ops
 
 
+class Access(NamedTuple):
+    """One load or store: its addresses, masked lanes left out, and the bytes at each."""
+
+    addresses: np.ndarray
+    width: int
+
+
 class Launch:
-    """One kernel launch, and every address that it loaded from or stored to, masked lanes left out."""
+    """One kernel launch, and everything that it loaded or stored."""
 
     def __init__(self, name: str, grid: tuple[int, ...], arguments: tuple) -> None:
         self.name, self.grid = name, grid
         self.tensors = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]  # alive: no reuse
-        self.loaded: list[np.ndarray] = []
-        self.stored: list[np.ndarray] = []
+        self.loaded: list[Access] = []
+        self.stored: list[Access] = []
 
     def reads(self, x: torch.Tensor) -> torch.Tensor:
         """How often each element of ``x`` was loaded, in the shape of ``x``."""
@@ -36,13 +44,13 @@ class Launch:
 
     def touches(self, x: torch.Tensor) -> bool:
         """Whether anything of the storage of ``x`` was loaded or stored to."""
-        return any(_inside(addresses, x).any() for addresses in (*self.loaded, *self.stored))
+        return any(_inside(each.addresses, x).any() for each in (*self.loaded, *self.stored))
 
-    def admit(self, addresses: np.ndarray) -> np.ndarray:
-        """The addresses; an AssertionError, rather than a crash, where one lies outside of the arguments."""
+    def admit(self, addresses: np.ndarray, dtype: np.dtype) -> Access:
+        """The access; an AssertionError, rather than a crash, where an address lies outside of the arguments."""
         if not np.any([_inside(addresses, x) for x in self.tensors], axis=0).all():
             raise AssertionError(f"{self.name} reaches outside of the tensors that it was given")
-        return addresses
+        return Access(addresses, np.dtype(dtype).itemsize)
 
 
 def _inside(addresses: np.ndarray, x: torch.Tensor) -> np.ndarray:
@@ -50,13 +58,14 @@ def _inside(addresses: np.ndarray, x: torch.Tensor) -> np.ndarray:
     return (addresses >= storage.data_ptr()) & (addresses < storage.data_ptr() + storage.nbytes())
 
 
-def _counts(accesses: list[np.ndarray], x: torch.Tensor) -> torch.Tensor:
-    storage = x.untyped_storage()
-    elements = storage.nbytes() // x.element_size()
+def _counts(accesses: list[Access], x: torch.Tensor) -> torch.Tensor:
+    storage, size = x.untyped_storage(), x.element_size()
+    elements = storage.nbytes() // size
     counts = np.zeros(elements, np.int64)
-    for addresses in accesses:
-        mine = addresses[_inside(addresses, x)].astype(np.int64)
-        counts += np.bincount((mine - storage.data_ptr()) // x.element_size(), minlength=elements)
+    for addresses, width in accesses:
+        mine = addresses[_inside(addresses, x)].astype(np.int64) - storage.data_ptr()
+        for part in range(0, max(width, size), size):  # a word may hold several elements
+            counts += np.bincount((mine + part) // size, minlength=elements)
     return torch.as_strided(torch.from_numpy(counts), x.shape, x.stride(), x.storage_offset())
 
 
@@ -93,12 +102,12 @@ def launches(*, run: bool = True, programs: range | None = None) -> Iterator[lis
         executor.grid = whole
         return None
 
-    def counted_load(pointers, mask, *rest):
-        seen[-1].loaded.append(seen[-1].admit(pointers[mask]))
-        return load(pointers, mask, *rest)
+    def counted_load(pointers, mask, other, dtype):
+        seen[-1].loaded.append(seen[-1].admit(pointers[mask], dtype))
+        return load(pointers, mask, other, dtype)
 
     def counted_store(pointers, values, mask):
-        seen[-1].stored.append(seen[-1].admit(pointers[mask]))
+        seen[-1].stored.append(seen[-1].admit(pointers[mask], values.dtype))
         return store(pointers, values, mask)
 
     def refuse(*_):

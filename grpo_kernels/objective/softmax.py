@@ -1,8 +1,8 @@
 """What is kept of a row of logits, shared by both backends: ``(top, total, mean)``.
 
-``top`` is the largest logit, ``total`` Σ 2^d and ``mean`` Σ p·d, where d = (x − top)·scale is an
-entry's depth and scale = log2(e)/temperature. A row that lies in parts, one per rank, has one such
-triple per part; `fold` makes one of two.
+``top`` is the logit that the others are seen from, the largest or a token's, ``total`` Σ 2^d and
+``mean`` Σ p·d, where d = (x − top)·scale is an entry's depth and scale = log2(e)/temperature. A row that
+lies in parts, one per rank, has one such triple per part, from its largest logit; `fold` makes one of two.
 """
 
 from grpo_kernels.objective.language import constant, jit, tl
@@ -20,7 +20,7 @@ def logp_of(depth, total):
 
 @jit
 def entropy_of(total, mean):
-    """H = lse − Σ p·x, both relative to the largest logit; in nats."""
+    """H = lse − Σ p·x, both relative to top; in nats."""
     return (tl.log2(total) - mean) * LN2
 
 

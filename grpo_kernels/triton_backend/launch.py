@@ -19,7 +19,7 @@ from grpo_kernels.triton_backend.quantile import threshold_kernel
 from grpo_kernels.triton_backend.row import Cap
 from grpo_kernels.triton_backend.row_kernels import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.triton_backend.sequence_kernels import correction_kernel, segments_kernel, spread_kernel
-from grpo_kernels.triton_backend.shapes import OPTIONS, block_shape, gradient_shape, logprob_shape
+from grpo_kernels.triton_backend.shapes import OPTIONS, block_shape, gradient_shape, line_bytes, logprob_shape
 from grpo_kernels.triton_backend.sharded import BLOCK, unite_kernel
 
 
@@ -263,12 +263,16 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
 
     ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
-    equally far off a boundary of 16 bytes; if not, every entry by itself.
+    equally far off a boundary of 16 bytes; if not, every entry by itself. EDGE: the body starts at a multiple of so
+    many entries, those of a line of memory if both rows are equally far off one.
     """
     size = tensors[0].element_size()
-    off = {(x.data_ptr() % 16, *(stride * size % 16 for stride in _strides(x))) for x in tensors}
-    found = shape(V, size, 16 // size if len(off) == 1 else 1, capped)
-    return {"ALIGNED": off == {(0, 0, 0)} and V % 16 == 0, **found}
+    starts = {(x.data_ptr(), *(stride * size for stride in _strides(x))) for x in tensors}
+    line = line_bytes(tensors[0].device)
+    off = {boundary: {tuple(at % boundary for at in each) for each in starts} for boundary in (line, 16)}
+    wide = next((boundary for boundary, each in off.items() if len(each) == 1), size)
+    found = shape(V, size, min(wide, 16) // size, capped)
+    return {"ALIGNED": off[16] == {(0, 0, 0)} and V % 16 == 0, "EDGE": wide // size, **found}
 
 
 def _cap(coefs: Coefs) -> Cap | None:

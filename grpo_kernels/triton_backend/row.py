@@ -1,20 +1,25 @@
-"""Device functions over one row of logits: the first pass (online softmax) and the second (gradient).
+"""Device functions over one row of logits: the first pass (softmax) and the second (gradient).
 
 A tile is [K, N·W]: each of N threads holds K lines of W neighbouring entries, W being what it moves
-at once. The maximum and the sums are kept per thread, rescaled once per tile, and meet once per row.
-Exponentials are base 2, with the maximum subtracted before scaling, so that the precision does not
-depend on the size of the logits. −inf logits (banned tokens) have p = 0.
+at once. Sums are kept per thread, and meet once per row. Exponentials are base 2. −inf logits (banned
+tokens) have p = 0.
 
-What is kept of a row is ``(top, total, mean)``, see `grpo_kernels.objective.softmax`. With a cap x is the capped
-logit.
+What is kept of a row is ``(top, total, mean)``, see `grpo_kernels.objective.softmax`. The first pass takes
+the sampled token's logit as top (`sum_row`): an entry then costs a fused multiply-add, an exponential and
+an addition. Where the sum is not sound, and where a part of a vocabulary has no token, it is the largest
+logit, as a running maximum per thread finds it (`read_row`). With a cap x is the capped logit.
 """
 
 from typing import NamedTuple
 
-from grpo_kernels.objective.language import constant, jit, tl
+from grpo_kernels.objective.language import constant, is_interpreted, jit, tl
 from grpo_kernels.objective.softmax import LN2, LOG2E, LOWEST, logp_of, token_slope
 
+TWO_BANNED = constant(-(0x007F << 16) - 0x0080)  # the word of two −inf in bf16, 0xFF80 each
 DEEP = constant(-160.0)  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
+# Above this Σ 2^(x − x_token) is not used. −g/Σ stays normal up to 2^64; an entropy, the difference of log2 Σ and
+# a mean of that size, stays within 1e-5 up to 2^32.
+MOST, MOST_OF_ENTROPIES = constant(2.0**64), constant(2.0**32)
 
 
 class Cap(NamedTuple):
@@ -26,26 +31,27 @@ class Cap(NamedTuple):
 
 
 @jit
-def split(row, V, ALIGNED: tl.constexpr, W: tl.constexpr):
+def split(row, V, ALIGNED: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr):
     """(body, head, length): where whole accesses of W entries start, after how many entries, and how many they cover.
 
-    Left over are the edges, up to W − 1 entries on either side. ALIGNED rows have none, and no test for them.
+    The body starts at a boundary of EDGE entries. Left over are the edges: up to EDGE − 1 entries before it and
+    W − 1 behind it. ALIGNED rows have none, and no test for them.
     """
     if ALIGNED:
         return row, 0, V
     else:
-        BYTES: tl.constexpr = W * (row.dtype.element_ty.primitive_bitwidth // 8)
-        past = (row.to(tl.int64) % BYTES).to(tl.int32) * W // BYTES  # entries since the last boundary
-        head = tl.minimum((W - past) % W, V)
+        BYTES: tl.constexpr = EDGE * (row.dtype.element_ty.primitive_bitwidth // 8)
+        past = (row.to(tl.int64) % BYTES).to(tl.int32) * EDGE // BYTES  # entries since the last boundary
+        head = tl.minimum((EDGE - past) % EDGE, V)
         return tl.multiple_of(row + head, BYTES), head, tl.multiple_of((V - head) // W * W, W)
 
 
 @jit
-def edges_at(head, length, V, W: tl.constexpr):
-    """(at, mask) of the edges, [2·W]."""
-    i = tl.arange(0, 2 * W)
-    at = tl.where(i < W, i, head + length + i - W)
-    return at, tl.where(i < W, i < head, at < V)
+def edges_at(head, length, V, EDGE: tl.constexpr):
+    """(at, mask) of the edges, [2·EDGE]."""
+    i = tl.arange(0, 2 * EDGE)
+    at = tl.where(i < EDGE, i, head + length + i - EDGE)
+    return at, tl.where(i < EDGE, i < head, at < V)
 
 
 @jit
@@ -54,17 +60,30 @@ def tile_at(start, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
 
 
 @jit
-def load_tile(row, at, V, MASKED: tl.constexpr, HINT: tl.constexpr):
+def load(row, at, V, other, MASKED: tl.constexpr, HINT: tl.constexpr):
     if MASKED:
-        x = tl.load(row + at, mask=at < V, other=float("-inf"), eviction_policy=HINT)
+        return tl.load(row + at, mask=at < V, other=other, eviction_policy=HINT)
     else:
-        x = tl.load(row + at, eviction_policy=HINT)
-    return x.to(tl.float32)  # [K, N·W]; cast first: the interpreter's bf16 arithmetic is wrong
+        return tl.load(row + at, eviction_policy=HINT)
+
+
+@jit
+def load_tile(row, start, V, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+              HINT: tl.constexpr):  # fmt: skip
+    """A tile in fp32, [K, N·W]. Two bf16 come as one word, which takes one instruction each: they are its halves."""
+    if W > 1 and row.dtype.element_ty == tl.bfloat16:
+        words = (row + start).to(tl.pointer_type(tl.int32))
+        pair = load(words, tile_at(0, K, N, W // 2), (V - start) // 2, TWO_BANNED, MASKED, HINT)
+        first, second = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(first, second), [K, N * W])
+    else:
+        x = load(row, tile_at(start, K, N, W), V, float("-inf"), MASKED, HINT)
+        return x.to(tl.float32)  # cast first: the interpreter's bf16 arithmetic is wrong
 
 
 @jit
 def load_edges(row, at, mask):
-    return tl.load(row + at, mask=mask, other=float("-inf")).to(tl.float32)  # [2·W]
+    return tl.load(row + at, mask=mask, other=float("-inf")).to(tl.float32)  # [2·EDGE]
 
 
 @jit
@@ -75,6 +94,9 @@ def capped(x, cap):
         return tl.where(x == float("-inf"), x, cap.bound * tanh)
     else:
         return x
+
+
+INTERPRETED = constant(is_interpreted(capped))
 
 
 @jit
@@ -93,9 +115,9 @@ def per_thread_sum(x):
 
 
 @jit
-def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, W: tl.constexpr, ENTROPY: tl.constexpr):
+def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr):
     """(top, total, moment), each [N]: the first thread starts out with what the edges come to."""
-    at, mask = edges_at(head, length, V, W)
+    at, mask = edges_at(head, length, V, EDGE)
     x = capped(load_edges(row, at, mask), cap)
     top = tl.maximum(tl.max(x, axis=0), LOWEST)
     depth = (x - top) * scale
@@ -112,7 +134,7 @@ def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, W: tl.conste
 def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, N: tl.constexpr,
                 W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
-    x = capped(load_tile(row, tile_at(start, K, N, W), V, MASKED, HINT), cap)
+    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
     x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
@@ -127,17 +149,17 @@ def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, 
 
 @jit
 def read_row(row, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
-             W: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """First pass: (top, total, mean) of a row. NaN anywhere in the row makes total NaN."""
+             W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """First pass without a token: (top, total, mean) of a row, top its maximum. NaN in the row makes total NaN."""
     TILE: tl.constexpr = K * N * W
     REST: tl.constexpr = 1 if W > 1 else K  # lines of a tile in the rest of the row, less than a whole tile
-    body, head, length = split(row, V, ALIGNED, W)
+    body, head, length = split(row, V, ALIGNED, W, EDGE)
     if ALIGNED:
         top = tl.full([N], LOWEST, tl.float32)
         total = tl.zeros([N], tl.float32)
         moment = tl.zeros([N], tl.float32)
     else:
-        top, total, moment = absorb_edges(row, head, length, V, scale, cap, N, W, ENTROPY)
+        top, total, moment = absorb_edges(row, head, length, V, scale, cap, N, EDGE, ENTROPY)
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
         top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, K, N, W, False, ENTROPY,
@@ -157,30 +179,123 @@ def read_row(row, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.c
 
 
 @jit
-def score_token(row, token, V, top, total, scale, cap):
-    """(log-probability, raw logit) of a token id; NaN for an id outside the vocabulary, never read."""
-    known = (token >= 0) & (token < V)
-    x = capped(tl.load(row + token, mask=known, other=float("nan")).to(tl.float32), cap)
-    return logp_of((x - top) * scale, total), x
+def depth_at(x, scale, off):
+    """x·scale − off, rounded once: an entry's depth, if off is top·scale. The interpreter has no such instruction."""
+    if INTERPRETED:
+        return (x.to(tl.float64) * scale - off).to(tl.float32)
+    else:
+        return tl.fma(x, scale, -off)
 
 
 @jit
-def slope_at(x, top, scale, cap, slope, pull, ENTROPY: tl.constexpr):
-    """2^d·(slope + pull·d), through the cap: the gradient of an entry that is not the token's."""
-    depth = (x - top) * scale
+def parts_of(x, scale, off, ENTROPY: tl.constexpr):
+    """(2^d, 2^d·d) of entries."""
+    depth = depth_at(x, scale, off)
     part = tl.exp2(depth)
     if ENTROPY:
-        return part * (slope + pull * tl.maximum(depth, DEEP)) * slack(x, cap)
+        return part, part * tl.maximum(depth, DEEP)
+    else:
+        return part, part
+
+
+@jit
+def add_tile(total, moment, row, start, V, scale, off, cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+             MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
+    part, share = parts_of(x, scale, off, ENTROPY)
+    total += per_thread_sum(tl.reshape(part, [K, N, W]))
+    if ENTROPY:
+        moment += per_thread_sum(tl.reshape(share, [K, N, W]))
+    return total, moment
+
+
+@jit
+def sum_row(row, x_token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+            EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """First pass: (total, mean) of a row whose top is x_token. Sound if total is: see `score_row`."""
+    TILE: tl.constexpr = K * N * W
+    REST: tl.constexpr = 1 if W > 1 else K
+    off = x_token * scale
+    total = tl.zeros([N], tl.float32)
+    moment = tl.zeros([N], tl.float32)
+    body, head, length = split(row, V, ALIGNED, W, EDGE)
+    if not ALIGNED:
+        at, mask = edges_at(head, length, V, EDGE)
+        edge_total, edge_moment = parts_of(capped(load_edges(row, at, mask), cap), scale, off, ENTROPY)
+    whole = length // TILE * TILE
+    for at in range(0, whole, TILE):
+        total, moment = add_tile(total, moment, body, at, length, scale, off, cap, K, N, W, False, ENTROPY, HINT)
+    for at in range(whole, length, REST * N * W):
+        total, moment = add_tile(total, moment, body, at, length, scale, off, cap, REST, N, W, True, ENTROPY, HINT)
+    row_total = tl.sum(total, axis=0)
+    row_moment = tl.sum(moment, axis=0)
+    if not ALIGNED:
+        row_total += tl.sum(edge_total, axis=0)
+        row_moment += tl.sum(edge_moment, axis=0)
+    rest = depth_at(x_token, scale, off)  # of the token, whose depth is 0: what the rounding of off left in all of them
+    mean = 0.0
+    if ENTROPY:
+        mean = row_moment / row_total - rest
+    return row_total * tl.exp2(-rest), mean
+
+
+@jit
+def token_logit(row, token, V, cap):
+    """Logit of a token id, capped; NaN for an id outside the vocabulary, never read."""
+    known = (token >= 0) & (token < V)
+    return capped(tl.load(row + token, mask=known, other=float("nan")).to(tl.float32), cap)
+
+
+@jit
+def score_row(row, token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+              EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """First pass: (top, total, mean, x_token, log-probability) of a row and a token id.
+
+    The token's own part of its sum is 1, and rounding takes little of it. A total that is smaller, larger than
+    `MOST` or NaN says that the token is improbable or −inf, or that the row holds +inf or NaN, or logits so large
+    that top·scale overflows. Then the row is read again, with a maximum.
+    """
+    LIMIT: tl.constexpr = MOST_OF_ENTROPIES if ENTROPY else MOST
+    x_token = token_logit(row, token, V, cap)
+    top = x_token
+    total, mean = sum_row(row, x_token, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+    if (total > 0.5) & (total < LIMIT):
+        total = tl.maximum(total, 1.0)  # no log-probability above 0
+    else:
+        top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+    return top, total, mean, x_token, logp_of((x_token - top) * scale, total)
+
+
+@jit
+def offset(top, scale):
+    """(scale, off) that make the depths of the second pass: off is top·scale.
+
+    Its rounding is in every depth, and a factor of the total makes up for it. From 2^30 on that factor could
+    overflow. But there neighbouring floats are so far apart that only entries equal to top have a part, and any
+    scale of that size gives the same: a power of two makes off exact.
+    """
+    power = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    power = tl.where(tl.abs(top) < 2.0**64, power, 1.0)  # where top·power, too, might overflow
+    scale = tl.where(tl.abs(top * scale) < 2.0**30, scale, power)
+    return scale, top * scale
+
+
+@jit
+def slope_at(x, scale, off, cap, slope, pull, ENTROPY: tl.constexpr):
+    """2^d·(slope + pull·d), through the cap: the gradient of an entry that is not the token's."""
+    part, share = parts_of(x, scale, off, ENTROPY)
+    if ENTROPY:
+        return (part * slope + share * pull) * slack(x, cap)
     else:
         return part * slope * slack(x, cap)
 
 
 @jit
-def slope_tile(out, row, start, V, scale, cap, top, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+def slope_tile(out, row, start, V, scale, off, cap, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
                MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
-    x = capped(load_tile(row, at, V, MASKED, HINT), cap)
-    d = slope_at(x, top, scale, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
+    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
+    d = slope_at(x, scale, off, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
@@ -189,52 +304,61 @@ def slope_tile(out, row, start, V, scale, cap, top, slope, pull, K: tl.constexpr
 
 @jit
 def write_slope(out, row, token, x_token, V, scale, cap, top, total, mean, g, h, ALIGNED: tl.constexpr,
-                K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, ENTROPY: tl.constexpr,
+                K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr,
                 HINT: tl.constexpr):  # fmt: skip
     """Second pass: out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], safe over the row itself.
 
-    Every entry is first written as if it were not the token's; the token's own, formed in fp32, comes
-    last, which spares the loop a test per entry.
+    It goes from the row's end to its start: what the first pass read last is what the cache still holds. Every
+    entry is first written as if it were not the token's; the token's own, formed in fp32, comes last, which
+    spares the loop a test per entry.
     """
     TILE: tl.constexpr = K * N * W
     REST: tl.constexpr = 1 if W > 1 else K
+    LINE: tl.constexpr = REST * N * W
     inv_temperature = scale * LN2
     g = g * inv_temperature
+    token_depth = (x_token - top) * scale
+    token_entry = token_slope(token_depth, total, g)
     pull = -h * inv_temperature * LN2 / total
-    slope = -g / total
     if ENTROPY:
-        slope -= pull * mean
-    body, head, length = split(row, V, ALIGNED, W)
-    dst = split(out, V, ALIGNED, W)[0]
+        token_entry += tl.exp2(token_depth) * pull * (tl.maximum(token_depth, DEEP) - mean)
+    scale, off = offset(top, scale)
+    rest = depth_at(top, scale, off)  # in every depth, see `offset`
+    whole_total = total * tl.exp2(rest)
+    slope = -g / whole_total
+    if ENTROPY:
+        pull = -h * inv_temperature * LN2 / whole_total
+        slope -= pull * (mean + rest)
+    body, head, length = split(row, V, ALIGNED, W, EDGE)
+    dst = split(out, V, ALIGNED, W, EDGE)[0]
     tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
     whole = length // TILE * TILE
-    for at in range(0, whole, TILE):
-        slope_tile(dst, body, at, length, scale, cap, top, slope, pull, K, N, W, False, ENTROPY, HINT)
-    for at in range(whole, length, REST * N * W):
-        slope_tile(dst, body, at, length, scale, cap, top, slope, pull, REST, N, W, True, ENTROPY, HINT)
+    lines = (length - whole + LINE - 1) // LINE
+    for i in range(0, lines):
+        at = whole + (lines - 1 - i) * LINE
+        slope_tile(dst, body, at, length, scale, off, cap, slope, pull, REST, N, W, True, ENTROPY, HINT)
+    for i in range(0, whole, TILE):
+        at = whole - TILE - i
+        slope_tile(dst, body, at, length, scale, off, cap, slope, pull, K, N, W, False, ENTROPY, HINT)
     if not ALIGNED:
-        at, mask = edges_at(head, length, V, W)
-        d = slope_at(capped(load_edges(row, at, mask), cap), top, scale, cap, slope, pull, ENTROPY)
+        at, mask = edges_at(head, length, V, EDGE)
+        d = slope_at(capped(load_edges(row, at, mask), cap), scale, off, cap, slope, pull, ENTROPY)
         tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
     tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-    depth = (x_token - top) * scale
-    d = token_slope(depth, total, g)
-    if ENTROPY:
-        d += tl.exp2(depth) * pull * (tl.maximum(depth, DEEP) - mean)
-    d = d * slack(x_token, cap)
+    d = token_entry * slack(x_token, cap)
     tl.store(out + token, d.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))
 
 
 @jit
-def write_zeros(out, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
-    body, head, length = split(out, V, ALIGNED, W)
+def write_zeros(out, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr):
+    body, head, length = split(out, V, ALIGNED, W, EDGE)
     zeros = tl.zeros([K, N * W], out.dtype.element_ty)
     for start in range(0, length, K * N * W):
         at = tile_at(start, K, N, W)
         tl.store(body + at, zeros, mask=at < length)
     if not ALIGNED:
-        at, mask = edges_at(head, length, V, W)
-        tl.store(out + at, tl.zeros([2 * W], out.dtype.element_ty), mask=mask)
+        at, mask = edges_at(head, length, V, EDGE)
+        tl.store(out + at, tl.zeros([2 * EDGE], out.dtype.element_ty), mask=mask)
 
 
 @jit
@@ -245,7 +369,7 @@ def scaled(x, factor):
 @jit
 def scale_tile(out, row, start, V, factor, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):
     at = tile_at(start, K, N, W)
-    d = scaled(load_tile(row, at, V, MASKED, ""), factor).to(out.dtype.element_ty)
+    d = scaled(load_tile(row, start, V, K, N, W, MASKED, ""), factor).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
@@ -253,17 +377,18 @@ def scale_tile(out, row, start, V, factor, K: tl.constexpr, N: tl.constexpr, W: 
 
 
 @jit
-def scale_row(out, row, V, factor, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
+def scale_row(out, row, V, factor, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+              EDGE: tl.constexpr):  # fmt: skip
     """out = row · factor."""
     TILE: tl.constexpr = K * N * W
     REST: tl.constexpr = 1 if W > 1 else K
-    body, head, length = split(row, V, ALIGNED, W)
-    dst = split(out, V, ALIGNED, W)[0]
+    body, head, length = split(row, V, ALIGNED, W, EDGE)
+    dst = split(out, V, ALIGNED, W, EDGE)[0]
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
         scale_tile(dst, body, at, length, factor, K, N, W, False)
     for at in range(whole, length, REST * N * W):
         scale_tile(dst, body, at, length, factor, REST, N, W, True)
     if not ALIGNED:
-        at, mask = edges_at(head, length, V, W)
+        at, mask = edges_at(head, length, V, EDGE)
         tl.store(out + at, scaled(load_edges(row, at, mask), factor).to(out.dtype.element_ty), mask=mask)

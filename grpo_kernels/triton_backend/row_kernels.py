@@ -14,7 +14,7 @@ from grpo_kernels.objective.language import jit, tl
 from grpo_kernels.objective.softmax import LOG2E, entropy_of
 from grpo_kernels.objective.token import limited_ratio, log_ratio, token_objective, weight
 from grpo_kernels.triton_backend.rewards import group_advantage
-from grpo_kernels.triton_backend.row import read_row, scale_row, score_token, write_slope, write_zeros
+from grpo_kernels.triton_backend.row import read_row, scale_row, score_row, token_logit, write_slope, write_zeros
 
 
 def kernel(fn):
@@ -103,7 +103,7 @@ def logprob_kernel(
     logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
     B, T, V, G, inv_temperature: tl.float32, cap, adv_eps: tl.float32,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, PART: tl.constexpr,
-    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row.
 
@@ -130,10 +130,11 @@ def logprob_kernel(
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_first")
-    lp, x_token = score_token(row, token, V, top, total, scale, cap)
     if PART:
-        lp = (x_token - top) * scale
+        top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_first")
+        lp = (token_logit(row, token, V, cap) - top) * scale
+    else:
+        top, total, mean, _, lp = score_row(row, token, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_first")
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPIES)
     store_stats(stats, at, top, total, mean)
 
@@ -144,16 +145,16 @@ def slope_kernel(
     g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
     B, T, rows, V, inv_temperature: tl.float32, cap,
-    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits from two numbers per row; the same for every objective. g = h = 0: not read."""
     seq, tok = place(segments, rows)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
     if (tok >= T) | (seq >= B):
-        write_zeros(dst, V, ALIGNED, K, N, W)
+        write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
         return
     if is_masked(mask, seq * mask_b + tok * mask_t):
-        write_zeros(dst, V, ALIGNED, K, N, W)
+        write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
         return
     at = seq * at_b + tok
     slope = tl.load(g + at)
@@ -161,7 +162,7 @@ def slope_kernel(
     if h is not None:
         pull = tl.load(h + at)
     if (slope == 0.0) & (pull == 0.0):
-        write_zeros(dst, V, ALIGNED, K, N, W)
+        write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
         return
     if up is not None:
         factor = tl.load(up + seq * up_b + tok * up_t).to(tl.float32)
@@ -173,9 +174,9 @@ def slope_kernel(
     top = tl.load(stats + at * 3)
     total = tl.load(stats + at * 3 + 1)
     mean = tl.load(stats + at * 3 + 2)
-    _, x_token = score_token(row, token, V, top, total, scale, cap)
+    x_token = token_logit(row, token, V, cap)
     write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, slope, pull,
-                ALIGNED, K, N, W, h is not None, "evict_first")  # fmt: skip
+                ALIGNED, K, N, W, EDGE, h is not None, "evict_first")  # fmt: skip
 
 
 @kernel
@@ -191,7 +192,7 @@ def loss_kernel(
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
-    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Token-level objectives in one launch: log-probability, loss derivative and gradient of a row."""
     seq, tok = place(segments, rows)
@@ -200,17 +201,17 @@ def loss_kernel(
     if (tok >= T) | (seq >= B):
         if segments is not None:
             store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
-        write_zeros(dst, V, ALIGNED, K, N, W)
+        write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
         return
     if is_masked(mask, seq * mask_b + tok * mask_t):
         store_values(logps, entropy, at, 0.0, 0.0, ENTROPY)
-        write_zeros(dst, V, ALIGNED, K, N, W)
+        write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
         return
     A = advantage_of(adv, seq * adv_b + tok * adv_t, rewards, groups, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
     if SKIP:
         if A == 0.0:
             store_values(logps, entropy, at, float("nan"), float("nan"), ENTROPY)
-            write_zeros(dst, V, ALIGNED, K, N, W)
+            write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
             return
 
     # The weights come before the row, which leaves fewer scalars to hold while it streams by.
@@ -223,8 +224,7 @@ def loss_kernel(
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, ENTROPY, "evict_last")
-    lp, x_token = score_token(row, token, V, top, total, scale, cap)
+    top, total, mean, x_token, lp = score_row(row, token, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_last")
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
 
     lp_old = load_or(old, seq * old_b + tok * old_t, lp)
@@ -237,17 +237,18 @@ def loss_kernel(
     g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
         tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
-        write_zeros(dst, V, ALIGNED, K, N, W)
+        write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
     else:
         write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, g, h,
-                    ALIGNED, K, N, W, BONUS, "evict_first")  # fmt: skip
+                    ALIGNED, K, N, W, EDGE, BONUS, "evict_first")  # fmt: skip
 
 
 @kernel
 def scale_kernel(
     grad, out, up,  # [B, rows, V], [B, rows, V], []
     grad_b, grad_t, out_b, out_t,
-    rows, V, SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+    rows, V,
+    SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """out = grad · up. Where both are one tensor (SAME) and up is 1, nothing is read or written."""
     factor = tl.load(up).to(tl.float32)
@@ -258,4 +259,4 @@ def scale_kernel(
     tok = (tl.program_id(0) % rows).to(tl.int64)
     src = row_at(grad, seq, tok, grad_b, grad_t, ALIGNED)
     dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
-    scale_row(dst, src, V, factor, ALIGNED, K, N, W)
+    scale_row(dst, src, V, factor, ALIGNED, K, N, W, EDGE)

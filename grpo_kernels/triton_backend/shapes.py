@@ -46,6 +46,16 @@ def _shape(lines: int, warps: int, vector: int, capped: bool, wave: int) -> dict
     return {"K": lines if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit, **OPTIONS}
 
 
+def line_bytes(device: torch.device) -> int:
+    """Where the body of a row that starts anywhere starts: at a line of a GPU's memory.
+
+    Measured on an H200 at V = 50257 in bf16, × copy: lines of 128 bytes take 1.213 where 16 bytes take 1.238, in place
+    1.230 and 1.259, the gradient alone 1.095 and 1.133. For the interpreter it is what torch's CPU tensors are
+    aligned to, so that the same call gives the same bits wherever its tensors lie.
+    """
+    return 64 if device.type == "cpu" else 128
+
+
 def block_shape(wave: int = WAVE) -> dict[str, int]:
     """Options of the [B, T] kernels. Left to itself ptxas aims at an occupancy they do not need, and spills."""
     return {"num_warps": 4, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}
