@@ -11,9 +11,12 @@ from gluon_standin import Kernel
 from grpo_kernels import fused_grpo_loss
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS
 from grpo_kernels.triton_backend import onchip, onchip_launch, ways
+from pretend_gpu import pretended
 
 ON_GPU = torch.cuda.is_available()
-body = pytest.mark.skipif(ON_GPU, reason="runs the kernel's body on the CPU, and this process sees a GPU")
+body = pytest.mark.skipif(
+    ON_GPU or pretended(), reason="runs the kernel's body on the CPU, and this process sees a GPU"
+)
 LINE = 256  # entries of a line of one warp
 SHAPES = {  # name: slots, lines, lag
     "one slot": (1, 1, 1),
@@ -281,7 +284,7 @@ TOKENS = {32000: 120, 36872: 40, 151936: 40}  # V: tokens of each of four sequen
 
 @pytest.fixture
 def real_chip(monkeypatch):
-    if not ON_GPU or ways.device_obstacle(torch.empty(0, device="cuda")):
+    if not ON_GPU or pretended() or ways.device_obstacle(torch.empty(0, device="cuda")):
         pytest.skip("needs an NVIDIA GPU, sm_90 or newer with 227 KB of shared memory")
     monkeypatch.setenv(ways.VARIABLE, "onchip")
 
