@@ -1,5 +1,10 @@
 """The on-chip kernel: its body on CPU tensors against the reference, and on a GPU itself."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -276,6 +281,16 @@ def test_a_wrong_wait_is_seen(chip, name):
     chip.set(**WRONG_WAITS[name])
     with pytest.raises(AssertionError, match=r"on its way|on their way"):
         ours(case.logits, "triton", **case.inputs(*GIVEN))
+
+
+def test_it_compiles_for_gpus_that_need_not_be_there():
+    """Once, without spills; the report has all of its forms."""
+    command = ["-m", "benchmarks.onchip_report", "--vocab", "32000", "--target", "sm_90", "--only", "full$"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "onchip clipped full" in done.stdout and "0 of them spill" in done.stdout
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
