@@ -30,6 +30,7 @@ def environment() -> dict[str, str]:
     facts["gpus"] = ", ".join(devices) or "none"
     facts["backend"] = _backend(bool(devices))
     facts["GRPO_KERNELS_VALIDATE"] = os.environ.get("GRPO_KERNELS_VALIDATE", "not set: values are checked on the CPU")
+    facts["GRPO_KERNELS_ROWS"] = os.environ.get("GRPO_KERNELS_ROWS", "not set: auto")
     return facts
 
 

@@ -14,23 +14,26 @@ each. Objectives are those of `grpo_kernels.objective.token`; here is only a row
 import inspect
 
 from grpo_kernels.objective.language import constant, tl
-from grpo_kernels.objective.softmax import LN2, LOG2E, LOWEST, entropy_of, logp_of, token_slope
+from grpo_kernels.objective.softmax import LN2, LOG2E, entropy_of, logp_of, token_slope
 from grpo_kernels.objective.token import limited_ratio, log_ratio, token_objective, weight
-from grpo_kernels.triton_backend.gluon_names import (
-    barrier,
-    commit_group,
-    copy_to_shared,
-    gl,
-    gluon,
-    pack_bf16,
-    wait_group,
+from grpo_kernels.triton_backend.gluon_names import barrier, commit_group, gl, gluon, wait_group
+from grpo_kernels.triton_backend.onchip_tiles import (
+    absorb,
+    as_words,
+    fetch,
+    load_words,
+    sum_at_maximum,
+    sum_slots,
+    words_at,
+    write,
+    write_either,
 )
 from grpo_kernels.triton_backend.row import DEEP
 from grpo_kernels.triton_backend.row_kernels import inverse_or, is_masked, load_or, row_at, store_values
 
-ANCHORED = constant(2.0**64)  # above it g/Σ may be subnormal; an entropy's sum overflows later
+# Above it g/Σ may be subnormal; an entropy is what two numbers of the size of log2 Σ leave.
+ANCHORED, ANCHORED_ENTROPY = constant(2.0**64), constant(2.0**32)
 SMALL = constant(1024.0)  # exponents below it have 13 bits behind the point: more than bf16 keeps
-BANNED = constant(-8323200)  # 0xff80ff80: two entries of −inf
 SIGNS = constant(-2147450880)  # 0x80008000: the signs of two entries
 NOT_SCORED, MASKED, SKIPPED, LIVE = constant(0), constant(1), constant(2), constant(3)
 
@@ -41,121 +44,6 @@ def gluon_kernel(fn):
     fn.__annotations__.update({name: tl.int64 for name in names if name.endswith(("_b", "_t"))})
     plain = [n for n, p in names.items() if p.annotation is not tl.constexpr and n not in ("c", "cap", "limits")]
     return gluon.jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
-
-
-@gluon.jit
-def words_at(first, K: gl.constexpr, N: gl.constexpr, L: gl.constexpr):
-    """[K, N, 4]: places of K lines, in each of which N threads hold four words."""
-    k = gl.arange(0, K, gl.SliceLayout(1, gl.SliceLayout(2, L)))[:, None, None]
-    n = gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, L)))[None, :, None]
-    i = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-    return first + k * (N * 4) + n * 4 + i
-
-
-@gluon.jit
-def as_words(row):
-    return gl.multiple_of(gl.cast(row, gl.pointer_type(gl.int32)), 16)
-
-
-@gluon.jit
-def entries(word):
-    """The two entries of a word, as fp32."""
-    return gl.cast(word << 16, gl.float32, bitcast=True), gl.cast(word & -65536, gl.float32, bitcast=True)
-
-
-@gluon.jit
-def load_words(row, at, end):
-    return gl.load(row + at, mask=at < end, other=BANNED, eviction_policy="evict_first")
-
-
-@gluon.jit
-def per_thread_sum(x):
-    return gl.sum(gl.sum(x, axis=2), axis=0)  # [N]
-
-
-@gluon.jit
-def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr):
-    """Adds words to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
-    low, high = entries(word)
-    low = gl.fma(low, scale, -off)
-    high = gl.fma(high, scale, -off)
-    total = total + per_thread_sum(gl.exp2(low) + gl.exp2(high))
-    if ENTROPY:
-        low = gl.exp2(low) * gl.maximum(low, DEEP)
-        moment = moment + per_thread_sum(low + gl.exp2(high) * gl.maximum(high, DEEP))
-    return total, moment
-
-
-@gluon.jit
-def write(dst, at, end, word, scale, off, slope, pull, MASKED: gl.constexpr, BONUS: gl.constexpr):
-    """The gradient of entries that are not the token's: 2^d·(slope + pull·d), d = x·scale − off."""
-    low, high = entries(word)
-    low = gl.fma(low, scale, -off)
-    high = gl.fma(high, scale, -off)
-    if BONUS:
-        low = gl.exp2(low) * (slope + pull * gl.maximum(low, DEEP))
-        high = gl.exp2(high) * (slope + pull * gl.maximum(high, DEEP))
-    else:
-        low = gl.exp2(low) * slope
-        high = gl.exp2(high) * slope
-    if MASKED:
-        gl.store(dst + at, pack_bf16(low, high), mask=at < end)
-    else:
-        gl.store(dst + at, pack_bf16(low, high))
-
-
-@gluon.jit
-def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr):
-    """The same with the slope's size in the exponent and its sign as a mask, which spares a multiplication."""
-    low, high = entries(word)
-    low = gl.exp2(gl.fma(low, scale, -off))
-    high = gl.exp2(gl.fma(high, scale, -off))
-    if MASKED:
-        gl.store(dst + at, pack_bf16(low, high) ^ signs, mask=at < end)
-    else:
-        gl.store(dst + at, pack_bf16(low, high) ^ signs)
-
-
-@gluon.jit
-def write_either(dst, at, end, word, scale, off, slope, pull, folded, signs, MASKED: gl.constexpr, BONUS: gl.constexpr):
-    if BONUS:
-        write(dst, at, end, word, scale, off, slope, pull, MASKED, True)
-    else:
-        write_folded(dst, at, end, word, scale, folded, signs, MASKED)
-
-
-@gluon.jit
-def fetch(slots, slot, row, at, live):
-    """Starts to copy a tile into its slot; each thread fetches what it will read itself. One group per tile."""
-    copy_to_shared(slots.index(slot), row + at, mask=(at >= 0) & live, eviction_policy="evict_first")
-    commit_group()
-
-
-@gluon.jit
-def sum_slots(slots, total, moment, scale, off, S: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr):
-    """The first pass over a row whose tiles have all been asked for."""
-    for s in range(S):
-        wait_group(S - 1)
-        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY)
-        commit_group()
-    return total, moment
-
-
-@gluon.jit
-def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.constexpr, N: gl.constexpr):
-    """(maximum, Σ 2^d, Σ 2^d·d) of a row in memory, d counted from its maximum."""
-    ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
-    top = gl.full([N], LOWEST, gl.float32, ACC)
-    for first in range(0, end, tile):
-        low, high = entries(load_words(row, at + first, end))
-        top = gl.maximum(top, gl.max(gl.max(gl.maximum(low, high), axis=2), axis=0))
-    highest = gl.max(top, axis=0)
-    total = gl.zeros([N], gl.float32, ACC)
-    moment = gl.zeros([N], gl.float32, ACC)
-    for first in range(0, end, tile):
-        word = load_words(row, at + first, end)
-        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY)
-    return highest, gl.sum(total, axis=0), gl.sum(moment, axis=0)
 
 
 @gluon.jit
@@ -217,6 +105,7 @@ def onchip_kernel(
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
     N: gl.constexpr = 32 * WARPS
+    LIMIT: gl.constexpr = ANCHORED_ENTROPY if ENTROPY else ANCHORED
     LINE: gl.constexpr = N * 4
     TILE: gl.constexpr = K * LINE
     END = V // 8 * 4  # so written it is known to be a multiple of 4
@@ -298,7 +187,7 @@ def onchip_kernel(
         if state == LIVE:
             row_total = gl.sum(total, axis=0)
             row_moment = gl.sum(moment, axis=0)
-            if not (row_total < ANCHORED):
+            if not (row_total < LIMIT):
                 top, row_total, row_moment = sum_at_maximum(as_words(row), at, END, TILE, scale, L, ENTROPY, N)
                 off = top * scale
             depth = gl.fma(x_token, scale, -off)
