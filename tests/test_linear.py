@@ -67,13 +67,13 @@ def test_chunks_come_from_the_environment(setting, monkeypatch):
     heights = []
     from grpo_kernels.linear import head
 
-    real = head.Head.__init__
+    real = head.ChunkedHead.__init__
 
     def noted(self, hidden, weight, bias, tokens, T, height):
         heights.append(height)
         real(self, hidden, weight, bias, tokens, T, height)
 
-    monkeypatch.setattr(head.Head, "__init__", noted)
+    monkeypatch.setattr(head.ChunkedHead, "__init__", noted)
     if setting == "environment":
         monkeypatch.setenv("GRPO_KERNELS_CHUNK_BYTES", str(5 * ROW))
     head, inputs = batch()
