@@ -65,23 +65,23 @@ def test_chunks_do_not_matter(loss_type, chunk):
 @pytest.mark.parametrize("setting", ("environment", "default"))
 def test_chunks_come_from_the_environment(setting, monkeypatch):
     heights = []
-    from grpo_kernels.linear import head
+    from grpo_kernels.linear import head as module
 
-    real = head.ChunkedHead.__init__
+    real = module.ChunkedHead.__init__
 
     def noted(self, hidden, weight, bias, tokens, T, height):
         heights.append(height)
         real(self, hidden, weight, bias, tokens, T, height)
 
-    monkeypatch.setattr(head.ChunkedHead, "__init__", noted)
+    monkeypatch.setattr(module.ChunkedHead, "__init__", noted)
     if setting == "environment":
         monkeypatch.setenv("GRPO_KERNELS_CHUNK_BYTES", str(5 * ROW))
     head, inputs = batch()
     ours(head, call("grpo", inputs)[0], "torch")
     assert heights == [5 if setting == "environment" else 4096]
     if setting == "default":
-        assert head.chunk_rows(None, 151936, 2) == 3456  # 1 GiB, whole 128s
-        assert [head.chunk_rows(None, V, 4, on_cpu=True) for V in (16000, 32000, 151936)] == [512, 256, 256]
+        assert module.chunk_rows(None, 151936, 2) == 3456  # 1 GiB, whole 128s
+        assert [module.chunk_rows(None, V, 4, on_cpu=True) for V in (16000, 32000, 151936)] == [512, 256, 256]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
