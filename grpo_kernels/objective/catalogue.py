@@ -220,8 +220,13 @@ class Variant(NamedTuple):
 
 
 KL_ESTIMATORS = {
-    "k1": kl.k1, "abs": kl.absolute, "k2": kl.k2, "k3": kl.k3, "k1+": kl.k1_plus, "k3+": kl.k3_plus
-}  # fmt: skip
+    "k1": kl.k1,
+    "abs": kl.absolute,
+    "k2": kl.k2,
+    "k3": kl.k3,
+    "k1+": kl.k1_plus,
+    "k3+": kl.k3_plus,
+}
 
 LOSS_TYPES = {
     "grpo": Variant("clipped", "token", "sequence-mean", "DeepSeekMath, arXiv:2402.03300"),
