@@ -4,7 +4,7 @@ from grpo_kernels.api.advantages import group_advantages
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.api.logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
-from grpo_kernels.objective.aggregations import microbatch
+from grpo_kernels.api.microbatch import microbatch
 from grpo_kernels.objective.config import LossConfig
 
 __version__ = "0.1.0"

@@ -15,6 +15,7 @@ from cases import BACKENDS, DEVICE, assert_outputs, make_case
 from counting import INTERPRETED, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.call import ops, sharded
+from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.metrics import combine
 from grpo_kernels.objective.plan import Plan
@@ -102,8 +103,7 @@ def test_compiled_by_inductor_is_eager():
 SEQUENCE_CALLS = {
     "sequence": {"loss_type": "gspo"},
     "per token": {"loss_type": "gspo", "reduction": "none"},
-    "vespo": {"loss_type": "vespo"},
-    "gmpo": {"loss_type": "gmpo"},
+    **{name: {"policy_term": name} for name, term in TERMS.items() if term.statistic},
     "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
     "late": {"sampling_correction": "sequence_mask"},
     "early": {"sampling_correction": "token_truncate", "off_policy_mask_threshold": 0.1},

@@ -14,6 +14,7 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
+from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.metrics import combine
 
 V, H = 37, 8
@@ -23,8 +24,7 @@ CALLS = {
     "token": {},
     "bonus": {"entropy_coef": 0.1, "return_entropy": True, "beta": 0.1},
     "sequence": {"loss_type": "gspo", "beta": 0.1},
-    "gmpo": {"loss_type": "gmpo"},
-    "vespo": {"loss_type": "vespo"},
+    **{name: {"policy_term": name} for name, term in TERMS.items() if term.statistic},
     "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 5},
     "verl's": {"loss_agg_mode": "seq-mean-token-mean"},
     "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},

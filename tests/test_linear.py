@@ -67,13 +67,13 @@ def test_chunks_come_from_the_environment(setting, monkeypatch):
     heights = []
     from grpo_kernels.linear import head as module
 
-    real = module.Head.__init__
+    real = module.ChunkedHead.__init__
 
     def noted(self, hidden, weight, bias, tokens, T, height):
         heights.append(height)
         real(self, hidden, weight, bias, tokens, T, height)
 
-    monkeypatch.setattr(module.Head, "__init__", noted)
+    monkeypatch.setattr(module.ChunkedHead, "__init__", noted)
     if setting == "environment":
         monkeypatch.setenv("GRPO_KERNELS_CHUNK_BYTES", str(5 * ROW))
     head, inputs = batch()

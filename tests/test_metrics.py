@@ -7,7 +7,9 @@ import torch
 
 from cases import BACKENDS, make_case, on_device
 from grpo_kernels import fused_grpo_loss
+from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.metrics import METRIC_NAMES, combine
+from term_table import facts
 from tolerance import U, assert_within, bounds, near
 
 
@@ -45,6 +47,16 @@ def test_by_hand(backend):
     for name, value in want.items():
         # old and ref are fp32, and so are the ratios that they are made of
         assert_within(out.metrics[name], torch.tensor(value).double(), allowed.metrics[name], name, factor=2)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_which_metrics_a_term_has(term):
+    case = make_case()
+    inputs = case.inputs("completion_ids", "completion_mask", "old_logps", "advantages")
+    known = facts(term)
+    got = fused_grpo_loss(case.logits, **inputs, policy_term=term, **known.settings[0], backend="torch").metrics
+    every = {"policy_loss", "ratio/mean", "ratio/min", "ratio/max", "approx_kl"}
+    assert got.keys() == every | known.metrics
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -98,24 +110,16 @@ def test_reward_std_of_large_rewards(backend):
     assert out.metrics["reward"].item() == near(1000.125, 4)
 
 
-PARTS = {
-    "dual": {"loss_type": "dapo", "dual_clip": 1.1},
-    "gspo": {"loss_type": "gspo", "epsilon": 0.01},
-    "cispo": {"loss_type": "cispo", "cispo_max": 1.1},
-    "vespo": {"loss_type": "vespo"},
-    "gmpo": {"loss_type": "gmpo"},
-    "dppo": {"loss_type": "dppo_tv", "epsilon": 0.01},
-    "sapo": {"loss_type": "sapo"},
-}
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", PARTS)
-def test_sums_of_parts_for_every_kind_of_report(name, backend):
+@pytest.mark.parametrize(
+    ("term", "level"), [(t, level) for t in TERMS for level in ("token", "sequence") if level in TERMS[t].levels]
+)
+def test_sums_of_parts_for_every_term(term, level, backend):
     """Quotients per token and per sequence, and metrics of other names, come together exactly."""
     case = make_case(B=6, T=5, seed=2)
     names = ("completion_ids", "completion_mask", "old_logps", "advantages")
-    kwargs = {**PARTS[name], "backend": backend}
+    config = {"policy_term": term, "importance_sampling_level": level, **facts(term).settings[-1]}
+    kwargs = {**config, "backend": backend}
     whole = fused_grpo_loss(**on_device({"logits": case.logits, **case.inputs(*names)}), **kwargs)
     parts = []
     for part in (slice(0, 2), slice(2, 6)):
@@ -123,7 +127,7 @@ def test_sums_of_parts_for_every_kind_of_report(name, backend):
         parts.append(fused_grpo_loss(**mine, **kwargs).sums)
     joined = combine(parts)
     assert joined.keys() == whole.metrics.keys()
-    allowed = bounds(case.logits, **case.inputs(*names), **PARTS[name]).metrics
+    allowed = bounds(case.logits, **case.inputs(*names), **config).metrics
     for metric, value in whole.metrics.items():
         if metric != "policy_loss":  # depends on the weights, which these parts do not share
             assert_within(joined[metric], value, allowed[metric], metric, factor=2)

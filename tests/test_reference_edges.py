@@ -9,12 +9,15 @@ import torch
 
 from reference import LOSS_TYPES, group_advantages, grpo_loss, policy_loss
 from reference.knobs import TERM_LEVELS
+from reference.levels import ONE_RATIO_PER_SEQUENCE
+from reference.terms import SPEAK_WITHOUT_ADVANTAGE, WEIGHTS_INSIDE
 from reference_cases import F64, INF, NAN, TIGHT, f64, grad, noise, random_batch, random_logps
+from term_table import facts
 
 # --- Edges --------------------------------------------------------------------------------------------------
 
 EVERY_LOSS_TYPE = pytest.mark.parametrize("loss_type", LOSS_TYPES)
-SPRINGS = ("dro", "kimi")  # their square pulls without an advantage too
+SPRINGS = [name for name, v in LOSS_TYPES.items() if v.term in SPEAK_WITHOUT_ADVANTAGE]  # pull where A = 0 too
 
 
 @EVERY_LOSS_TYPE
@@ -61,7 +64,7 @@ def test_nan_in_an_unmasked_row_is_passed_on_even_if_its_advantage_is_zero(loss_
     dx = grad(out.loss, x)
     assert out.loss.isnan() and dx[1, 2].isnan().all()
     assert not dx[[0, 2, 3]].isnan().any(), "the other sequences stay clean"
-    if loss_type != "kimi":  # one square for the whole sequence
+    if loss_type not in SPRINGS or LOSS_TYPES[loss_type].level == "token":  # else one square for the whole sequence
         assert dx.isnan().sum() == x.shape[-1], "so do the other rows"
 
 
@@ -90,7 +93,7 @@ def test_all_masked_batch(loss_type: str):
     out = grpo_loss(**batch, **kwargs, loss_type=loss_type)
     assert out.loss == 0 and not grad(out.loss, batch["logits"]).any()
     assert out.metrics["entropy"] == 0 and out.metrics["ratio/min"].isnan()
-    if "clip_ratio/low_min" in out.metrics and loss_type not in ("gspo", "topr"):
+    if "clip_ratio/low_min" in out.metrics and LOSS_TYPES[loss_type].level not in ONE_RATIO_PER_SEQUENCE:
         assert out.metrics["clip_ratio/low_min"].isnan()
 
 
@@ -126,7 +129,7 @@ def test_what_is_dropped_is_silent_at_any_ratio(loss_type: str, drop: str):
     out = policy_loss(**batch, **kwargs, loss_type=loss_type)
     slope = grad(out.loss, batch["logps"])
     assert out.loss.isfinite() and slope.isfinite().all() and slope[0].any()
-    if not (loss_type in ("vespo", "gmpo") and drop == "weight"):
+    if not (LOSS_TYPES[loss_type].term in WEIGHTS_INSIDE and drop == "weight"):
         assert not out.per_token_loss[1].any() and not slope[1].any()
 
 
@@ -258,8 +261,7 @@ def test_entropy_is_needed_where_it_is_used(knobs: dict):
 )
 def test_levels_that_a_term_has(term: str, level: str):
     knobs = {"policy_term": term, "importance_sampling_level": level}
-    local = {"gmpo": ["token"], "dppo_tv": ["token", "sequence_token"], "dppo_kl": ["token", "sequence_token"]}
-    if level in local.get(term, [level]):
+    if level in facts(term).levels:
         assert policy_loss(**random_logps(), **knobs).loss.isfinite()
     else:
         with pytest.raises(ValueError, match=f"importance_sampling_level='{level}'.*'{term}'"):

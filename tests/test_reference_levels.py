@@ -10,6 +10,7 @@ from reference import policy_loss
 from reference.kl import KL_ESTIMATORS, estimate_kl
 from reference.levels import LEVELS
 from reference_cases import F64, INF, NAN, TIGHT, f64, grad
+from term_table import facts_of_kl
 
 # --- Levels -------------------------------------------------------------------------------------------------
 
@@ -134,23 +135,13 @@ def test_log_ratio_clamp_is_the_levels():
 L = math.log(2)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "slope"),
-    # lp = ln ½, ref = ln ¼: u = −ln 2, e^u = ½. Slopes 1, −sign u, −u, 1 − e^u; k1+ and k3+ have k2's.
-    [
-        ("k1", L, 1.0),
-        ("abs", L, 1.0),
-        ("k2", L**2 / 2, L),
-        ("k3", L - 0.5, 0.5),
-        ("k1+", L, L),
-        ("k3+", L - 0.5, L),
-    ],
-)
-def test_kl_by_hand(name: str, value: float, slope: float):
-    lp = f64(-L).requires_grad_()
-    kl = estimate_kl(lp, f64(-2 * L), name)
-    assert kl.item() == pytest.approx(value, rel=1e-12)
-    assert grad(kl, lp).item() == pytest.approx(slope, rel=1e-12)
+@pytest.mark.parametrize("name", KL_ESTIMATORS)
+def test_kl_by_hand(name: str):
+    for u, value, slope in facts_of_kl(name).by_hand:
+        lp = f64(0.0).requires_grad_()
+        kl = estimate_kl(lp, f64(u), name)
+        assert kl.item() == pytest.approx(value, rel=1e-12, abs=1e-12), u
+        assert grad(kl, lp).item() == pytest.approx(slope, rel=1e-12, abs=1e-12), u
 
 
 @pytest.mark.parametrize(

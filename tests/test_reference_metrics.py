@@ -7,6 +7,7 @@ import torch
 
 from reference import LOSS_TYPES, policy_loss
 from reference_cases import F64, NAN, TIGHT, f64, random_logps
+from term_table import facts
 
 # Three sequences, of 4, 1 and 0 tokens; ρ and the flags by A:
 MASK = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0], [0, 0, 0, 0]])
@@ -128,14 +129,6 @@ def test_which_metrics_there_are(loss_type: str):
     batch = random_logps()
     out = policy_loss(**batch, loss_type=loss_type, beta=0.1)
     always = {"policy_loss", "entropy", "kl", "ratio/mean", "ratio/min", "ratio/max", "approx_kl"}
-    regions = {f"clip_ratio/{name}" for name in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")}
-    own = {
-        "cispo": {"cispo_clip_ratio"},
-        "vespo": {"vespo/phi_seq_mean"},
-        "dppo_tv": regions | {"clip_ratio/dual_mean"},
-        "dppo_kl": regions | {"clip_ratio/dual_mean"},
-        **{name: set() for name in ("sapo", "reinforce", "dro", "kimi")},
-    }.get(loss_type, regions)
-    assert out.metrics.keys() == always | own
+    assert out.metrics.keys() == always | facts(LOSS_TYPES[loss_type].term).metrics
     assert all(value.dim() == 0 and not value.requires_grad for value in out.metrics.values())
     torch.testing.assert_close(out.metrics["policy_loss"], out.loss.detach(), **TIGHT)

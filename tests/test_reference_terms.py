@@ -9,6 +9,7 @@ from torch import Tensor
 from reference import Knobs
 from reference.terms import Tokens, policy_term
 from reference_cases import INF, NAN, f64, grad
+from term_table import Row, facts, rows_by_hand
 
 L = math.log(2)
 
@@ -29,6 +30,19 @@ def one_token(
 
 def assert_is(got: tuple[float, ...], *expected: float) -> None:
     assert got == pytest.approx(expected, rel=1e-12, abs=0)
+
+
+# --- Every term, by the numbers that the package is held to -------------------------------------------------
+
+
+@pytest.mark.parametrize(("term", "row"), rows_by_hand())
+def test_terms_by_hand(term: str, row: Row):
+    p, p_old = math.exp(row.lp), math.exp(row.old)
+    got = one_token(p / p_old, row.A, p, p_old, policy_term=term, **row.knobs)
+    loss, by_r, by_lp = row.want
+    if facts(term).of_sequence:  # its ratio is that of lp
+        by_r, by_lp = 0.0, by_r + by_lp
+    assert got == pytest.approx((loss, by_r, by_lp), rel=1e-12, abs=1e-12)
 
 
 # --- Clipped ------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Terms and KL estimators: hand-worked numbers, and both derivatives against float64 autograd."""
 
+import functools
+import itertools
 import math
+import types
 
 import pytest
 import torch
@@ -15,9 +18,11 @@ from grpo_kernels.objective.token import Limits, limited_ratio, log_ratio, token
 from reference.kl import estimate_kl
 from reference.knobs import Knobs
 from reference.terms import Tokens, policy_term
+from term_table import Row, facts, facts_of_kl, rows_by_hand
 
 INF, E = math.inf, math.e
 NONE = Limits(-INF, INF, INF, INF)
+NEAR_1 = (-1.0, -0.3, -0.12, 0.0, 0.05, 0.15, 0.25, 0.5, 1.0)  # log ratios on both sides of the settings' bounds
 OWN = tuple(name for name, term in TERMS.items() if term.statistic is not None)
 
 
@@ -33,107 +38,83 @@ def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def at(term: str, rho: float, A: float, *, lp: float = -1.0, old: float | None = None, **knobs) -> tuple[float, ...]:
-    """(ℓ, ∂ℓ/∂r, ∂ℓ/∂lp) of a term at a ratio, which is that of lp and old unless both are given."""
-    entry = TERMS[term]
-    old = lp - math.log(rho) if old is None else old
-    c = entry.coefficients(LossConfig(policy_term=term, **knobs))
-    got = on_torch(entry.function)(f64(rho).log(), f64(lp), f64(old), f64(A), c)
-    return tuple(float(x) for x in got)
+def at(term: str, c, lp: float, old: float, A: float) -> tuple[float, ...]:
+    """(ℓ, ∂ℓ/∂r, ∂ℓ/∂lp) of a term with the coefficients c, at a token that is alone in its sequence."""
+    entry, r = TERMS[term], log_ratio_of(lp, old)
+    if entry.statistic is None:
+        return tuple(float(x) for x in on_torch(entry.function)(r, f64(lp), f64(old), f64(A), c))
+    x, slope = on_torch(entry.statistic.function)(r, f64(A), c)
+    loss, d_x, d_lp = on_torch(entry.function)(x, f64(lp), f64(old), f64(A), c)
+    return float(loss), float(d_x * slope) if entry.statistic.spreads else 0.0, float(d_lp)
 
 
-@pytest.mark.parametrize(
-    ("rho", "A", "knobs", "loss", "slope"),
-    [
-        # inside the interval: ℓ = −ρA, ∂ℓ/∂r = −ρA
-        (1.0, 2.0, {}, -2.0, -2.0),
-        (1.1, 2.0, {}, -2.2, -2.2),
-        (0.9, -1.0, {}, 0.9, 0.9),
-        # above, A > 0: min(3.0, 1.2·2) = 2.4, flat
-        (1.5, 2.0, {}, -2.4, 0.0),
-        # above, A < 0: min(−1.5, −1.2) = −1.5, free
-        (1.5, -1.0, {}, 1.5, 1.5),
-        # below, A > 0: min(0.5·2, 0.8·2) = 1.0, free
-        (0.5, 2.0, {}, -1.0, -1.0),
-        # below, A < 0: min(−0.5, −0.8) = −0.8, flat
-        (0.5, -1.0, {}, 0.8, 0.0),
-        # clip-higher: the upper bound alone moves
-        (1.25, 1.0, {"epsilon_high": 0.28}, -1.25, -1.25),
-        # δ caps the free branch: A < 0, ρ = 5 > δ = 3: min(−3, −1.2) = −3, flat
-        (5.0, -1.0, {"delta": 3.0}, 3.0, 0.0),
-        # δ below the upper bound, A < 0, ρ = 1.15: min(−1.1, −1.15) = −1.15: the clip branch, and it is not flat
-        (1.15, -1.0, {"delta": 1.1}, 1.15, 1.15),
-        # ... and beyond the upper bound it is: min(−1.1, −1.2) = −1.2
-        (1.3, -1.0, {"delta": 1.1}, 1.2, 0.0),
-        # dual clip: A = −2, ρ = 5: −ρA = 10, held at −cA = 6
-        (5.0, -2.0, {"dual_clip": 3.0}, 6.0, 0.0),
-        # ... not below c, and not for A > 0
-        (2.0, -2.0, {"dual_clip": 3.0}, 4.0, 4.0),
-        (5.0, 2.0, {"dual_clip": 3.0}, -2.4, 0.0),
-        # δ = 4 comes first: min(ρ, 4)·2 = 8, then 6
-        (5.0, -2.0, {"dual_clip": 3.0, "delta": 4.0}, 6.0, 0.0),
-        # advantage 0: nothing
-        (1.3, 0.0, {}, 0.0, 0.0),
-    ],
-)
-def test_clipped_by_hand(rho, A, knobs, loss, slope):
-    assert at("clipped", rho, A, **knobs) == pytest.approx((loss, slope, 0.0), abs=1e-12)
+def log_ratio_of(lp: float, old: float) -> torch.Tensor:
+    return on_torch(log_ratio)(f64(lp), f64(old))
 
 
-@pytest.mark.parametrize(
-    ("term", "rho", "A", "knobs", "want"),
-    [
-        # ℓ = −clip(ρ)·A·lp with lp = −1: clip(ρ)·A; by lp: −clip(ρ)·A
-        ("cispo", 1.5, 2.0, {"cispo_max": 5.0}, (3.0, 0.0, -3.0)),
-        ("cispo", 7.0, 2.0, {"cispo_max": 5.0}, (10.0, 0.0, -10.0)),
-        ("cispo", 0.5, -1.0, {"cispo_min": 0.8, "cispo_max": 1.2}, (-0.8, 0.0, 0.8)),
-        ("cispo", 0.5, -1.0, {"cispo_max": 1.2}, (-0.5, 0.0, 0.5)),
-        ("reinforce", 3.0, -2.0, {}, (-2.0, 0.0, 2.0)),
-        # A > 0: reinforce; A < 0: ρ held at 1
-        ("topr", 3.0, 2.0, {}, (2.0, 0.0, -2.0)),
-        ("topr", 3.0, -2.0, {}, (-2.0, 0.0, 2.0)),
-        ("topr", 0.25, -2.0, {}, (-0.5, 0.0, 0.5)),
-        # −A·lp + ½β·r² with r = 1: 2 + ½·0.6·1; by r: 0.6
-        ("dro", E, 2.0, {"dro_beta": 0.6}, (2.3, 0.6, -2.0)),
-        ("dro", E, 0.0, {"dro_beta": 0.6}, (0.3, 0.6, 0.0)),
-        # ρ = 1: σ(0)·4/τ = 2/τ; slope 4A·σ(0)² = A
-        ("sapo", 1.0, 3.0, {"sapo_temperature_pos": 2.0}, (-3.0, -3.0, 0.0)),
-        ("sapo", 1.0, -3.0, {"sapo_temperature_neg": 0.5}, (12.0, 3.0, 0.0)),
-        # ρ = 2, τ = 1: σ(1) = 0.7310585786, σ' = 0.1966119332
-        ("sapo", 2.0, 1.0, {}, (-4 * 0.7310585786300049, -8 * 0.19661193324148185, 0.0)),
-        # the ratio of the mean of δ: e^0.1
-        ("gmpo", math.exp(0.1), -2.0, {}, (2 * math.exp(0.1), 2 * math.exp(0.1), 0.0)),
-    ],
-)
-def test_terms_by_hand(term, rho, A, knobs, want):
-    assert at(term, rho, A, **knobs) == pytest.approx(want, abs=1e-12)
+def coefficients(term: str, **knobs) -> tuple:
+    return TERMS[term].coefficients(LossConfig(policy_term=term, **knobs))
 
 
-@pytest.mark.parametrize(
-    ("term", "p", "p_old", "A", "factor"),
-    [
-        # within ±0.2 of where it was: ρ itself
-        ("dppo_tv", 0.5, 0.4, 1.0, 1.25),
-        ("dppo_tv", 0.7, 0.4, 1.0, 0.0),  # moved by 0.3 the way A pushes
-        ("dppo_tv", 0.7, 0.4, -1.0, 1.75),  # against A: kept
-        ("dppo_tv", 0.1, 0.4, -1.0, 0.0),
-        ("dppo_tv", 0.1, 0.4, 1.0, 0.25),
-        ("dppo_tv", 0.21, 0.01, 1.0, 20.0),  # ρ = 21, capped at 20
-        # binary KL of (0.4, 0.6) from (0.7, 0.3): 0.4·ln(4/7) + 0.6·ln 2 = 0.19204 ≤ 0.2
-        ("dppo_kl", 0.7, 0.4, 1.0, 1.75),
-        # from (0.72, 0.28): 0.4·ln(0.5556) + 0.6·ln(2.142857) = 0.22217 > 0.2
-        ("dppo_kl", 0.72, 0.4, 1.0, 0.0),
-        ("dppo_kl", 0.72, 0.4, -1.0, 1.8),
-    ],
-)
-def test_dppo_by_hand(term, p, p_old, A, factor):
-    got = at(term, p / p_old, A, lp=math.log(p), old=math.log(p_old))
-    assert got == pytest.approx((-factor * A * math.log(p), 0.0, -factor * A), rel=1e-12, abs=1e-12)
+# --- every term, by tests/term_table.py ----------------------------------------------------------
 
 
-def test_dppo_cap_is_the_dual_clip():
-    _, _, slope = at("dppo_tv", 21.0, 1.0, lp=math.log(0.21), old=math.log(0.01), dual_clip=3.0)
-    assert slope == pytest.approx(-3.0, rel=1e-12)
+@pytest.mark.parametrize("term", TERMS)
+def test_the_table_knows_the_terms_knobs(term):
+    known, entry = facts(term), TERMS[term]
+    assert set(known.knobs) == set(entry.knobs), f"settings of {term!r} in tests/term_table.py"
+    assert bool(known.slopes) != bool(known.of_sequence) and bool(known.of_sequence) == bool(entry.statistic)
+    assert known.levels == entry.levels
+
+
+@pytest.mark.parametrize(("term", "row"), rows_by_hand())
+def test_terms_by_hand(term, row):
+    got = at(term, coefficients(term, **row.knobs), row.lp, row.old, row.A)
+    assert got == pytest.approx(row.want, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_numbers_by_hand_notice_what_could_be_wrong(term):
+    """Two coefficients swapped, a knob that nobody reads, a derivative of the wrong sign: some row tells each."""
+    known, entry = facts(term), TERMS[term]
+    around = [Row(-1.0, -1.0 - r, A, knobs, ()) for knobs in known.settings for A in (1.0, -1.0) for r in NEAR_1]
+
+    def right(row) -> tuple:
+        return at(term, coefficients(term, **row.knobs), row.lp, row.old, row.A)
+
+    def swapped(row, a: str, b: str) -> tuple:
+        c = coefficients(term, **row.knobs)
+        return at(term, c._replace(**{a: getattr(c, b), b: getattr(c, a)}), row.lp, row.old, row.A)
+
+    def without(row, knob: str) -> tuple:
+        return right(row._replace(knobs={k: v for k, v in row.knobs.items() if k != knob}))
+
+    def differ(rows, wrong) -> bool:
+        return any(wrong(row) != pytest.approx(right(row), rel=1e-6, abs=1e-12) for row in rows)
+
+    unseen = []
+    for a, b in itertools.combinations(entry.kind._fields, 2):
+        wrong = functools.partial(swapped, a=a, b=b)
+        if differ(around, wrong) and not differ(known.by_hand, wrong):  # else it is the same function
+            unseen.append(f"{a} and {b} swapped")
+    for knob in entry.knobs:
+        if not differ(known.by_hand, functools.partial(without, knob=knob)):
+            unseen.append(f"{knob} dropped")
+    for sign, (place, name) in itertools.product((1.0, -1.0), ((1, "∂ℓ/∂r"), (2, "∂ℓ/∂lp"))):
+        has_one = any(right(row)[place] for row in around if row.A == sign)
+        if has_one and not any(row.want[place] for row in known.by_hand if row.A * sign > 0):
+            unseen.append(f"{name} of the wrong sign where A is {sign:+.0f}")
+    assert not unseen, f"the numbers by hand of {term!r} in tests/term_table.py do not notice: {', '.join(unseen)}"
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_a_term_is_called_with_its_own_knobs_alone(term):
+    """An entry that reads a knob which it does not name cannot be: it gets the values of those it names."""
+    only = types.SimpleNamespace(**{knob: getattr(LossConfig(), knob) for knob in TERMS[term].knobs})
+    assert TERMS[term].coefficients(only) == coefficients(term)
+
+
+# --- one by one ----------------------------------------------------------------------------------
 
 
 def test_vespo_phi_by_hand():
@@ -146,8 +127,6 @@ def test_vespo_phi_by_hand():
     assert phi(f64(-50.0), f64(1.0), c).item() == pytest.approx(math.exp(3 + 2 * math.log(1e-8) - 3e-8), rel=1e-12)
     assert phi(f64(50.0), f64(1.0), c).item() == 0.0
     assert phi(f64(800.0), f64(1.0), Vespo(1e6, 1e-4, 1.0, 1.0)).item() == 0.0  # exp overflows: 0
-    config = LossConfig(loss_type="vespo", vespo_lambda_pos=-1.0)
-    assert TERMS["vespo"].coefficients(config).lambda_pos == 1e-4
 
 
 @pytest.mark.parametrize(
@@ -160,9 +139,9 @@ def test_gmpo_statistic_by_hand(r, A, x, slope):
     assert tuple(float(y) for y in got) == (x, slope)
 
 
-@pytest.mark.parametrize("term", sorted(set(TERMS) - {"dro"}))
+@pytest.mark.parametrize("term", [name for name, entry in TERMS.items() if not entry.acts_without_advantage])
 def test_advantage_zero_is_zero_whatever_the_ratio(term):
-    c = TERMS[term].coefficients(LossConfig(policy_term=term))
+    c = coefficients(term)
     for r in (1e4, -1e4, INF, 0.0):
         got = on_torch(TERMS[term].function)(f64(r), f64(-1.0), f64(-1.0), f64(0.0), c)
         assert [float(x) for x in got] == [0.0, 0.0, 0.0]
@@ -171,9 +150,7 @@ def test_advantage_zero_is_zero_whatever_the_ratio(term):
 @pytest.mark.parametrize("A", (1.0, -1.0))
 def test_sapo_stays_finite(A):
     for r in (-INF, -1e4, 1e4, INF):
-        loss, slope, _ = on_torch(TERMS["sapo"].function)(
-            f64(r), f64(-1.0), f64(-1.0), f64(A), TERMS["sapo"].coefficients(LossConfig(policy_term="sapo"))
-        )
+        loss, slope, _ = on_torch(TERMS["sapo"].function)(f64(r), f64(-1.0), f64(-1.0), f64(A), coefficients("sapo"))
         assert loss.isfinite() and slope.item() == 0.0
 
 
@@ -197,24 +174,14 @@ def test_clipped_region(rho, A, delta, dual, want):
     assert tuple(int(x) for x in got) == want
 
 
-@pytest.mark.parametrize(
-    ("estimator", "u", "value", "slope"),
-    [
-        ("k1", 0.5, -0.5, 1.0),
-        ("abs", 0.5, 0.5, -1.0),
-        ("abs", -0.5, 0.5, 1.0),
-        ("abs", 0.0, 0.0, 0.0),
-        ("k2", 0.5, 0.125, -0.5),
-        ("k3", 0.5, math.exp(0.5) - 1.5, 1 - math.exp(0.5)),
-        ("k3", 0.0, 0.0, 0.0),
-        ("k3", -1.0, math.exp(-1), 1 - math.exp(-1)),
-        ("k1+", 0.5, -0.5, -0.5),
-        ("k3+", -1.0, math.exp(-1), 1.0),
-    ],
-)
-def test_kl_by_hand(estimator, u, value, slope):
-    got = on_torch(KL_ESTIMATORS[estimator])(f64(u), NONE, False)
-    assert tuple(x.item() for x in got) == pytest.approx((value, slope), abs=1e-12)
+@pytest.mark.parametrize("estimator", KL_ESTIMATORS)
+def test_kl_by_hand(estimator):
+    by_hand, closed = facts_of_kl(estimator)
+    assert any(u > 0 for u, *_ in by_hand), "both signs of u"
+    rows = [*by_hand, *((u, *closed(u)) for u in (-3.0, -0.2, 0.1, 2.0))]
+    for u, value, slope in rows:
+        got = on_torch(KL_ESTIMATORS[estimator])(f64(u), NONE, False)
+        assert tuple(x.item() for x in got) == pytest.approx((value, slope), rel=1e-12, abs=1e-12), u
 
 
 def test_kl_clamp_by_hand():
@@ -235,19 +202,13 @@ def test_log_ratio_limits():
 
 
 numbers = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))
-KNOBS = {
-    "clipped": st.fixed_dictionaries(
-        {"epsilon": st.sampled_from((0.1, 0.3)), "epsilon_high": st.sampled_from((None, 0.5)),
-         "delta": st.sampled_from((None, 1.1, 1.7)), "dual_clip": st.sampled_from((None, 1.5))}
-    ),
-    "cispo": st.fixed_dictionaries(
-        {"cispo_min": st.sampled_from((None, 0.8)), "cispo_max": st.sampled_from((1.2, 5.0))}
-    ),
-    "sapo": st.fixed_dictionaries(
-        {"sapo_temperature_pos": st.floats(0.1, 4), "sapo_temperature_neg": st.floats(0.1, 4)}
-    ),
-    "dro": st.fixed_dictionaries({"dro_beta": st.floats(0.1, 2)}),
-}  # fmt: skip
+
+
+def drawn(term: str) -> st.SearchStrategy[dict]:
+    """Each knob of a term at its default, or at one of the values that tests/term_table.py has."""
+    return st.fixed_dictionaries(
+        {knob: st.sampled_from((getattr(LossConfig(), knob), *values)) for knob, values in facts(term).knobs.items()}
+    )
 
 
 @settings(deadline=None, max_examples=400)
@@ -256,9 +217,8 @@ KNOBS = {
        kl=st.sampled_from((None, *KL_ESTIMATORS)), clamp=st.sampled_from((None, 0.4)), data=st.data())  # fmt: skip
 def test_derivatives_against_autograd(term, lp, old, r, ref, A, w, beta, bias, kl, clamp, data):
     """∂ℓ/∂r and ∂ℓ/∂lp of the assembled token loss, r and lp taken as separate variables."""
-    knobs = data.draw(KNOBS.get(term, st.just({})))
-    entry = TERMS[term]
-    c = entry.coefficients(LossConfig(policy_term=term, **knobs))
+    knobs, entry = data.draw(drawn(term)), TERMS[term]
+    c = coefficients(term, **knobs)
     limits = NONE if clamp is None else Limits(-INF, INF, 20.0, clamp)
     kinks = [x for x in c if 0 < x < INF] + [1.0]
     if any(abs(math.exp(r) - kink) < 1e-6 for kink in kinks):
@@ -288,7 +248,7 @@ def test_derivatives_against_autograd(term, lp, old, r, ref, A, w, beta, bias, k
 def test_nan_is_passed_on(place, term):
     entry, own = TERMS[term], term in OWN
     x = {"r": f64(0.0), "lp": f64(-1.0), "A": f64(1.0)} | {place: f64(math.nan)}
-    c = entry.coefficients(LossConfig(policy_term=term))
+    c = coefficients(term)
     policy, _, d_term, d_ratio, d_lp = on_torch(token_objective)(
         x["r"], f64(1.0), x["r"], x["lp"], x["lp"], f64(0.0), x["A"], f64(1.0), 0.0, NONE, c,
         on_torch(entry.function), None, False, own, True, False, False,

@@ -11,6 +11,7 @@ from cases import make_case
 from counting import interpreted, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.objective.catalogue import TERMS
+from term_table import facts
 
 pytestmark = [interpreted, pytest.mark.unshifted]
 FULL = ("completion_ids", "old_logps", "ref_logps")
@@ -121,9 +122,8 @@ def assert_two_launches(touching, x, grad, T):
 def law_case(term, **kwargs):
     """A batch and keywords under which every row of a term has a gradient."""
     case = unmasked(**kwargs)
-    knobs = {"dppo_tv": {"epsilon": 1.0}, "dppo_kl": {"epsilon": 9.0}}.get(term, {})
     names = ("completion_ids", "old_logps", "ref_logps", "importance_weights", "advantages")
-    return case, {**case.inputs(*names), **knobs}
+    return case, {**case.inputs(*names), **facts(term).gentle}
 
 
 @pytest.mark.parametrize(("term", "level"), [(name, level) for name, entry in TERMS.items() for level in entry.levels])

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from grpo_kernels.integrations import head
-from grpo_kernels.integrations.head import Head
+from grpo_kernels.integrations.head import ModelHead
 from grpo_kernels.trainer import __main__ as entry
 from grpo_kernels.trainer import cli, data, scoring
 from grpo_kernels.trainer.head import find_head
@@ -106,17 +106,18 @@ def test_the_budget_is_of_logits_and_gradient():
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
-        (LlamaConfig(**SIZES), Head()),
-        (PhiConfig(**SIZES), Head()),  # a bias
-        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2), Head()),
-        (CohereConfig(**SIZES, logit_scale=0.25), Head(0.25)),
-        (GraniteConfig(**SIZES, logits_scaling=4.0), Head(0.25)),
-        (Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5), Head(1.0, 0.5)),
-        (RecurrentGemmaConfig(**SIZES, lru_width=32, block_types=["attention"], logits_soft_cap=3.0), Head(1.0, 3.0)),
+        (LlamaConfig(**SIZES), ModelHead()),
+        (PhiConfig(**SIZES), ModelHead()),  # a bias
+        (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2), ModelHead()),
+        (CohereConfig(**SIZES, logit_scale=0.25), ModelHead(0.25)),
+        (GraniteConfig(**SIZES, logits_scaling=4.0), ModelHead(0.25)),
+        (Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5), ModelHead(1.0, 0.5)),
+        (RecurrentGemmaConfig(**SIZES, lru_width=32, block_types=["attention"], logits_soft_cap=3.0),
+         ModelHead(1.0, 3.0)),
         (FalconH1Config(**SIZES, lm_head_multiplier=0.5, mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8,
-                        mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8), Head(0.5)),
-        (FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), Head()),
-        (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), Head()),
+                        mamba_n_groups=1, mamba_d_state=8, mamba_chunk_size=8), ModelHead(0.5)),
+        (FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2), ModelHead()),
+        (MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, state_size=4), ModelHead()),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -13,7 +13,7 @@ from grpo_kernels.trainer import __main__ as entry
 from grpo_kernels.trainer import rewards
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.rewards import RewardError, Weighted, score
-from grpo_kernels.trainer.task import Problem
+from grpo_kernels.trainer.task import Problem, columns_of
 from trainer_cases import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +106,7 @@ def test_keyword_coherence():
 
 PROBLEMS = [Problem("1+1=", "2", (("level", 1),)), Problem("2+2=", "4", (("level", 2),))]
 PROMPTS = [each.prompt for each in PROBLEMS]
+COLUMNS = columns_of(PROBLEMS)
 
 
 def of(*specs, weights=()):
@@ -114,16 +115,16 @@ def of(*specs, weights=()):
 
 def test_weighted_sum_leaves_out_none():
     functions = of("own_rewards:by_length", "exact_answer", weights=(0.5, 2.0))
-    total, parts = score(functions, PROMPTS, ["2", ""], PROBLEMS)
+    total, parts = score(functions, PROMPTS, ["2", ""], COLUMNS)
     assert total.tolist() == [0.125 + 2.0, 0.0]
     assert parts["by_length"][0] == 0.25 and parts["by_length"][1].isnan()
     assert parts["exact_answer"].tolist() == [1.0, 0.0]
-    alone, _ = score(functions[:1], PROMPTS, ["2", ""], PROBLEMS)
+    alone, _ = score(functions[:1], PROMPTS, ["2", ""], COLUMNS)
     assert alone[0] == 0.125 and alone[1].isnan()  # nobody has an opinion
 
 
 def test_functions_get_every_column():
-    total, _ = score(of("own_rewards:knows_columns"), PROMPTS, ["", ""], PROBLEMS)
+    total, _ = score(of("own_rewards:knows_columns"), PROMPTS, ["", ""], COLUMNS)
     assert total.tolist() == [0.0, 1.0]
 
 
@@ -137,7 +138,7 @@ def test_functions_get_every_column():
 )
 def test_a_failing_reward_is_named_with_its_sample(function, completions, words):
     with pytest.raises(RewardError) as caught:
-        score(of(f"own_rewards:{function}"), PROMPTS, completions, PROBLEMS)
+        score(of(f"own_rewards:{function}"), PROMPTS, completions, COLUMNS)
     assert all(word in str(caught.value) for word in words)
 
 
@@ -148,18 +149,18 @@ def test_a_failing_reward_is_named_with_its_sample(function, completions, words)
 )
 def test_a_reward_that_is_no_number(value):
     with pytest.raises(RewardError, match=r"'own' returned .* for sample 1 .*Return a finite number, or None"):
-        score([Weighted("own", lambda prompts, completions, **_: [0.0, value], 1.0)], PROMPTS, ["a", "b"], PROBLEMS)
+        score([Weighted("own", lambda prompts, completions, **_: [0.0, value], 1.0)], PROMPTS, ["a", "b"], COLUMNS)
 
 
 def test_a_text_is_no_list_of_rewards():
     with pytest.raises(RewardError, match=r"'own' returned '1' for sample 0"):
-        score([Weighted("own", lambda prompts, completions, **_: "10", 1.0)], PROMPTS, ["a", "b"], PROBLEMS)
+        score([Weighted("own", lambda prompts, completions, **_: "10", 1.0)], PROMPTS, ["a", "b"], COLUMNS)
 
 
 @pytest.mark.parametrize("value", [1, True, np.float32(1), np.int64(1), np.bool_(True), torch.tensor(1.0), Fraction(1)])
 def test_a_reward_that_is_a_number(value):
     total, _ = score([Weighted("own", lambda prompts, completions, **_: [None, value], 1.0)], PROMPTS, ["a", "b"],
-                     PROBLEMS)  # fmt: skip
+                     COLUMNS)  # fmt: skip
     assert total[1] == 1.0
 
 
@@ -170,7 +171,7 @@ def test_a_failure_of_the_whole_step_alone():
         return [0.0]
 
     with pytest.raises(RewardError, match=r"raised KeyError: 'batch', for the whole step and for no sample alone"):
-        score([Weighted("needs_two", needs_two, 1.0)], PROMPTS, ["a", "b"], PROBLEMS)
+        score([Weighted("needs_two", needs_two, 1.0)], PROMPTS, ["a", "b"], COLUMNS)
 
 
 # --- in a run -------------------------------------------------------------------------------------

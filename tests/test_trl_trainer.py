@@ -291,7 +291,7 @@ def test_path(saved, tmp_path, monkeypatch):
     heads = heads_of(monkeypatch)
     make(saved, tmp_path)
     make(saved, tmp_path, loss_path="logits")
-    assert heads == [fused.Head(), None]
+    assert heads == [fused.ModelHead(), None]
     monkeypatch.undo()
     for name, value in (("is_deepspeed_zero3_enabled", lambda: True), ("find_head", not_understood)):
         heads = heads_of(monkeypatch)

@@ -11,7 +11,7 @@ from grpo_kernels.call import checks, ops
 from grpo_kernels.call.prepare import Arguments, prepare
 from grpo_kernels.linear import head_autograd
 from grpo_kernels.linear.head import chunk_rows
-from grpo_kernels.linear.head_autograd import Options
+from grpo_kernels.linear.head_autograd import ChunkOptions
 from grpo_kernels.linear.head_checks import check_count, check_hidden, check_number, head_tensors
 from grpo_kernels.objective.config import LossConfig, resolve_config
 from grpo_kernels.objective.inputs import Coefs, Inputs
@@ -174,6 +174,6 @@ def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.T
     return (temperature if logit_scale == 1.0 else temperature / logit_scale), math.inf, logit_scale
 
 
-def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> Options:
+def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> ChunkOptions:
     height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size(), weight.device.type == "cpu")
-    return Options(height, check_count(num_rows), bool(in_fp32), backend)
+    return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend)

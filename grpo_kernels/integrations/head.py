@@ -21,7 +21,7 @@ class HeadError(ValueError):
 
 
 @dataclass(frozen=True)
-class Head:
+class ModelHead:
     """logits = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap), of the hidden states of ``body(model)``."""
 
     logit_scale: float = 1.0
@@ -43,14 +43,14 @@ def body(model: PreTrainedModel) -> nn.Module:
     return model.base_model
 
 
-def named_head(model: PreTrainedModel) -> Head:
+def named_head(model: PreTrainedModel) -> ModelHead:
     """The head of a causal model, by the names that transformers has for scales and caps."""
     config = model.config.get_text_config()
     scale = (_first(config, SCALES) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-    return Head(float(scale), _first(config, SOFTCAPS))
+    return ModelHead(float(scale), _first(config, SOFTCAPS))
 
 
-def find_head(model: PreTrainedModel) -> Head:
+def find_head(model: PreTrainedModel) -> ModelHead:
     """`named_head`, tried out.
 
     Raises:
@@ -79,7 +79,7 @@ def _first(config: PretrainedConfig, names: tuple[str, ...]) -> float | None:
 
 
 @torch.no_grad()
-def _error(model: PreTrainedModel, head: Head) -> float:
+def _error(model: PreTrainedModel, head: ModelHead) -> float:
     """Of the logits of a few tokens, in units of the largest."""
     ids = (torch.arange(PROBE, device=model.device) % model.config.get_text_config().vocab_size)[None]
     hidden = getattr(body(model)(input_ids=ids), "last_hidden_state", None)

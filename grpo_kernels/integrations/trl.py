@@ -25,7 +25,7 @@ from trl import GRPOTrainer
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.api.logprobs import token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss
-from grpo_kernels.integrations.head import Head, HeadError, body, find_head, named_head
+from grpo_kernels.integrations.head import HeadError, ModelHead, body, find_head, named_head
 from grpo_kernels.objective.config import LossConfig
 from grpo_kernels.objective.metrics import combine
 
@@ -48,7 +48,7 @@ class Seam:
         self.num_tokens = 0  # T, of the pass that is running
         self.score: Callable[[dict], dict] | None = None
 
-    def join(self, model: nn.Module, head: Head | None) -> None:
+    def join(self, model: nn.Module, head: ModelHead | None) -> None:
         """Lets ``model(..., seam=self)`` return what ``score`` does; without ``seam`` the forward is what it was.
 
         ``head`` is the model's own: the reference may have another config. None: through logits.
@@ -62,7 +62,7 @@ class Seam:
         model.forward = types.MethodType(forward, model)
 
     def run(
-        self, model: nn.Module, head: Head | None, plain: Callable, *args, labels=None, **inputs
+        self, model: nn.Module, head: ModelHead | None, plain: Callable, *args, labels=None, **inputs
     ) -> dict[str, torch.Tensor]:
         inputs["use_cache"] = False
         if head is None:
@@ -317,7 +317,7 @@ def _inner(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _find_head(model: nn.Module, loss_path: str) -> Head | None:
+def _find_head(model: nn.Module, loss_path: str) -> ModelHead | None:
     if loss_path == "logits":
         return None
     try:

@@ -17,7 +17,7 @@ from torch import Tensor
 from grpo_kernels.call import checks
 from grpo_kernels.cpu_backend.sequences import counted_rows
 from grpo_kernels.cpu_backend.tokens import advantages, expand
-from grpo_kernels.linear.head import Gradients, Head
+from grpo_kernels.linear.head import ChunkedHead, Gradients
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
@@ -71,8 +71,9 @@ class Rows:
 
 
 def row_chunks(
-    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, into: Gradients
-) -> tuple[Tensor, Tensor]:
+    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool,
+    into: Gradients,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log-probabilities, entropies) (B, T) of an objective of single tokens, whose gradient goes ``into``."""
     plan = plan._replace(skip=False)
     count = inputs.count
@@ -103,8 +104,9 @@ def row_chunks(
 
 
 def sequence_chunks(
-    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, into: Gradients
-) -> tuple[Tensor, Tensor]:
+    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool,
+    into: Gradients,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`row_chunks` of an objective whose tokens depend on the rest of their sequence, and on nothing else."""
     plan = plan._replace(skip=False)
     adv = advantages(inputs, coefs, plan)
@@ -156,8 +158,9 @@ def sequence_chunks(
 
 
 def score(
-    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, stats: Tensor
-) -> tuple[Tensor, Tensor]:
+    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool,
+    stats: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(log-probabilities, entropies) (B, T), without a gradient; ``stats`` takes what `pull_back` needs of each row."""
     plan = plan._replace(skip=False)
     ids, temperature = rows.per_token(inputs.ids), rows.per_token(inputs.temperature)
@@ -174,7 +177,7 @@ def score(
 
 
 def pull_back(
-    run: ModuleType, head: Head, rows: Rows, inputs: Inputs, stats: Tensor, g: Tensor, h: Tensor | None,
+    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, stats: Tensor, g: Tensor, h: Tensor | None,
     up: Tensor | None, coefs: Coefs, into: Gradients,
 ) -> None:  # fmt: skip
     """Gradients from ∂L/∂lp and ∂L/∂H (B, T), both times ``up``, through logits made anew.
@@ -221,12 +224,12 @@ def _tokens_of(part: Inputs, start: int, end: int) -> Inputs:
     return Inputs(ids=part.ids[:, start:end], temperature=temperature)
 
 
-def _empty(head: Head, entropy: bool) -> tuple[Tensor, Tensor]:
+def _empty(head: ChunkedHead, entropy: bool) -> tuple[Tensor, Tensor]:
     logps = torch.empty(head.count, device=head.weight.device)
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-def _finish(head: Head, into: Gradients) -> None:
+def _finish(head: ChunkedHead, into: Gradients) -> None:
     """Without a row no chunk has written the weight's gradient."""
     if head.count == 0:
         into.weight.zero_()

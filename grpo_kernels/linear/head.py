@@ -66,7 +66,7 @@ class Gradients:
         )
 
 
-class Head:
+class ChunkedHead:
     """A head, and the rows of hidden states that go through it.
 
     Args:

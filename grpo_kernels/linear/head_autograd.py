@@ -27,7 +27,7 @@ from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.tracing import call
 
 
-class Options(NamedTuple):
+class ChunkOptions(NamedTuple):
     """How the products are made: rows of logits at a time, rows read (-1: unknown), dtype of ∂L/∂W, backend."""
 
     height: int
@@ -46,7 +46,7 @@ def _given(gradients: tuple[Tensor, ...], wanted: str) -> tuple[Tensor | None, .
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
+    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: ChunkOptions):
         ctx.wanted, ctx.backend = _wanted(ctx), options.backend
         logps, entropies, loss, sums, metrics, *gradients = call(
             head_ops.linear_loss_op, hidden, weight, bias, tensors, coefs, plan, entropy, ctx.wanted,
@@ -85,7 +85,7 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: Options, data_group):
+    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: ChunkOptions, data_group):
         logps, entropies, stats, count = call(
             head_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
             options.count, options.backend,
@@ -120,7 +120,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     """Log-probabilities and entropies, both differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: Options):
+    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: ChunkOptions):
         logps, entropies, stats, count = call(
             head_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
             options.count, options.backend,
@@ -143,7 +143,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
 
 def run_linear_loss(
     hidden, weight, bias, inputs: Inputs, coefs: Tensor, plan: Plan, *, entropy: bool, weighted: bool,
-    options: Options, data_group=None,
+    options: ChunkOptions, data_group=None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, logps, entropies, sums, metrics), differentiable in hidden states, weight and bias."""
     tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)

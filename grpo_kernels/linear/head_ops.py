@@ -12,14 +12,14 @@ from torch import Tensor
 from grpo_kernels.call.ops import backend_of, check_values, fake_rows, fake_totals, stats_shape
 from grpo_kernels.linear import chunks
 from grpo_kernels.linear.chunks import Rows
-from grpo_kernels.linear.head import Gradients, Head
+from grpo_kernels.linear.head import ChunkedHead, Gradients
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 
 
-def _head(hidden, weight, bias, rows: Rows, height: int) -> Head:
-    return Head(hidden, weight, bias, rows.index, rows.inputs.ids.shape[1], height)
+def _head(hidden, weight, bias, rows: Rows, height: int) -> ChunkedHead:
+    return ChunkedHead(hidden, weight, bias, rows.index, rows.inputs.ids.shape[1], height)
 
 
 @torch.library.custom_op("grpo_kernels::linear_loss", mutates_args=())

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import warnings
+from typing import NamedTuple
 
 import torch
 
@@ -13,33 +14,22 @@ from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.scalars import check_scalar_tensor, is_number, plain
 
 _CLAMP = "it must be None, a number above 0, or a pair (low, high) with low < high."
-# field -> (low, high, may be None); an end in quotes does not belong to the range.
-_RANGES = {
-    "beta": (0.0, "inf", False),
-    "epsilon": (0.0, "inf", False),
-    "epsilon_high": (0.0, "inf", True),
-    "delta": ("0", math.inf, True),
-    "dual_clip": ("1", math.inf, True),
-    "cispo_min": (0.0, "inf", True),
-    "cispo_max": ("0", math.inf, False),
-    "sapo_temperature_pos": ("0", "inf", False),
-    "sapo_temperature_neg": ("0", "inf", False),
-    "vespo_k_pos": ("-inf", "inf", False),
-    "vespo_lambda_pos": ("-inf", "inf", False),
-    "vespo_k_neg": ("-inf", "inf", False),
-    "vespo_lambda_neg": ("-inf", "inf", False),
-    "dro_beta": ("0", "inf", False),
-    "kl_clamp": ("0", "inf", True),
-    "max_completion_length": (0.0, "inf", True),
-    "global_batch_size": (0.0, "inf", True),
-    "entropy_coef": ("-inf", "inf", True),
-    "top_entropy_quantile": (0.0, 1.0, False),
-    "off_policy_mask_threshold": ("-inf", math.inf, True),
-    "sampling_correction_min": (0.0, math.inf, True),
-    "sampling_correction_max": (0.0, math.inf, True),
-    "advantage_eps": (0.0, "inf", False),
-}
-_TENSORS = ("max_completion_length", "global_batch_size", "entropy_coef")  # may be 0-d tensors, which are never read
+
+
+class Range(NamedTuple):
+    """What a field of numbers may be. An end in quotes does not belong to the range."""
+
+    low: float | str
+    high: float | str
+    optional: bool  # None as well
+    tensor: bool = False  # a 0-d tensor as well, which is never read
+    only_if_read: bool = False  # None alone, where the term does not read it
+
+
+def _number(default: float | None, low: float | str, high: float | str, optional: bool | None = None, **more: bool):
+    """A field of `LossConfig` with its `Range`; optional where its default is None, unless told."""
+    allowed = Range(low, high, default is None if optional is None else optional, **more)
+    return dataclasses.field(default=default, metadata={"range": allowed})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,34 +96,34 @@ class LossConfig:
     policy_term: str | None = None
     importance_sampling_level: str | None = None
     loss_agg_mode: str | None = None
-    beta: float = 0.0
-    epsilon: float = 0.2
-    epsilon_high: float | None = None
-    delta: float | None = None
-    dual_clip: float | None = None
-    cispo_min: float | None = None
-    cispo_max: float = 5.0
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    dro_beta: float = 1.0
+    beta: float = _number(0.0, 0.0, "inf")
+    epsilon: float = _number(0.2, 0.0, "inf")
+    epsilon_high: float | None = _number(None, 0.0, "inf")
+    delta: float | None = _number(None, "0", math.inf, only_if_read=True)
+    dual_clip: float | None = _number(None, "1", math.inf, only_if_read=True)
+    cispo_min: float | None = _number(None, 0.0, "inf", only_if_read=True)
+    cispo_max: float = _number(5.0, "0", math.inf)
+    sapo_temperature_pos: float = _number(1.0, "0", "inf")
+    sapo_temperature_neg: float = _number(1.05, "0", "inf")
+    vespo_k_pos: float = _number(2.0, "-inf", "inf")
+    vespo_lambda_pos: float = _number(3.0, "-inf", "inf")
+    vespo_k_neg: float = _number(3.0, "-inf", "inf")
+    vespo_lambda_neg: float = _number(2.0, "-inf", "inf")
+    dro_beta: float = _number(1.0, "0", "inf")
     kl_estimator: str = "k3"
     use_bias_correction_kl: bool = False
-    kl_clamp: float | None = None
+    kl_clamp: float | None = _number(None, "0", "inf")
     log_ratio_clamp: float | tuple[float, float] | None = None
-    max_completion_length: torch.Tensor | float | None = None
-    global_batch_size: torch.Tensor | float | None = None
-    entropy_coef: torch.Tensor | float | None = None
-    top_entropy_quantile: float = 1.0
-    off_policy_mask_threshold: float | None = None
+    max_completion_length: torch.Tensor | float | None = _number(None, 0.0, "inf", tensor=True)  # noqa: RUF009
+    global_batch_size: torch.Tensor | float | None = _number(None, 0.0, "inf", tensor=True)  # noqa: RUF009
+    entropy_coef: torch.Tensor | float | None = _number(None, "-inf", "inf", tensor=True)  # noqa: RUF009
+    top_entropy_quantile: float = _number(1.0, 0.0, 1.0)
+    off_policy_mask_threshold: float | None = _number(None, "-inf", math.inf)
     sampling_correction: str | None = None
-    sampling_correction_min: float | None = None
-    sampling_correction_max: float | None = 3.0
+    sampling_correction_min: float | None = _number(None, 0.0, math.inf)
+    sampling_correction_max: float | None = _number(3.0, 0.0, math.inf, optional=True)
     scale_rewards: str = "group"
-    advantage_eps: float = 1e-4
+    advantage_eps: float = _number(1e-4, 0.0, "inf")
     advantage_unbiased: bool = True
 
     def __post_init__(self) -> None:
@@ -148,12 +138,12 @@ class LossConfig:
         for name in ("use_bias_correction_kl", "advantage_unbiased"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        for name, (low, high, optional) in _RANGES.items():
+        for name, allowed in _RANGES.items():
             value = getattr(self, name)
-            if name in _TENSORS and isinstance(value, torch.Tensor):
+            if allowed.tensor and isinstance(value, torch.Tensor):
                 check_scalar_tensor(name, value)
-            elif value is not None or not optional:
-                number = _in_range(name, value, low, high, optional)
+            elif value is not None or not allowed.optional:
+                number = _in_range(name, value, allowed)
                 if type(value) is not type(number):
                     object.__setattr__(self, name, number)
         _rising("cispo_min", self.cispo_min, "cispo_max", self.cispo_max)
@@ -182,8 +172,8 @@ class LossConfig:
                 "epsilon_high means two things for cispo. Say cispo_max=epsilon_high for TRL's raw bound of the ratio, "
                 "or cispo_min=1 - epsilon, cispo_max=1 + epsilon_high for verl's."
             )
-        for knob in ("delta", "dual_clip", "cispo_min"):
-            if getattr(self, knob) is not None and knob not in term.knobs:
+        for knob, allowed in _RANGES.items():
+            if allowed.only_if_read and getattr(self, knob) is not None and knob not in term.knobs:
                 readers = ", ".join(name for name, other in TERMS.items() if knob in other.knobs)
                 raise ValueError(f"{knob} is read by {readers}, not by {self.term!r}: leave it None.")
         if self.log_ratio_clamp is not None and term.statistic is not None:
@@ -237,6 +227,11 @@ class LossConfig:
         return config
 
 
+_RANGES: dict[str, Range] = {
+    field.name: field.metadata["range"] for field in dataclasses.fields(LossConfig) if "range" in field.metadata
+}
+
+
 def _trl_fields(args: object) -> dict:
     if getattr(args, "use_adaptive_entropy", False):
         raise ValueError(
@@ -260,7 +255,7 @@ def _trl_fields(args: object) -> dict:
         high = fields.pop("epsilon_high", None)
         fields["cispo_max"] = fields["epsilon"] if high is None else high
         name = "epsilon_high (epsilon where that is unset), cispo's bound of the ratio itself,"
-        _in_range(name, fields["cispo_max"], *_RANGES["cispo_max"])
+        _in_range(name, fields["cispo_max"], _RANGES["cispo_max"])
     if "delta" not in term.knobs:  # TRL reads it in its clipped losses alone
         fields.pop("delta", None)
     if getattr(args, "use_vllm", False) and getattr(args, "vllm_importance_sampling_correction", False):
@@ -302,8 +297,9 @@ def _one_of(name: str, value: object, valid) -> None:
         raise ValueError(f"{name}={value!r} is not available. Choose one of: {', '.join(map(repr, valid))}.")
 
 
-def _in_range(name: str, value: object, low: float | str, high: float | str, optional: bool = False) -> float:
-    """A number between the ends, which do not belong to it where they are strings; as Python's."""
+def _in_range(name: str, value: object, allowed: Range) -> float:
+    """A number within its range, as Python's own."""
+    low, high, optional = allowed[:3]
     if not is_number(value):
         raise TypeError(f"{name} must be a number{' or None' if optional else ''}, got {value!r}.")
     value = plain(value)

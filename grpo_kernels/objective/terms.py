@@ -83,7 +83,7 @@ def weighted_logp(factor, lp, A):
 class NoCoefficients(NamedTuple):
     """A term without coefficients; a kernel argument cannot be an empty tuple."""
 
-    unused: float
+    unused: float = 0.0
 
 
 @jit

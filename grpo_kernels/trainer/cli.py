@@ -22,6 +22,7 @@ from grpo_kernels.trainer.plots import save_curves
 from grpo_kernels.trainer.records import Records
 from grpo_kernels.trainer.rewards import RewardError
 from grpo_kernels.trainer.rollout import Row
+from grpo_kernels.trainer.scoring import check_backend
 from grpo_kernels.trainer.warmup import warm_up
 
 
@@ -46,7 +47,7 @@ def run(options: Options, console: Console | None = None) -> Result:
         RewardError: a reward function fails.
     """
     device = options.torch_device()
-    options.check_backend(device)
+    check_backend(options, device)
     checkpoints = Checkpoints(options.checkpoints_dir())
     resumed = checkpoints.latest() if options.resume else None
     if resumed is None:

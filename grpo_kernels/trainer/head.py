@@ -3,11 +3,11 @@
 from transformers import PreTrainedModel
 
 from grpo_kernels.integrations import head
-from grpo_kernels.integrations.head import Head, HeadError
+from grpo_kernels.integrations.head import HeadError, ModelHead
 from grpo_kernels.trainer.options import OptionError
 
 
-def find_head(policy: PreTrainedModel) -> Head:
+def find_head(policy: PreTrainedModel) -> ModelHead:
     """`grpo_kernels.integrations.head.find_head`, with the flag to blame.
 
     Raises:

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from grpo_kernels import LossConfig, group_advantages
-from grpo_kernels.integrations.head import Head
+from grpo_kernels.integrations.head import ModelHead
 from grpo_kernels.objective.metrics import combine
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.normalise import Whole, share
@@ -34,7 +34,7 @@ from grpo_kernels.trainer.progress import Progress, Saver
 from grpo_kernels.trainer.rewards import score
 from grpo_kernels.trainer.rollout import Rollout, Row, length_metrics, mask_after_eos, model_inputs, reward_metrics
 from grpo_kernels.trainer.scoring import completion_logits, completion_logps, completion_loss, precision
-from grpo_kernels.trainer.task import Problem, Task
+from grpo_kernels.trainer.task import Problem, Task, columns_of
 
 # What belongs to the loop, and is kept in files of its own.
 __all__ = ["Progress", "Rollout", "Row", "completion_logits", "mask_after_eos", "model_inputs"]
@@ -81,7 +81,7 @@ def sample(
     lengths = (mask.sum(1) - ended.int()).tolist()
     completions = tokenizer.batch_decode([ids[:n] for ids, n in zip(completion_ids.tolist(), lengths)])
     start = time.perf_counter()
-    rewards, parts = score(task.weighted_rewards, prompts, completions, repeated)
+    rewards, parts = score(task.weighted_rewards, prompts, completions, columns_of(repeated))
     return Rollout(
         prompt_ids=encoded["input_ids"],
         prompt_mask=encoded["attention_mask"],
@@ -128,7 +128,7 @@ def step_on(
     optimizer: torch.optim.Optimizer,
     config: LossConfig,
     options: Options,
-    head: Head | None = None,
+    head: ModelHead | None = None,
 ) -> Row:
     """``num_iterations`` epochs of ``num_minibatches`` optimizer steps each; the metrics are over all of them.
 

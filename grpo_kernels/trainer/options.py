@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from grpo_kernels import LossConfig
-from grpo_kernels.call import ops
 from grpo_kernels.trainer.loss_options import LOSS_FIELDS, LossOptions, flag, in_flags, option
 from grpo_kernels.trainer.normalise import Whole, share
 
@@ -249,18 +248,6 @@ class Options(LossOptions):
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
             raise OptionError(f"--device {self.device} is not usable: {reason}. Try --device cpu.") from error
-
-    def check_backend(self, device: torch.device) -> None:
-        """Raises OptionError where ``backend`` cannot run on the device, or is not there."""
-        if self.backend == "triton":
-            try:
-                ops.choose_backend("triton", torch.empty(0, device=device))
-            except ValueError as error:
-                raise OptionError(f"--backend triton: {str(error).rstrip('.')}; or set --backend torch.") from error
-        if self.backend == "reference":
-            from grpo_kernels.trainer.scoring import reference_module
-
-            reference_module()
 
     def metrics_dir(self) -> Path:
         return Path(self.output_dir) / "grpo_metrics"

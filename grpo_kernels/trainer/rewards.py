@@ -10,14 +10,11 @@ import importlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from grpo_kernels.trainer.options import OptionError, Options
-
-if TYPE_CHECKING:
-    from grpo_kernels.trainer.task import Problem
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -164,18 +161,18 @@ def chosen(options: Options) -> tuple[Weighted, ...]:
 
 
 def score(
-    functions: Sequence[Weighted], prompts: Sequence[str], completions: Sequence[str], problems: Sequence["Problem"]
+    functions: Sequence[Weighted], prompts: Sequence[str], completions: Sequence[str], columns: dict[str, list]
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """(weighted sum (B,), each function's own rewards by name (B,)), fp32; NaN for None.
 
     The sum leaves out who has no opinion, and is NaN where nobody has one.
 
+    Args:
+        columns: the problems' fields under their names, one value per completion; see `task.columns_of`.
+
     Raises:
         RewardError: a function raises, or returns something else than a number or None per completion.
     """
-    columns = {"answer": [problem.answer for problem in problems]}
-    for name in dict(problems[0].columns) if problems else ():
-        columns[name] = [dict(problem.columns)[name] for problem in problems]
     parts = {each.name: _rewards(each, prompts, completions, columns) for each in functions}
     stacked = torch.stack([each.weight * parts[each.name] for each in functions])  # [functions, B]
     unknown = stacked.isnan().all(0)

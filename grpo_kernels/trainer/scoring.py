@@ -17,7 +17,8 @@ from grpo_kernels import (
     policy_loss,
     token_logprobs,
 )
-from grpo_kernels.integrations.head import Head, body
+from grpo_kernels.call import ops
+from grpo_kernels.integrations.head import ModelHead, body
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.rollout import Rollout, model_inputs
 
@@ -45,7 +46,7 @@ def completion_hidden(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor
 
 
 def completion_logps(
-    policy: PreTrainedModel, head: Head | None, rollout: Rollout, options: Options, **kwargs
+    policy: PreTrainedModel, head: ModelHead | None, rollout: Rollout, options: Options, **kwargs
 ) -> torch.Tensor:
     """Log-probabilities (B, T). With ``head`` a chunk of rows at a time, and no logits as a whole.
 
@@ -64,7 +65,7 @@ def completion_logps(
 
 
 def completion_loss(
-    policy: PreTrainedModel, head: Head | None, rollout: Rollout, options: Options, **kwargs
+    policy: PreTrainedModel, head: ModelHead | None, rollout: Rollout, options: Options, **kwargs
 ) -> LossOutput:
     """The loss, with arguments as of `fused_grpo_loss`; ``head`` as in `completion_logps`."""
     with precision(options, policy.device):
@@ -76,6 +77,17 @@ def completion_loss(
         return fused_grpo_loss(states, rollout.completion_ids, backend=backend, **kwargs)
     states = head.arguments(policy, states)
     return fused_linear_grpo_loss(**states, completion_ids=rollout.completion_ids, backend=backend, **kwargs)
+
+
+def check_backend(options: Options, device: torch.device) -> None:
+    """Raises OptionError where ``--backend`` cannot run on the device, or is not there."""
+    if options.backend == "triton":
+        try:
+            ops.choose_backend("triton", torch.empty(0, device=device))
+        except ValueError as error:
+            raise OptionError(f"--backend triton: {str(error).rstrip('.')}; or set --backend torch.") from error
+    if options.backend == "reference":
+        reference_module()
 
 
 def _backend(options: Options) -> str | None:

@@ -54,6 +54,14 @@ class Task:
         return self.rewards or (Weighted(getattr(self.reward, "__name__", "reward"), self.reward, 1.0),)
 
 
+def columns_of(problems: Sequence[Problem]) -> dict[str, list]:
+    """The answer and every other field under its name, one value per problem; all have the fields of the first."""
+    columns = {"answer": [problem.answer for problem in problems]}
+    for name in dict(problems[0].columns) if problems else ():
+        columns[name] = [dict(problem.columns)[name] for problem in problems]
+    return columns
+
+
 def problem(a: int, b: int) -> Problem:
     return Problem(f"{a}+{b}=", str(a + b)[::-1])
 
