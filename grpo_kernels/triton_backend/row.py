@@ -60,28 +60,6 @@ def tile_at(start, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
 
 
 @jit
-def load(row, at, V, other, MASKED: tl.constexpr, HINT: tl.constexpr):
-    if MASKED:
-        return tl.load(row + at, mask=at < V, other=other, eviction_policy=HINT)
-    else:
-        return tl.load(row + at, eviction_policy=HINT)
-
-
-@jit
-def load_tile(row, start, V, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
-              HINT: tl.constexpr):  # fmt: skip
-    """A tile in fp32, [K, N·W]. Two bf16 come as one word, which takes one instruction each: they are its halves."""
-    if W > 1 and row.dtype.element_ty == tl.bfloat16:
-        words = (row + start).to(tl.pointer_type(tl.int32))
-        pair = load(words, tile_at(0, K, N, W // 2), (V - start) // 2, TWO_BANNED, MASKED, HINT)
-        first, second = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(first, second), [K, N * W])
-    else:
-        x = load(row, tile_at(start, K, N, W), V, float("-inf"), MASKED, HINT)
-        return x.to(tl.float32)  # cast first: the interpreter's bf16 arithmetic is wrong
-
-
-@jit
 def load_edges(row, at, mask):
     return tl.load(row + at, mask=mask, other=float("-inf")).to(tl.float32)  # [2·EDGE]
 
@@ -100,6 +78,32 @@ INTERPRETED = constant(is_interpreted(capped))
 
 
 @jit
+def load(row, at, V, other, MASKED: tl.constexpr, HINT: tl.constexpr):
+    if MASKED:
+        return tl.load(row + at, mask=at < V, other=other, eviction_policy=HINT)
+    else:
+        return tl.load(row + at, eviction_policy=HINT)
+
+
+@jit
+def load_tile(row, start, V, cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+              HINT: tl.constexpr):  # fmt: skip
+    """A tile in fp32, capped, [K, N·W].
+
+    Two bf16 come as one word and are its halves, which takes one instruction each. Not under a cap, where that
+    would spill (Triton 3.7.1, gfx942).
+    """
+    if W > 1 and cap is None and row.dtype.element_ty == tl.bfloat16:
+        words = (row + start).to(tl.pointer_type(tl.int32))
+        pair = load(words, tile_at(0, K, N, W // 2), (V - start) // 2, TWO_BANNED, MASKED, HINT)
+        first, second = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
+        return tl.reshape(tl.join(first, second), [K, N * W])
+    else:
+        x = load(row, tile_at(start, K, N, W), V, float("-inf"), MASKED, HINT)
+        return capped(x.to(tl.float32), cap)  # cast first: the interpreter's bf16 arithmetic is wrong
+
+
+@jit
 def slack(x, cap):
     """∂/∂x of `capped`, from its value."""
     if cap is not None:
@@ -111,7 +115,8 @@ def slack(x, cap):
 
 @jit
 def per_thread_sum(x):
-    return tl.sum(tl.sum(x, axis=2), axis=0)  # [N]
+    """[K, N, W] → [N]; over lines first, which takes fewer registers: with entropies nothing spills then."""
+    return tl.sum(tl.sum(x, axis=0), axis=1)
 
 
 @jit
@@ -134,7 +139,7 @@ def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, EDGE: tl.con
 def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, N: tl.constexpr,
                 W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
-    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
+    x = load_tile(row, start, V, cap, K, N, W, MASKED, HINT)
     x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
@@ -188,24 +193,20 @@ def depth_at(x, scale, off):
 
 
 @jit
-def parts_of(x, scale, off, ENTROPY: tl.constexpr):
-    """(2^d, 2^d·d) of entries."""
+def parts_of(x, scale, off):
+    """(2^d, d) of entries; d such that their product is a number."""
     depth = depth_at(x, scale, off)
-    part = tl.exp2(depth)
-    if ENTROPY:
-        return part, part * tl.maximum(depth, DEEP)
-    else:
-        return part, part
+    return tl.exp2(depth), tl.maximum(depth, DEEP)
 
 
 @jit
 def add_tile(total, moment, row, start, V, scale, off, cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
              MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
-    part, share = parts_of(x, scale, off, ENTROPY)
+    x = load_tile(row, start, V, cap, K, N, W, MASKED, HINT)
+    part, depth = parts_of(x, scale, off)
     total += per_thread_sum(tl.reshape(part, [K, N, W]))
     if ENTROPY:
-        moment += per_thread_sum(tl.reshape(share, [K, N, W]))
+        moment += per_thread_sum(tl.reshape(part * depth, [K, N, W]))
     return total, moment
 
 
@@ -221,7 +222,7 @@ def sum_row(row, x_token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr,
     body, head, length = split(row, V, ALIGNED, W, EDGE)
     if not ALIGNED:
         at, mask = edges_at(head, length, V, EDGE)
-        edge_total, edge_moment = parts_of(capped(load_edges(row, at, mask), cap), scale, off, ENTROPY)
+        edge_part, edge_depth = parts_of(capped(load_edges(row, at, mask), cap), scale, off)
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
         total, moment = add_tile(total, moment, body, at, length, scale, off, cap, K, N, W, False, ENTROPY, HINT)
@@ -230,8 +231,8 @@ def sum_row(row, x_token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr,
     row_total = tl.sum(total, axis=0)
     row_moment = tl.sum(moment, axis=0)
     if not ALIGNED:
-        row_total += tl.sum(edge_total, axis=0)
-        row_moment += tl.sum(edge_moment, axis=0)
+        row_total += tl.sum(edge_part, axis=0)
+        row_moment += tl.sum(edge_part * edge_depth, axis=0)
     rest = depth_at(x_token, scale, off)  # of the token, whose depth is 0: what the rounding of off left in all of them
     mean = 0.0
     if ENTROPY:
@@ -283,9 +284,9 @@ def offset(top, scale):
 @jit
 def slope_at(x, scale, off, cap, slope, pull, ENTROPY: tl.constexpr):
     """2^d·(slope + pull·d), through the cap: the gradient of an entry that is not the token's."""
-    part, share = parts_of(x, scale, off, ENTROPY)
+    part, depth = parts_of(x, scale, off)
     if ENTROPY:
-        return (part * slope + share * pull) * slack(x, cap)
+        return part * (slope + pull * depth) * slack(x, cap)
     else:
         return part * slope * slack(x, cap)
 
@@ -294,7 +295,7 @@ def slope_at(x, scale, off, cap, slope, pull, ENTROPY: tl.constexpr):
 def slope_tile(out, row, start, V, scale, off, cap, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
                MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
-    x = capped(load_tile(row, start, V, K, N, W, MASKED, HINT), cap)
+    x = load_tile(row, start, V, cap, K, N, W, MASKED, HINT)
     d = slope_at(x, scale, off, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
@@ -369,7 +370,7 @@ def scaled(x, factor):
 @jit
 def scale_tile(out, row, start, V, factor, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):
     at = tile_at(start, K, N, W)
-    d = scaled(load_tile(row, start, V, K, N, W, MASKED, ""), factor).to(out.dtype.element_ty)
+    d = scaled(load_tile(row, start, V, None, K, N, W, MASKED, ""), factor).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
