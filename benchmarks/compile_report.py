@@ -223,8 +223,8 @@ def compile_launch(each: Launch, target_name: str) -> dict:
     target, options = TARGETS[target_name], each.options
     row = machine_code_of(each, target_name)
     loops, x = row.pop("loops"), each.arguments.get("logits", each.arguments.get("grad"))
-    passes, rests = ({}, {}) if x is None else _row_passes(loops, x.element_size())
     tile = each.arguments.get("K", 0) * each.arguments.get("W", 0)
+    passes, rests = ({}, {}) if x is None else _row_passes(loops, x.element_size(), tile)
     capped = each.arguments.get("cap") is not None
     row |= {"tile_per_thread": tile, "passes": passes, "rests": rests, "capped": capped}
     whole = passes and all(loop["elements"] % tile == 0 for loop in passes.values())
@@ -246,11 +246,12 @@ def _row_cost(V: int, threads: int, passes: dict, rests: dict, outside: int) -> 
     return each * threads / V
 
 
-def _row_passes(loops: list[dict], itemsize: int) -> tuple[dict, dict]:
+def _row_passes(loops: list[dict], itemsize: int, tile: int = 1) -> tuple[dict, dict]:
     """The loops over a row: "first" (loads, exponentials), "second" (stores too), "scale" (no exponentials).
 
-    First those over whole tiles, then those over the rest of a row, which take more per element. Of a
-    loop that the compiler has unrolled, its main part; of the rest's, the iterations left over.
+    First those over whole tiles, of ``tile`` elements a thread, then those over the rest of a row, which take more
+    per element. Of a loop that the compiler has unrolled, its main part; of the rest's, the iterations left over.
+    Of the first pass in its two forms, the sum anchored at the token and the running maximum, it is the cheaper.
     """
     found: dict[str, list] = {}
     for loop in loops:
@@ -259,7 +260,8 @@ def _row_passes(loops: list[dict], itemsize: int) -> tuple[dict, dict]:
             found.setdefault("first" if not loop["stores"] else "second" if loop["ex2"] else "scale", []).append(loop)
     passes, rests = {}, {}
     for name, each in found.items():
-        passes[name], *others = sorted(each, key=lambda loop: loop["instructions"] / loop["elements"])
+        cost = lambda loop: (loop["elements"] % tile > 0, loop["instructions"] / loop["elements"])  # noqa: E731
+        passes[name], *others = sorted(each, key=cost)
         if others:
             rests[name] = min(others, key=lambda loop: loop["elements"])
     return passes, rests

@@ -73,9 +73,9 @@ def test_wide_loads_and_stores(row_kernels):
 
 
 def test_exponentials_per_element(row_kernels):
-    """Counted in the machine code of the loops: one each in both passes, and one per tile for rescaling.
+    """Counted in the machine code of the loops: one each in both passes. A soft cap takes one more in each.
 
-    A soft cap takes one more in each pass.
+    A part of a vocabulary has a running maximum, and takes one per tile for rescaling.
     """
     assert sum(row["capped"] for row in row_kernels) == 6 * len(COMPILED)
     for row in row_kernels:
@@ -84,7 +84,7 @@ def test_exponentials_per_element(row_kernels):
             continue
         found = {name: loop["ex2"] / loop["elements"] for name, loop in row["passes"].items()}
         assert sum(found.values()) == row["ex2_per_element"] <= 2.125, row
-        assert found.get("first", 1.1) > 1 and found.get("second", 1) == 1 and found.get("scale", 0) == 0, row
+        assert found.get("first", 1) >= 1 and found.get("second", 1) == 1 and found.get("scale", 0) == 0, row
 
 
 def test_loops_go_over_whole_tiles(row_kernels):
@@ -140,8 +140,9 @@ def test_a_defect_is_named(changes, says):
 
 
 def test_odd_rows_have_narrow_edges_and_no_more():
-    assert defects(doctored(V=33, stores=14, half_loads=3)) == []
-    assert defects(doctored(V=33, half_loads=4)) == ["4 loads of 2 bytes"]
+    """Once per pass, and once more for the first pass in its other form, the running maximum."""
+    assert defects(doctored(V=33, stores=16, half_loads=4)) == []
+    assert defects(doctored(V=33, half_loads=5)) == ["5 loads of 2 bytes"]
     assert defects(doctored(V=33, second={"wide_loads": 0})) == ["2 narrow loads in the loop of the second pass"]
 
 
@@ -158,6 +159,8 @@ def test_the_rest_of_a_row_is_told_from_its_tiles():
     rest, left = {**loop, "instructions": 130}, {**loop, "loaded": 8, "instructions": 40}
     passes, rests = _row_passes([rest, left, loop, {**loop, "loaded": 0}], 2)
     assert passes == {"first": {**loop, "elements": 16}} and rests == {"first": {**left, "elements": 4}}
+    cheap = {**loop, "loaded": 16, "instructions": 40}  # does not cover a tile of 16
+    assert _row_passes([cheap, loop], 2, 16)[0] == {"first": {**loop, "elements": 16}}
 
 
 # --- reading machine code --------------------------------------------------------------------------
