@@ -94,8 +94,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("onchip_report compiles: unset TRITON_INTERPRET.")
-    print(f"Triton {triton.__version__}. reg: registers; stk: bytes of stack; spl: spills; smem: bytes of shared memory;")
-    print("bar: barriers in the code; ins: instructions per entry in the main loop")
+    print(f"Triton {triton.__version__}. reg: registers; stk: bytes of stack; spl: spills; smem: bytes of shared")
+    print("memory; bar: barriers in the code; ins: instructions per entry in the main loop")
     print(f"{'target':7}{'V':>7} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>8}{'bar':>4}{'ins':>6}")
     bad = 0
     for V in args.vocab:

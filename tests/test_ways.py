@@ -80,6 +80,9 @@ def test_gpus(monkeypatch):
     assert "227 KB of shared memory per program, got 99" in ways.device_obstacle(Logits)
     Gpu(monkeypatch, 9, 0, 227)
     assert ways.device_obstacle(Logits) is None
+    for major, reason in ((9, None), (10, None), (12, "227 KB of shared memory per program, got 99")):
+        del Gpu(monkeypatch, major, 0, 227).shared_memory_per_block_optin  # a torch that does not tell
+        assert ways.device_obstacle(Logits) in (reason, f"needs {reason}")
 
 
 def test_auto_goes_by_the_record(monkeypatch):
