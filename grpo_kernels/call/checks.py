@@ -280,7 +280,7 @@ def check_factor(
 
 
 def check_count(name: str, value: torch.Tensor | float | None, logits: torch.Tensor) -> torch.Tensor | float | None:
-    """`check_factor` of a count, which may be 0 but not less; None where there is none. A tensor's value is not read."""
+    """`check_factor` of a count, which may be 0 but not less; None where there is none. A tensor is not read."""
     if value is None:
         return None
     value = check_factor(name, value, logits)
