@@ -7,7 +7,7 @@ Two forms of the loss, with the same maths:
   (`_TwoLaunches`): a loss that depends on more than its own row, a loss per token, a vocabulary that is
   spread over ranks, and fp16, where rounding before a loss scaler's 65536 would zero most of the gradient.
 
-`_FromLogprobs` is the loss of log-probabilities that somebody else has made.
+`_FromLogprobs` is the loss of log-probabilities that the caller has made.
 """
 
 import torch
@@ -36,7 +36,7 @@ def backward_may_run_again() -> bool:
 
 
 def is_one(up: Tensor) -> bool:
-    """Whether there is nothing to multiply by; asked only where nobody has to be waited for."""
+    """Whether the upstream gradient is known to be 1. One on a device is not read, which would make the host wait."""
     return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
 
 

@@ -59,7 +59,7 @@ class Layout(NamedTuple):
         return x[None] if x is not None and self.packed else x
 
     def restore(self, x: torch.Tensor | None) -> torch.Tensor | None:
-        """Back from `tokens`."""
+        """Undoes `tokens`: the shape that the caller's tensors have."""
         return x[0] if x is not None and self.packed and x.dim() else x
 
 
@@ -224,7 +224,7 @@ def check_rewards(rewards: torch.Tensor, num_generations: object, scale_rewards:
 
 
 def check_sizes_tensor(sizes: torch.Tensor, rewards: torch.Tensor) -> None:
-    """Sizes of groups as a tensor; of its values only what costs no waiting."""
+    """Checks sizes of groups that are a tensor; their values only where the host need not wait for a device."""
     if not is_integer(sizes):
         raise TypeError(f"num_generations must hold integers, got {sizes.dtype}.")
     if sizes.dim() != 1 or sizes.numel() == 0:
@@ -280,7 +280,7 @@ def check_factor(
 
 
 def check_count(name: str, value: torch.Tensor | float | None, logits: torch.Tensor) -> torch.Tensor | float | None:
-    """`check_factor` of a count, which may be 0 but not less; None where there is none. A tensor is not looked at."""
+    """`check_factor` of a count, which may be 0 but not less; None where there is none. A tensor is not read."""
     if value is None:
         return None
     value = check_factor(name, value, logits)
@@ -290,7 +290,7 @@ def check_count(name: str, value: torch.Tensor | float | None, logits: torch.Ten
 
 
 def check_inplace(logits: torch.Tensor) -> None:
-    """``inplace=True`` needs logits that nobody else owns."""
+    """``inplace=True`` refuses a leaf, a view of a leaf, and entries that share memory."""
     if logits.is_leaf:
         raise ValueError(
             "inplace=True would overwrite a leaf tensor that requires grad. Use inplace=False, or pass logits that "

@@ -43,7 +43,7 @@ def check_values(inputs: Inputs, V: int) -> None:
 
 
 def stats_shape(rows: int, backend: str) -> tuple[int, ...]:
-    """Of what `slope_op` wants to know of each row, which the torch backend finds again."""
+    """Shape of what `slope_op` needs of each row; the torch backend keeps none and computes it again."""
     return (0,) if backend == "torch" else (rows, 3)
 
 

@@ -37,12 +37,15 @@ class OverwrittenLogits(torch.Tensor):
 
 
 def are_guarded() -> bool:
-    """Whether logits that are given up are to be guarded: asked for, and nobody traces."""
+    """Whether to guard logits that are given up: GRPO_KERNELS_VALIDATE=1 asks for it, and torch runs eagerly."""
     return os.environ.get("GRPO_KERNELS_VALIDATE") == "1" and is_eager()
 
 
 def give_up(logits: torch.Tensor) -> None:
-    """NaN in their memory, which a graph built earlier notices as any change in place, and no operation on them."""
+    """Fills the logits with NaN and makes the caller's tensor refuse operations.
+
+    A graph that was built earlier notices the change in place.
+    """
     logits.detach().fill_(torch.nan)
     whole = logits._base
     for x in (logits, whole if whole is not None and whole.numel() == logits.numel() else None):

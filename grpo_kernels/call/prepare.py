@@ -215,7 +215,10 @@ def _batch_std(args: Arguments, config: LossConfig) -> torch.Tensor | None:
 
 
 def _gate(args: Arguments, plan: Plan, layout: Layout, backend: str) -> torch.Tensor | None:
-    """(B, 1), 0 for a sequence whose unmasked tokens all have advantage 0; None where the advantages tell."""
+    """(B, 1), 0 for a sequence whose unmasked tokens all have advantage 0.
+
+    None where no row is skipped, where a row is skipped for its own advantage, and where there is one per sequence.
+    """
     if not plan.skip or plan.row_gate or _is_per_sequence(args.advantages, layout):
         return None
     adv, mask = layout.rows(args.advantages), layout.tokens(args.completion_mask)

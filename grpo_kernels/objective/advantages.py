@@ -30,12 +30,12 @@ def spread_of(square, count, low, high, UNBIASED: tl.constexpr):
 def group_sizes(num_generations: int | Sequence[int] | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """The sizes as a tensor on the device of ``like``; None for one number.
 
-    A list goes to a GPU in one small copy from pinned memory, for which nobody waits.
+    A list goes to a GPU in one small copy from pinned memory; the host does not wait for it.
     """
     if isinstance(num_generations, torch.Tensor):
         if num_generations.device == like.device:
             return num_generations
-        num_generations = num_generations.tolist()  # of the CPU: no device is waited for
+        num_generations = num_generations.tolist()  # a CPU tensor: the host waits for no device
     elif not isinstance(num_generations, (list, tuple)):
         return None
     sizes = torch.tensor([int(size) for size in num_generations], dtype=torch.int32, device="cpu")

@@ -23,7 +23,7 @@ class Inputs(NamedTuple):
     sampling: torch.Tensor | None = None  # as ids
     adv: torch.Tensor | None = None  # *, or rewards
     rewards: torch.Tensor | None = None  # (B,)
-    gate: torch.Tensor | None = None  # *, 0 where a row need not be read; None: the advantages tell
+    gate: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
     is_weight: torch.Tensor | None = None  # *
     temperature: torch.Tensor | None = None  # *, in place of the number
     count: torch.Tensor | None = None  # (B,) or (): what the weight divides by
@@ -67,7 +67,7 @@ class Coefs(NamedTuple):
         return Limits(self.r_low, self.r_high, self.kl_u, self.kl_value)
 
     def pack(self) -> torch.Tensor:
-        """As an fp32 CPU tensor. Under torch.compile each stays a tensor, or it would be a constant."""
+        """As an fp32 CPU tensor. Under torch.compile values stay tensors: numbers would be constants of it."""
         values = (*self[:-1], *self.term)
         if torch.compiler.is_compiling():
             one = torch.ones((), device="cpu")
@@ -84,6 +84,6 @@ class Coefs(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def _packed(values: tuple[float, ...]) -> torch.Tensor:
-    """Nobody writes to it; most calls have the coefficients of the one before."""
+    """The tensor of these values, kept: most calls have the values of the call before. It is never written to."""
     with torch.inference_mode(False):  # or autograd could not save it
         return torch.tensor(values, dtype=torch.float32, device="cpu")

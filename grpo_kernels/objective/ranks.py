@@ -1,4 +1,4 @@
-"""What ranks tell each other."""
+"""Tensors of all ranks of a process group, gathered on each of them."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from torch import Tensor
 def gathered(x: Tensor, group) -> Tensor:
     """[ranks, ...] of a tensor that has the same shape on every rank."""
     every = x.new_empty((torch.distributed.get_world_size(group), *x.shape))
-    # into one tensor: into a list NCCL would copy from one of its own
+    # Into one tensor: NCCL would fill a list by copying from a tensor of its own.
     _gather(every.view(-1), x.contiguous().view(-1), group=group)
     return every
 

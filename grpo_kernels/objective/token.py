@@ -100,7 +100,7 @@ def token_objective(r_hat, passes, r, lp, old, ref, A, trust, beta, limits, c, T
 
 @jit
 def drift_of(lp, sampled):
-    """How far log π has fallen since the token was sampled; 0 where nobody knows (NaN)."""
+    """How far log π has fallen since the token was sampled; 0 where the sampler has no log-probability (NaN)."""
     d = sampled - lp
     return tl.where(d == d, d, 0.0)
 
