@@ -250,7 +250,7 @@ def test_a_soft_cap_both_ways(monkeypatch):
 
 @pytest.mark.unshifted
 def test_bodies_start_at_lines_where_both_rows_may():
-    memory = torch.empty(4096, dtype=torch.bfloat16)
+    memory = torch.empty(4096, dtype=torch.bfloat16, device=DEVICE)
     memory = memory[-memory.data_ptr() % 128 // 2 :]
     line = 64 if DEVICE == "cpu" else 128
 
