@@ -261,6 +261,8 @@ def test_bodies_start_at_lines_where_both_rows_may():
     assert chosen(0) == chosen(1) == chosen(3, 3) == chosen(1, 1 + line // 2) == (8, line)
     assert chosen(0, 8) == chosen(1, 17) == (8, 16)
     assert chosen(0, 1) == (1, 2)
+    aligned = [memory[first:].as_strided((2, 3, 48), (144, 48, 1)) for first in (0, 8)]
+    assert {_tile(gradient_shape, 48, *each)["EDGE"] for each in (aligned, aligned[:1])} == {8}  # one kernel for all
 
 
 def test_cases_of_every_kind_keep_their_gradient_in_place():

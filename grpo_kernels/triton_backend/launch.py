@@ -271,8 +271,9 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     line = line_bytes(tensors[0].device)
     off = {boundary: {tuple(at % boundary for at in each) for each in starts} for boundary in (line, 16)}
     wide = next((boundary for boundary, each in off.items() if len(each) == 1), size)
-    found = shape(V, size, min(wide, 16) // size, capped)
-    return {"ALIGNED": off[16] == {(0, 0, 0)} and V % 16 == 0, "EDGE": wide // size, **found}
+    aligned = off[16] == {(0, 0, 0)} and V % 16 == 0
+    wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
+    return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, capped)}
 
 
 def _cap(coefs: Coefs) -> Cap | None:
