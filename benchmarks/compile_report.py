@@ -36,9 +36,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from benchmarks import machine_code
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
 from grpo_kernels.objective.corrections import CORRECTIONS
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import launch
 
@@ -113,29 +113,29 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     ids = torch.zeros(B, T, dtype=torch.int64)
     token, sequence, one = torch.zeros(B, T), torch.zeros(B), torch.ones(())
     column = sequence[:, None]
-    lean = Inputs(ids, adv=column)
+    lean = Batch(ids, adv=column)
     weighted = lean._replace(mask=ids, old=token, count=sequence)
     full = weighted._replace(ref=token, adv=None, rewards=sequence, is_weight=column, temperature=column,
                              loss_scale=one, tokens=one)  # fmt: skip
     tokens = torch.zeros(1, B * T)
     row, flat_ids = logits.reshape(1, B * T, V), ids.reshape(1, B * T)
     cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
-    packed = Inputs(flat_ids, flat_ids, tokens, tokens, tokens, column, None, None, column, count=sequence, cu=cu,
-                    segments=segments)  # fmt: skip
+    packed = Batch(flat_ids, flat_ids, tokens, tokens, tokens, column, None, None, column, count=sequence, cu=cu,
+                   segments=segments)  # fmt: skip
     own = {name: bool(term.statistic) for name, term in TERMS.items()}
     launches: list[Launch] = []
 
-    def run(label, inputs, plan, entropy=False, gradient=True, softcap=torch.inf):
-        coefs = Coefs(term=(1.0,) * len(TERMS[plan.term].kind._fields), softcap=softcap)
-        x = logits if inputs.cu is None else row
+    def run(label, batch, plan, entropy=False, gradient=True, softcap=torch.inf):
+        batch = batch._replace(term=(1.0,) * len(TERMS[plan.term].kind._fields), softcap=softcap)
+        x = logits if batch.cu is None else row
         with recording(launches, f"{plan.term} {label} {dtype}", wave):
             if plan.one_launch:
-                launch.loss(x, x, inputs, coefs, plan, entropy)
-            launch.logprobs(x, inputs, coefs, plan, entropy)
-            logps = torch.zeros(inputs.ids.shape)
+                launch.loss(x, x, batch, plan, entropy)
+            launch.logprobs(x, batch, plan, entropy)
+            logps = torch.zeros(batch.ids.shape)
             entropies = logps if entropy else None
-            launch.objective(logps, entropies, inputs, coefs, plan, gradient)
-            launch.slope(x, x, inputs, torch.zeros(logps.numel(), 3), logps, entropies, one, coefs)
+            launch.objective(logps, entropies, batch, plan, gradient)
+            launch.slope(x, x, batch, torch.zeros(logps.numel(), 3), logps, entropies, one)
 
     for name in TERMS:
         run("lean", lean, Plan(term=name))
@@ -163,13 +163,13 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         for up, bounds in ((None, None), (token, None), (None, cu)):
             launch.join(*(tokens if bounds is not None else token for _ in range(3)), up, bounds)
         for correction in CORRECTIONS.values():
-            launch.correct(token, full._replace(sampling=token), Coefs(), correction)
+            launch.correct(token, full._replace(sampling=token), correction)
         launch.segments(flat_ids, cu, B * T)
         launch.groups(cu, B)
-        for inputs in (lean, full, packed._replace(temperature=column)):
+        for batch in (lean, full, packed._replace(temperature=column)):
             for entropy in (False, True):
-                launch.unite(torch.zeros(2, 4 * B * T), inputs, Coefs(), entropy)
-                launch.shard(logits if inputs.cu is None else row, inputs, Coefs(), Plan(skip=not entropy), entropy)
+                launch.unite(torch.zeros(2, 4 * B * T), batch, entropy)
+                launch.shard(logits if batch.cu is None else row, batch, Plan(skip=not entropy), entropy)
         launch.threshold(segments.float(), segments.float(), 0.5)
     seen = {}
     for each in launches:

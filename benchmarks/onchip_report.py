@@ -15,8 +15,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks import machine_code
 from benchmarks.compile_report import TARGETS, Launch, Recorder, signature
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import launch, onchip_launch, ways
 
@@ -29,7 +29,7 @@ def record_launches(V: int) -> list[Launch]:
     logits = torch.zeros(B, T, V, dtype=torch.bfloat16)
     ids, token, sequence, one = torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T), torch.zeros(B), torch.ones(())
     column = sequence[:, None]
-    usual = Inputs(ids, ids, token, adv=column, count=sequence)
+    usual = Batch(ids, ids, token, adv=column, count=sequence)
     full = usual._replace(ref=token, is_weight=column, temperature=column, loss_scale=one, tokens=one)
     packed = full._replace(
         ids=ids.view(1, -1), mask=ids.view(1, -1), old=token.view(1, -1), ref=token.view(1, -1), tokens=None,
@@ -42,16 +42,16 @@ def record_launches(V: int) -> list[Launch]:
         label = ""
 
         @classmethod
-        def launcher(cls, logits, inputs, entropy):
-            shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(inputs, entropy))
+        def launcher(cls, logits, batch, entropy):
+            shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(batch, entropy))
             del shape["programs"]
             return Recorder(onchip_launch.onchip_kernel, launches, cls.label)[(1,)], shape
 
-    def run(label: str, inputs: Inputs, plan: Plan, entropy: bool = False) -> None:
+    def run(label: str, batch: Batch, plan: Plan, entropy: bool = False) -> None:
         Chip.label = f"{plan.term} {label}"
-        x = logits if inputs.cu is None else logits.view(1, B * T, V)
-        coefs = Coefs(term=(1.0,) * len(TERMS[plan.term].kind._fields))
-        launch.gradient(x, x, inputs, coefs, plan, entropy)
+        x = logits if batch.cu is None else logits.view(1, B * T, V)
+        batch = batch._replace(term=(1.0,) * len(TERMS[plan.term].kind._fields))
+        launch.gradient(x, x, batch, plan, entropy)
 
     saved, ways.on_chip = ways.on_chip, lambda *given: Chip
     try:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.smoke_cases import BF16, FP16, FP32, Case
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
 from grpo_kernels.call import ops as kernel_ops
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
 from reference import policy_loss as exact_policy_loss
 from reference import token_logprobs as exact_token_logprobs
@@ -196,13 +196,12 @@ class Job:
 
     def _run_parts(self, logits: Tensor) -> dict[str, Tensor]:
         """What two ranks of a vocab_group do, in turns."""
-        half, coefs, plan = self.V // 2, Coefs().pack(), Plan().key()
+        half, plan = self.V // 2, Plan().key()
         parts = [(logits.detach()[..., :half], self.ids), (logits.detach()[..., half:], self.ids - half)]
-        rows = [(x, tuple(Inputs(ids=ids, mask=self.mask))) for x, ids in parts]
-        sums = torch.stack([kernel_ops.shard_op(x, inputs, coefs, plan, True, "triton") for x, inputs in rows])
-        whole = tuple(Inputs(ids=self.ids, mask=self.mask))
-        logps, entropy, stats = kernel_ops.unite_op(sums, whole, coefs, True, "triton")
-        grads = [kernel_ops.slope_op(x, inputs, stats, self.g, self.h, None, coefs, "triton") for x, inputs in rows]
+        rows = [(x, *Batch(ids=ids, mask=self.mask).pack()) for x, ids in parts]
+        sums = torch.stack([kernel_ops.shard_op(*row, plan, True, "triton") for row in rows])
+        logps, entropy, stats = kernel_ops.unite_op(sums, *Batch(self.ids, self.mask).pack(), True, "triton")
+        grads = [kernel_ops.slope_op(*row, stats, self.g, self.h, None, "triton") for row in rows]
         return {"logps": logps, "entropy": entropy, "gradient of logits": torch.cat(grads, -1)}
 
     def _replayed(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -157,13 +157,13 @@ def test_activation_checkpointing(backend):
 def test_opcheck(inplace, backend):
     """torch's own checks of the registrations: schema, aliasing, fakes."""
     from grpo_kernels.call import ops
-    from grpo_kernels.objective.inputs import Coefs, Inputs
+    from grpo_kernels.objective.batch import Batch
     from grpo_kernels.objective.plan import Plan
 
     leaf, kwargs = setup()
-    inputs = Inputs(kwargs["completion_ids"], kwargs["completion_mask"], kwargs["old_logps"],
-                    adv=kwargs["advantages"][:, None])  # fmt: skip
-    args = (tuple(inputs), Coefs(term=(0.8, 1.2, 1e30, 1e30)).pack(), Plan(term="clipped").key(), True, backend)
+    batch = Batch(kwargs["completion_ids"], kwargs["completion_mask"], kwargs["old_logps"],
+                  adv=kwargs["advantages"][:, None], term=(0.8, 1.2, 1e30, 1e30))  # fmt: skip
+    args = (*batch.pack(), Plan(term="clipped").key(), True, backend)
     op = ops.loss_op_ if inplace else ops.loss_op
     torch.library.opcheck(op, (leaf.detach().clone(), *args), test_utils=("test_schema", "test_faketensor"))
 

@@ -15,8 +15,8 @@ from cases import BACKENDS, DEVICE, assert_outputs, make_case
 from counting import INTERPRETED, launches
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.call import ops, sharded
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.metrics import combine
 from grpo_kernels.objective.plan import Plan
 from linear_tolerance import assert_gradients, linear_bounds, linear_logprob_bounds
@@ -258,9 +258,9 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
         torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=keep)
     monkeypatch.setattr(sharded, "gathered", lambda x, group: torch.stack([x, x]))  # two ranks, of the same logits
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
-    tensors = tuple(Inputs(inputs["completion_ids"], inputs["completion_mask"]))
+    packed = Batch(inputs["completion_ids"], inputs["completion_mask"]).pack()
     for entropy in (False, True):
-        sharded.logprobs(x.detach(), tensors, Coefs().pack(), Plan().key(), entropy, backend, "group")
+        sharded.logprobs(x.detach(), *packed, Plan().key(), entropy, backend, "group")
     assert len({id(op) for op, _ in calls}) == len(names)
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

@@ -8,7 +8,7 @@ import torch
 from cases import BACKENDS, DEVICE, make_case, ours
 from grpo_kernels import fused_grpo_loss, policy_loss
 from grpo_kernels.call.ops import correct_op, segments_op
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from tolerance import U, assert_within, bounds, steps
 
 FULL = ("completion_ids", "completion_mask", "old_logps", "ref_logps")
@@ -124,11 +124,11 @@ def test_corrections_of_strided_inputs(backend):
     case = make_case(B=3, T=4, seed=7)
     old, sampled = case.old_logps.to(DEVICE), case.ref_logps.to(DEVICE)
     turned = sampled.t().contiguous().t()
-    coefs = Coefs(correction_high=1.2).pack()
     ids = case.completion_ids.to(DEVICE)
     for mode in ("token_truncate", "sequence_mask", "seq_mask_tis"):
-        want = correct_op(old, tuple(Inputs(ids, sampling=sampled)), coefs, mode, backend)
-        assert torch.equal(correct_op(old, tuple(Inputs(ids, sampling=turned)), coefs, mode, backend), want)
+        want, got = (correct_op(old, *Batch(ids, sampling=x, correction_high=1.2).pack(), mode, backend)
+                     for x in (sampled, turned))  # fmt: skip
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,7 +12,7 @@ import torch
 from cases import make_case
 from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.call.ops import threshold_op
-from grpo_kernels.objective.inputs import Coefs
+from grpo_kernels.objective.batch import Batch
 from pretend_gpu import DeviceMismatch, pretended, pretended_gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -105,10 +105,10 @@ def test_kernels_take_no_cpu_tensor(given):
 
 def test_an_operation_of_the_package_looks_for_itself():
     """Were its callers to let a CPU tensor through."""
-    coefs = Coefs(quantile=0.5).pack()
-    assert all(value.is_cuda for value in threshold_op(on_gpu(3), on_gpu(3), coefs, "triton"))
+    packed = Batch(None, quantile=0.5).pack()
+    assert all(value.is_cuda for value in threshold_op(on_gpu(3), on_gpu(3), *packed, "triton"))
     with pytest.raises(DeviceMismatch, match="is given to a compiled kernel"):
-        threshold_op(on_gpu(3), torch.ones(3), coefs, "triton")
+        threshold_op(on_gpu(3), torch.ones(3), *packed, "triton")
 
 
 @pytest.mark.parametrize("backend", (None, "torch", "triton"))

@@ -5,7 +5,7 @@ import torch
 
 from cases import DEVICE
 from grpo_kernels.call.ops import threshold_op
-from grpo_kernels.objective.inputs import Coefs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.quantile import FP32_COUNT, sorted_entropies
 
 BACKENDS = ("torch", "triton")
@@ -13,8 +13,8 @@ BACKENDS = ("torch", "triton")
 
 def threshold(H, mask, top, backend):
     ordered, everywhere = sorted_entropies(H, mask)
-    coefs = Coefs(quantile=1.0 - top).pack()
-    value, kept = threshold_op(ordered.to(DEVICE), everywhere.to(DEVICE), coefs, backend)
+    packed = Batch(None, quantile=1.0 - top).pack()
+    value, kept = threshold_op(ordered.to(DEVICE), everywhere.to(DEVICE), *packed, backend)
     return value.cpu(), kept.cpu()
 
 
@@ -45,7 +45,8 @@ def test_beyond_the_limit_of_torch_quantile():
     ordered = torch.arange(n, dtype=torch.float32)  # not all are exact, but never in the wrong order
     for q in (0.25, 0.5, 0.75):
         rank = q * (n - 1)
-        value, kept = threshold_op(ordered, ordered, Coefs(quantile=q).pack(), "torch")
-        again = threshold_op(ordered, ordered, Coefs(quantile=q).pack(), "triton") if DEVICE == "cpu" else (value, kept)
+        packed = Batch(None, quantile=q).pack()
+        value, kept = threshold_op(ordered, ordered, *packed, "torch")
+        again = threshold_op(ordered, ordered, *packed, "triton") if DEVICE == "cpu" else (value, kept)
         assert value.item() == pytest.approx(rank, abs=0.5) and kept.item() == pytest.approx(n - rank, abs=1)
         assert value.item() == again[0].item() and kept.item() == again[1].item()

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import kernels
 from cases import make_case, ours
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.triton_backend import onchip_record, ways
 from pretend_gpu import pretended
 
@@ -15,9 +15,9 @@ BF16 = torch.bfloat16
 without_gpu = pytest.mark.skipif(torch.cuda.is_available() or pretended(), reason="about calls that no GPU sees")
 
 
-def obstacle(logits, **coefs):
+def obstacle(logits, **numbers):
     ids = torch.zeros(logits.shape[:2], dtype=torch.int64)
-    return ways.obstacle(logits, logits, Inputs(ids), Coefs(**coefs))
+    return ways.obstacle(logits, logits, Batch(ids, **numbers))
 
 
 def test_a_setting_that_does_not_exist(monkeypatch):

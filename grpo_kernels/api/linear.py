@@ -6,15 +6,14 @@ from collections.abc import Sequence
 import torch
 
 from grpo_kernels.api.logprobs import TokenLogprobs
-from grpo_kernels.api.loss import LossOutput
 from grpo_kernels.call import checks, ops
-from grpo_kernels.call.prepare import Arguments, prepare
+from grpo_kernels.call.output import LossOutput, output
+from grpo_kernels.call.prepare import prepare, prepare_logprobs
 from grpo_kernels.linear import head_autograd
 from grpo_kernels.linear.head import chunk_rows
 from grpo_kernels.linear.head_autograd import ChunkOptions
 from grpo_kernels.linear.head_checks import check_count, check_hidden, check_number, head_tensors
 from grpo_kernels.objective.config import LossConfig, resolve_config
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 
 
@@ -96,24 +95,21 @@ def fused_linear_grpo_loss(
     layout = check_hidden(hidden, weight, bias, completion_ids, cu_seqlens)
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
-    args = Arguments(
-        advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
-        sampling_logps, num_items_in_batch, loss_scale, cu_seqlens, reduction, data_group, skip_zero_advantage,
-        temperature, softcap, logit_scale,
+    batch, plan = prepare(
+        config, layout, completion_ids, backend, advantages=advantages, rewards=rewards,
+        num_generations=num_generations, old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,
+        importance_weights=importance_weights, sampling_logps=sampling_logps, num_items_in_batch=num_items_in_batch,
+        loss_scale=loss_scale, cu_seqlens=cu_seqlens, reduction=reduction, data_group=data_group,
+        skip_zero_advantage=skip_zero_advantage, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
-    call = prepare(args, config, layout, completion_ids, backend, return_entropy)
-    loss, logps, entropy, sums, values = head_autograd.run_linear_loss(
-        layout.tokens(hidden), weight, bias, call.inputs, call.coefs, call.plan,
-        entropy=return_entropy or call.needs_entropy, weighted=call.weighted, data_group=data_group,
-        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
+    loss, logps, entropy, sums, metrics = head_autograd.run_linear_loss(
+        layout.tokens(hidden), weight, bias, batch, plan, entropy=return_entropy or plan.needs_entropy,
+        data_group=data_group, options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
     )  # fmt: skip
-    return LossOutput(
-        loss=layout.restore(loss),
-        logps=layout.restore(logps),
-        entropy=layout.restore(entropy) if return_entropy else None,
-        metrics=call.metrics(values),
-        sums=call.sums(sums),
-    )
+    return output(
+        batch, plan, layout, loss=loss, logps=layout.restore(logps), sums=sums, metrics=metrics,
+        entropy=layout.restore(entropy) if return_entropy else None, has_entropy=return_entropy,
+    )  # fmt: skip
 
 
 def linear_token_logprobs(
@@ -155,11 +151,9 @@ def linear_token_logprobs(
     checks.check_mask("mask", mask, hidden, layout)
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
-    heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
-    coefs = Coefs(temperature=1.0 if heat is not None else temperature, softcap=softcap, logit_scale=logit_scale)
-    inputs = Inputs(ids=layout.tokens(completion_ids), mask=layout.tokens(mask), temperature=heat)
+    batch = prepare_logprobs(layout, completion_ids, mask, temperature, softcap=softcap, logit_scale=logit_scale)
     logps, entropy = head_autograd.LinearLogprobsFunction.apply(
-        layout.tokens(hidden), weight, bias, tuple(inputs), coefs.pack(), Plan().key(), return_entropy,
+        layout.tokens(hidden), weight, bias, *batch.pack(), Plan().key(), return_entropy,
         _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
     )  # fmt: skip
     return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from grpo_kernels.call import autograd, checks, ops
-from grpo_kernels.objective.inputs import Coefs
+from grpo_kernels.call.prepare import prepare_logprobs
 from grpo_kernels.objective.plan import Plan
 
 _PLAN = Plan().key()
@@ -56,10 +56,8 @@ def token_logprobs(
     checks.check_mask("mask", mask, logits, layout)
     temperature = checks.check_temperature(temperature, logits, layout)
     backend = ops.choose_backend(backend, logits)
-    heat = layout.rows(temperature) if isinstance(temperature, torch.Tensor) else None
-    coefs = Coefs(temperature=1.0 if heat is not None else temperature).pack()
+    batch = prepare_logprobs(layout, completion_ids, mask, temperature)
     logps, entropy = autograd.TokenLogprobsFunction.apply(
-        layout.tokens(logits), layout.tokens(completion_ids), layout.tokens(mask), heat, coefs, _PLAN, return_entropy,
-        backend, vocab_group,
-    )  # fmt: skip
+        layout.tokens(logits), *batch.pack(), _PLAN, return_entropy, backend, vocab_group
+    )
     return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)

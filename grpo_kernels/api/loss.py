@@ -4,23 +4,13 @@
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 
 from grpo_kernels.call import autograd, checks, ops
-from grpo_kernels.call.prepare import Arguments, prepare
+from grpo_kernels.call.output import LossOutput, output
+from grpo_kernels.call.prepare import prepare
 from grpo_kernels.objective.config import LossConfig, resolve_config
-
-
-class LossOutput(NamedTuple):
-    """What a loss function returns; everything but the loss is detached and stays on the device."""
-
-    loss: torch.Tensor  # () fp32, or (B, T), packed (N,), with reduction="none"
-    logps: torch.Tensor  # (B, T) or (N,) fp32, 0 where masked
-    entropy: torch.Tensor | None  # likewise
-    metrics: dict[str, torch.Tensor]  # 0-d fp32
-    sums: dict[str, torch.Tensor]  # 0-d fp64, see grpo_kernels.objective.metrics.combine
 
 
 def fused_grpo_loss(
@@ -125,23 +115,21 @@ def fused_grpo_loss(
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         checks.check_inplace(logits)
     backend = ops.choose_backend(backend, logits)
-    args = Arguments(
-        advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
-        sampling_logps, num_items_in_batch, loss_scale, cu_seqlens, reduction, data_group, skip_zero_advantage,
-        temperature,
+    batch, plan = prepare(
+        config, layout, completion_ids, backend, advantages=advantages, rewards=rewards,
+        num_generations=num_generations, old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,
+        importance_weights=importance_weights, sampling_logps=sampling_logps, num_items_in_batch=num_items_in_batch,
+        loss_scale=loss_scale, cu_seqlens=cu_seqlens, reduction=reduction, data_group=data_group,
+        skip_zero_advantage=skip_zero_advantage, temperature=temperature,
     )  # fmt: skip
-    call = prepare(args, config, layout, completion_ids, backend, return_entropy)
-    loss, logps, entropy, sums, values = autograd.run_loss(
-        layout.tokens(logits), call.inputs, call.coefs, call.plan, entropy=return_entropy or call.needs_entropy,
-        backend=backend, inplace=inplace, weighted=call.weighted, data_group=data_group, vocab_group=vocab_group,
+    loss, logps, entropy, sums, metrics = autograd.run_loss(
+        layout.tokens(logits), batch, plan, entropy=return_entropy or plan.needs_entropy, backend=backend,
+        inplace=inplace, data_group=data_group, vocab_group=vocab_group,
     )  # fmt: skip
-    return LossOutput(
-        loss=layout.restore(loss),
-        logps=layout.restore(logps),
-        entropy=layout.restore(entropy) if return_entropy else None,
-        metrics=call.metrics(values),
-        sums=call.sums(sums),
-    )
+    return output(
+        batch, plan, layout, loss=loss, logps=layout.restore(logps), sums=sums, metrics=metrics,
+        entropy=layout.restore(entropy) if return_entropy else None, has_entropy=return_entropy,
+    )  # fmt: skip
 
 
 def policy_loss(
@@ -182,24 +170,21 @@ def policy_loss(
         if needed and entropy is None:
             raise ValueError(f"{name}={getattr(config, name)} needs entropy, shaped as logps (see token_logprobs).")
     backend = ops.choose_backend(backend, logps)
-    args = Arguments(
-        advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
-        sampling_logps, num_items_in_batch, loss_scale, cu_seqlens, reduction, data_group,
+    batch, plan = prepare(
+        config, layout, logps.detach(), backend, advantages=advantages, rewards=rewards,
+        num_generations=num_generations, old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,
+        importance_weights=importance_weights, sampling_logps=sampling_logps, num_items_in_batch=num_items_in_batch,
+        loss_scale=loss_scale, cu_seqlens=cu_seqlens, reduction=reduction, data_group=data_group,
     )  # fmt: skip
-    call = prepare(args, config, layout, logps.detach(), backend, entropy is not None)
     if checks.validates(logps.device) and not torch.compiler.is_compiling():
         checks.check_mask_values(completion_mask)
-    loss, sums, values = autograd.run_policy_loss(
-        layout.tokens(logps), layout.tokens(entropy), call.inputs, call.coefs, call.plan, backend=backend,
-        weighted=call.weighted, data_group=data_group,
-    )  # fmt: skip
-    return LossOutput(
-        loss=layout.restore(loss),
-        logps=_unmasked(logps, completion_mask),
-        entropy=_unmasked(entropy, completion_mask),
-        metrics=call.metrics(values),
-        sums=call.sums(sums),
+    loss, sums, metrics = autograd.run_policy_loss(
+        layout.tokens(logps), layout.tokens(entropy), batch, plan, backend=backend, data_group=data_group
     )
+    return output(
+        batch, plan, layout, loss=loss, logps=_unmasked(logps, completion_mask), sums=sums, metrics=metrics,
+        entropy=_unmasked(entropy, completion_mask), has_entropy=entropy is not None,
+    )  # fmt: skip
 
 
 def _unmasked(x: torch.Tensor | None, mask: torch.Tensor | None) -> torch.Tensor | None:

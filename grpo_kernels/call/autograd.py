@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import ops, overwritten, sharded
-from grpo_kernels.objective.inputs import Inputs
+from grpo_kernels.objective.batch import Batch, exchange
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import sorted_entropies
-from grpo_kernels.objective.tracing import call
 
 
 def refuse_double_backward() -> None:
@@ -43,48 +42,46 @@ def is_one(up: Tensor) -> bool:
 class Objective:
     """The [B, T] maths after the log-probabilities: loss, metrics, and the derivatives by lp and H."""
 
-    def __init__(self, logps, entropies, tensors, coefs, plan: str, steps: tuple, backend: str, data_group=None):
-        weighted, correction, quantile, spreads, bonus = steps
-        inputs = Inputs(*tensors)
-        if correction:
-            inputs = inputs._replace(is_weight=call(ops.correct_op, logps, tensors, coefs, correction, backend))
-        if quantile:
-            ranked = sorted_entropies(entropies, inputs.mask, data_group)
-            threshold, tokens = call(ops.threshold_op, *ranked, coefs, backend)
-            inputs = inputs._replace(threshold=threshold, tokens=tokens)
-        loss, self.sums, self.metrics, losses, self.local, self.spread, self.share, self.h = call(
-            ops.objective_op, logps, entropies, tuple(inputs), coefs, plan, weighted, backend
+    def __init__(self, logps, entropies, tensors, numbers, key: str, backend: str, data_group=None):
+        plan, self.backend = Plan.from_key(key), backend
+        if plan.late_correction:
+            weights = ops.correct_op(logps, tensors, numbers, plan.correction, backend)
+            tensors = exchange(tensors, is_weight=weights)
+        if plan.quantile:
+            ranked = sorted_entropies(entropies, Batch(*tensors).mask, data_group)
+            threshold, tokens = ops.threshold_op(*ranked, tensors, numbers, backend)
+            tensors = exchange(tensors, threshold=threshold, tokens=tokens)
+        loss, self.sums, self.metrics, losses, *self.slopes = ops.objective_op(
+            logps, entropies, tensors, numbers, key, backend
         )
-        self.loss = loss if weighted else losses
-        self.spreads, self.bonus, self.backend = spreads, bonus, backend
+        self.loss = loss if plan.weighted else losses
+        self.spreads, self.bonus = bool(plan.spread) and not plan.weighted, plan.bonus
 
     def save(self, ctx) -> tuple[Tensor, ...]:
-        """What `slopes` needs."""
+        """What `slopes_of` needs."""
         ctx.spreads, ctx.bonus, ctx.backend = self.spreads, self.bonus, self.backend
-        return self.local, self.spread, self.share, self.h
+        return tuple(self.slopes)
 
-    @staticmethod
-    def slopes(ctx, saved, up: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(∂L/∂lp, ∂L/∂H or None, factor of both that is still missing)"""
-        local, spread, share, h = saved
-        if ctx.spreads:
-            return call(ops.join_op, local, spread, share, up, cu, ctx.backend), None, None
-        return local, h if ctx.bonus else None, up
+
+def slopes_of(ctx, saved, up: Tensor, cu: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(∂L/∂lp, ∂L/∂H or None, factor of both that is still missing), from what `Objective.save` gave."""
+    local, spread, share, h = saved
+    if ctx.spreads:
+        return ops.join_op(local, spread, share, up, cu, ctx.backend), None, None
+    return local, h if ctx.bonus else None, up
 
 
 class _OneLaunch(torch.autograd.Function):
     """Loss whose gradient the forward has already written."""
 
     @staticmethod
-    def forward(ctx, logits, tensors, coefs, plan, entropy, backend, inplace):
+    def forward(ctx, logits, tensors, numbers, plan, entropy, backend, inplace):
         guarded = inplace and overwritten.are_guarded()
         if inplace and not guarded:
-            logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, coefs, plan, entropy, backend)
+            logps, entropies, loss, sums, metrics = ops.loss_op_(logits, tensors, numbers, plan, entropy, backend)
             grad = logits.detach()
         else:
-            logps, entropies, loss, sums, metrics, grad = call(
-                ops.loss_op, logits, tensors, coefs, plan, entropy, backend
-            )
+            logps, entropies, loss, sums, metrics, grad = ops.loss_op(logits, tensors, numbers, plan, entropy, backend)
         if guarded:
             overwritten.give_up(logits)
         ctx.backend = backend
@@ -98,7 +95,7 @@ class _OneLaunch(torch.autograd.Function):
         refuse_double_backward()
         (grad,) = ctx.saved_tensors
         if backward_may_run_again():
-            grad = call(ops.scale_op, grad, up, ctx.backend)
+            grad = ops.scale_op(grad, up, ctx.backend)
         elif not is_one(up):
             ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
         return grad, *(None,) * 6
@@ -108,13 +105,13 @@ class _TwoLaunches(torch.autograd.Function):
     """Loss whose gradient is written in the backward, upstream gradient included, before rounding."""
 
     @staticmethod
-    def forward(ctx, logits, tensors, coefs, plan, steps, entropy, backend, inplace, data_group, vocab_group):
-        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, coefs, plan, entropy, backend, vocab_group)
-        it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, backend, data_group)
+    def forward(ctx, logits, tensors, numbers, plan, entropy, backend, inplace, data_group, vocab_group):
+        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
+        it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, backend, data_group)
         ctx.inplace, saved = inplace, it.save(ctx)
-        inputs = Inputs(*tensors)
-        rows = (ids, inputs.temperature, inputs.cu, inputs.segments)
-        ctx.save_for_backward(logits, coefs, stats, *saved, *rows)
+        batch = Batch(*tensors)
+        rows = (ids, batch.temperature, batch.cu, batch.segments)
+        ctx.save_for_backward(logits, numbers, stats, *saved, *rows)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -122,27 +119,27 @@ class _TwoLaunches(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, *_):
         refuse_double_backward()
-        logits, coefs, stats, *rest = ctx.saved_tensors
+        logits, numbers, stats, *rest = ctx.saved_tensors
         saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
-        g, h, up = Objective.slopes(ctx, saved, up, cu)
+        g, h, up = slopes_of(ctx, saved, up, cu)
         # masked rows have g = h = 0, which says as much as the mask
-        tensors = tuple(Inputs(ids=ids, temperature=temperature, cu=cu, segments=segments))
-        grad = write_gradient(logits, tensors, stats, g, h, up, coefs, ctx.backend, ctx.inplace)
-        return grad, *(None,) * 9
+        tensors = Batch(ids=ids, temperature=temperature, cu=cu, segments=segments).tensors
+        grad = write_gradient(logits, tensors, numbers, stats, g, h, up, ctx.backend, ctx.inplace)
+        return grad, *(None,) * 8
 
 
 class _FromLogprobs(torch.autograd.Function):
     """Loss of given log-probabilities and entropies, differentiable in both."""
 
     @staticmethod
-    def forward(ctx, logps, entropies, tensors, coefs, plan, steps, backend, data_group):
+    def forward(ctx, logps, entropies, tensors, numbers, plan, backend, data_group):
         it = Objective(
-            logps.float().contiguous(), None if entropies is None else entropies.float().contiguous(), tensors, coefs,
-            plan, steps, backend, data_group,
+            logps.float().contiguous(), None if entropies is None else entropies.float().contiguous(), tensors, numbers,
+            plan, backend, data_group,
         )  # fmt: skip
         saved = it.save(ctx)
         ctx.dtypes = logps.dtype, None if entropies is None else entropies.dtype
-        ctx.save_for_backward(*saved, Inputs(*tensors).cu)
+        ctx.save_for_backward(*saved, Batch(*tensors).cu)
         ctx.mark_non_differentiable(it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, it.sums, it.metrics
@@ -151,21 +148,20 @@ class _FromLogprobs(torch.autograd.Function):
     def backward(ctx, up, *_):
         refuse_double_backward()
         *saved, cu = ctx.saved_tensors
-        g, h, up = Objective.slopes(ctx, saved, up, cu)
+        g, h, up = slopes_of(ctx, saved, up, cu)
         g, h = ((x if x is None or up is None else torch.where(x == 0.0, 0.0, x * up)) for x in (g, h))
         lp_dtype, H_dtype = ctx.dtypes
-        return g.to(lp_dtype), None if h is None else h.to(H_dtype), *(None,) * 6
+        return g.to(lp_dtype), None if h is None else h.to(H_dtype), *(None,) * 5
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
     """Log-probabilities and entropies, both differentiable."""
 
     @staticmethod
-    def forward(ctx, logits, ids, mask, temperature, coefs, plan, entropy, backend, vocab_group):
-        tensors = tuple(Inputs(ids=ids, mask=mask, temperature=temperature))
-        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, coefs, plan, entropy, backend, vocab_group)
+    def forward(ctx, logits, tensors, numbers, plan, entropy, backend, vocab_group):
+        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
         ctx.backend, ctx.entropy = backend, entropy
-        ctx.save_for_backward(logits, ids, mask, temperature, stats, coefs)
+        ctx.save_for_backward(logits, numbers, stats, *exchange(tensors, ids=ids))
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -174,11 +170,10 @@ class TokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        logits, ids, mask, temperature, stats, coefs = ctx.saved_tensors
-        g, h = given_slopes(g, h if ctx.entropy else None, ids)
-        tensors = tuple(Inputs(ids=ids, mask=mask, temperature=temperature))
-        grad = write_gradient(logits, tensors, stats, g, h, None, coefs, ctx.backend, False)
-        return grad, *(None,) * 8
+        logits, numbers, stats, *tensors = ctx.saved_tensors
+        g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
+        grad = write_gradient(logits, tensors, numbers, stats, g, h, None, ctx.backend, False)
+        return grad, *(None,) * 6
 
 
 def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -187,42 +182,34 @@ def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tenso
     return g, None if h is None else h.contiguous()
 
 
-def write_gradient(logits, tensors, stats, g, h, up, coefs, backend, inplace) -> Tensor:
+def write_gradient(logits, tensors, numbers, stats, g, h, up, backend, inplace) -> Tensor:
     """The gradient of the logits, in a new tensor or in the logits' own."""
     guarded = inplace and overwritten.are_guarded()
     if guarded or not inplace:
-        grad = call(ops.slope_op, logits, tensors, stats, g, h, up, coefs, backend)
+        grad = ops.slope_op(logits, tensors, numbers, stats, g, h, up, backend)
         if guarded:
             overwritten.give_up(logits)
         return grad
-    ops.slope_op_(logits, tensors, stats, g, h, up, coefs, backend)
+    ops.slope_op_(logits, tensors, numbers, stats, g, h, up, backend)
     return logits.detach()
 
 
 def run_loss(
-    logits, inputs: Inputs, coefs: Tensor, plan: Plan, *, entropy: bool, backend: str, inplace: bool, weighted: bool,
-    data_group=None, vocab_group=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    logits, batch: Batch, plan: Plan, *, entropy: bool, backend: str, inplace: bool, data_group=None, vocab_group=None
+) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, sums, metrics), differentiable in the logits if they require grad."""
-    tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
+    packed = (*batch.pack(), plan.key())
     if not (torch.is_grad_enabled() and logits.requires_grad):
-        logps, entropies, *_ = sharded.logprobs(logits.detach(), tensors, coefs, key, entropy, backend, vocab_group)
-        it = Objective(logps, entropies if entropy else None, tensors, coefs, key, steps, backend, data_group)
+        logps, entropies, *_ = sharded.logprobs(logits.detach(), *packed, entropy, backend, vocab_group)
+        it = Objective(logps, entropies if entropy else None, *packed, backend, data_group)
         return it.loss, logps, entropies, it.sums, it.metrics
-    if weighted and plan.one_launch and logits.dtype != torch.float16 and vocab_group is None:
-        return _OneLaunch.apply(logits, tensors, coefs, key, entropy, backend, inplace)
-    return _TwoLaunches.apply(logits, tensors, coefs, key, steps, entropy, backend, inplace, data_group, vocab_group)
+    if plan.weighted and plan.one_launch and logits.dtype != torch.float16 and vocab_group is None:
+        return _OneLaunch.apply(logits, *packed, entropy, backend, inplace)
+    return _TwoLaunches.apply(logits, *packed, entropy, backend, inplace, data_group, vocab_group)
 
 
 def run_policy_loss(
-    logps, entropies, inputs: Inputs, coefs: Tensor, plan: Plan, *, backend: str, weighted: bool, data_group=None
+    logps, entropies, batch: Batch, plan: Plan, *, backend: str, data_group=None
 ) -> tuple[Tensor, ...]:
     """(loss, sums, metrics), differentiable in the log-probabilities and entropies."""
-    steps = steps_of(plan, weighted)
-    return _FromLogprobs.apply(logps, entropies, tuple(inputs), coefs, plan.key(), steps, backend, data_group)
-
-
-def steps_of(plan: Plan, weighted: bool) -> tuple:
-    """What `Objective` does: (weighted, mode of a correction, entropy quantile, leaves a gradient to spread, bonus)."""
-    correction = plan.correction if plan.late_correction else ""
-    return weighted, correction, plan.quantile, bool(plan.spread) and not weighted, weighted and plan.bonus
+    return _FromLogprobs.apply(logps, entropies, *batch.pack(), plan.key(), backend, data_group)

@@ -1,7 +1,7 @@
 """Custom ops: what torch.compile and the dispatcher see. Each runs on either backend.
 
-``tensors`` are the fields of `grpo_kernels.objective.inputs.Inputs`, ``coefs`` a packed `Coefs`, ``plan`` the key
-of a `Plan`. Ops whose names end in an underscore write over their first argument.
+``tensors`` and ``numbers`` are a packed `grpo_kernels.objective.batch.Batch`, ``plan`` is the key of a `Plan`. Ops
+whose names end in an underscore write over their first argument.
 """
 
 import functools
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import checks
+from grpo_kernels.call.library import fake, operator
 from grpo_kernels.cpu_backend.sharded import absent_part
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.objective.plan import Plan
 
@@ -37,9 +38,9 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
     return backend
 
 
-def check_values(inputs: Inputs, V: int) -> None:
-    if checks.validates(inputs.ids.device):
-        checks.check_values(inputs.ids, inputs.mask, V)
+def check_values(batch: Batch, V: int) -> None:
+    if checks.validates(batch.ids.device):
+        checks.check_values(batch.ids, batch.mask, V)
 
 
 def stats_shape(rows: int, backend: str) -> tuple[int, ...]:
@@ -47,18 +48,18 @@ def stats_shape(rows: int, backend: str) -> tuple[int, ...]:
     return (0,) if backend == "torch" else (rows, 3)
 
 
-@torch.library.custom_op("grpo_kernels::logprobs", mutates_args=())
+@operator()
 def logprobs_op(
-    logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
+    logits: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logps, entropies, what `slope_op` needs of each row)"""
-    inputs = Inputs(*tensors)
-    check_values(inputs, logits.shape[-1])
-    return backend_of(backend).logprobs(logits, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+    batch = Batch.unpack(tensors, numbers)
+    check_values(batch, logits.shape[-1])
+    return backend_of(backend).logprobs(logits, batch, Plan.from_key(plan), entropy)
 
 
-@logprobs_op.register_fake
-def _(logits, tensors, coefs, plan, entropy, backend):
+@fake(logprobs_op)
+def _(logits, tensors, numbers, plan, entropy, backend):
     logps, entropies = fake_rows(logits, tensors[0], entropy)
     return logps, entropies, logps.new_empty(stats_shape(tensors[0].numel(), backend))
 
@@ -68,7 +69,7 @@ def fake_rows(logits: Tensor, ids: Tensor, entropy: bool) -> tuple[Tensor, Tenso
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-@torch.library.custom_op("grpo_kernels::local_ids", mutates_args=())
+@operator()
 def local_ids_op(ids: Tensor, mask: Tensor | None, sizes: Tensor, rank: int) -> Tensor:
     """Token ids counted from where this rank's part of the vocabulary starts; int64, others are out of range.
 
@@ -79,44 +80,44 @@ def local_ids_op(ids: Tensor, mask: Tensor | None, sizes: Tensor, rank: int) -> 
     return ids.long() - sizes[:rank].sum()
 
 
-@local_ids_op.register_fake
+@fake(local_ids_op)
 def _(ids, mask, sizes, rank):
     return torch.empty_like(ids, dtype=torch.int64)
 
 
-@torch.library.custom_op("grpo_kernels::shard", mutates_args=())
+@operator()
 def shard_op(
-    logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
+    logits: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str, entropy: bool, backend: str
 ) -> Tensor:
     """[4·B·T] of logits that hold a part of the vocabulary, for `unite_op`; ids as `local_ids_op` has them."""
-    inputs, coefs, plan = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan)
+    batch, plan = Batch.unpack(tensors, numbers), Plan.from_key(plan)
     if logits.shape[2] == 0:
-        return absent_part(inputs, coefs, plan)
-    return backend_of(backend).shard(logits, inputs, coefs, plan, entropy)
+        return absent_part(batch, plan)
+    return backend_of(backend).shard(logits, batch, plan, entropy)
 
 
-@shard_op.register_fake
-def _(logits, tensors, coefs, plan, entropy, backend):
+@fake(shard_op)
+def _(logits, tensors, numbers, plan, entropy, backend):
     return logits.new_empty(4 * tensors[0].numel(), dtype=torch.float32)
 
 
-@torch.library.custom_op("grpo_kernels::unite", mutates_args=())
+@operator()
 def unite_op(
-    parts: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, entropy: bool, backend: str
+    parts: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What `logprobs_op` gives, from `shard_op`'s [ranks, 4·B·T] of all ranks."""
-    return backend_of(backend).unite(parts, Inputs(*tensors), Coefs.unpack(coefs), entropy)
+    return backend_of(backend).unite(parts, Batch.unpack(tensors, numbers), entropy)
 
 
-@unite_op.register_fake
-def _(parts, tensors, coefs, entropy, backend):
+@fake(unite_op)
+def _(parts, tensors, numbers, entropy, backend):
     return *fake_rows(parts, tensors[0], entropy), parts.new_empty(tensors[0].numel(), 3)
 
 
-def _loss(logits, out, tensors, coefs, plan, entropy, backend) -> tuple[Tensor, ...]:
-    inputs = Inputs(*tensors)
-    check_values(inputs, logits.shape[-1])
-    return backend_of(backend).loss(logits, out, inputs, Coefs.unpack(coefs), Plan.from_key(plan), entropy)
+def _loss(logits, out, tensors, numbers, plan, entropy, backend) -> tuple[Tensor, ...]:
+    batch = Batch.unpack(tensors, numbers)
+    check_values(batch, logits.shape[-1])
+    return backend_of(backend).loss(logits, out, batch, Plan.from_key(plan), entropy)
 
 
 def fake_totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,61 +125,61 @@ def fake_totals(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return like.new_empty((), dtype=torch.float32), sums, like.new_empty(len(METRIC_NAMES), dtype=torch.float32)
 
 
-@torch.library.custom_op("grpo_kernels::loss", mutates_args=())
+@operator()
 def loss_op(
-    logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
+    logits: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropies, loss [], sums [S], metrics [M], gradient of the logits)"""
     out = logits.new_empty(logits.shape)
-    return *_loss(logits, out, tensors, coefs, plan, entropy, backend), out
+    return *_loss(logits, out, tensors, numbers, plan, entropy, backend), out
 
 
-@loss_op.register_fake
-def _(logits, tensors, coefs, plan, entropy, backend):
+@fake(loss_op)
+def _(logits, tensors, numbers, plan, entropy, backend):
     return *fake_rows(logits, tensors[0], entropy), *fake_totals(logits), logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("grpo_kernels::loss_", mutates_args=("logits",))
+@operator(writes_over="logits")
 def loss_op_(
-    logits: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str, entropy: bool, backend: str
+    logits: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str, entropy: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`loss_op`, the gradient taking the place of the logits."""
-    return _loss(logits, logits, tensors, coefs, plan, entropy, backend)
+    return _loss(logits, logits, tensors, numbers, plan, entropy, backend)
 
 
-@loss_op_.register_fake
-def _(logits, tensors, coefs, plan, entropy, backend):
+@fake(loss_op_)
+def _(logits, tensors, numbers, plan, entropy, backend):
     return *fake_rows(logits, tensors[0], entropy), *fake_totals(logits)
 
 
-@torch.library.custom_op("grpo_kernels::objective", mutates_args=())
+@operator()
 def objective_op(
-    logps: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
-    weighted: bool, backend: str,
+    logps: Tensor, entropies: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], sums [S], metrics [M], ℓ, local, spread, share, ∂/∂H); see the backends.
 
     Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ``spread`` and ``share`` are empty.
     """
-    inputs, plan = Inputs(*tensors), Plan.from_key(plan)
+    batch, plan = Batch.unpack(tensors, numbers), Plan.from_key(plan)
     run = backend_of(backend)
     *totals, losses, local, spread, share, h = run.objective(
-        logps, entropies, inputs, Coefs.unpack(coefs), plan, weighted
+        logps, entropies, batch, plan, plan.weighted
     )
-    if weighted and plan.spread:
-        local, spread, share = run.join(local, spread, share, None, inputs.cu), spread.new_empty(0), share.new_empty(0)
+    if plan.weighted and plan.spread:
+        local, spread, share = run.join(local, spread, share, None, batch.cu), spread.new_empty(0), share.new_empty(0)
     return *totals, losses, local, spread, share, h
 
 
-@objective_op.register_fake
-def _(logps, entropies, tensors, coefs, plan, weighted, backend):
+@fake(objective_op)
+def _(logps, entropies, tensors, numbers, plan, backend):
+    plan = Plan.from_key(plan)
     losses, local, h = (torch.empty_like(logps) for _ in range(3))
-    apart = bool(Plan.from_key(plan).spread) and not weighted
+    apart = bool(plan.spread) and not plan.weighted
     spread, share = (torch.empty_like(logps) if apart else logps.new_empty(0) for _ in range(2))
     return *fake_totals(logps), losses, local, spread, share, h
 
 
-@torch.library.custom_op("grpo_kernels::join", mutates_args=())
+@operator()
 def join_op(
     local: Tensor, spread: Tensor, share: Tensor, up: Tensor | None, cu: Tensor | None, backend: str
 ) -> Tensor:
@@ -186,37 +187,39 @@ def join_op(
     return backend_of(backend).join(local, spread, share, up, cu)
 
 
-@join_op.register_fake
+@fake(join_op)
 def _(local, *args):
     return torch.empty_like(local)
 
 
-@torch.library.custom_op("grpo_kernels::correct", mutates_args=())
-def correct_op(old: Tensor, tensors: Sequence[Tensor | None], coefs: Tensor, mode: str, backend: str) -> Tensor:
+@operator()
+def correct_op(old: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, mode: str, backend: str) -> Tensor:
     """Importance weights, (B, T) or (B, 1), from the sampler's log-probabilities."""
-    return backend_of(backend).correct(old, Inputs(*tensors), Coefs.unpack(coefs), CORRECTIONS[mode])
+    return backend_of(backend).correct(old, Batch.unpack(tensors, numbers), CORRECTIONS[mode])
 
 
-@correct_op.register_fake
-def _(old, tensors, coefs, mode, backend):
-    shape = (Inputs(*tensors).sequences, 1) if CORRECTIONS[mode].per_sequence else old.shape
+@fake(correct_op)
+def _(old, tensors, numbers, mode, backend):
+    shape = (Batch(*tensors).sequences, 1) if CORRECTIONS[mode].per_sequence else old.shape
     return old.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("grpo_kernels::threshold", mutates_args=())
-def threshold_op(ordered: Tensor, everywhere: Tensor, coefs: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+@operator()
+def threshold_op(
+    ordered: Tensor, everywhere: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, backend: str
+) -> tuple[Tensor, Tensor]:
     """The entropy above which a token acts on the policy term [], and how many of this batch do []."""
     if everywhere.numel() == 0:
         return ordered.new_full((), torch.inf), ordered.new_zeros(())
-    return backend_of(backend).threshold(ordered, everywhere, Coefs.unpack(coefs).quantile)
+    return backend_of(backend).threshold(ordered, everywhere, Batch.unpack(tensors, numbers).quantile)
 
 
-@threshold_op.register_fake
-def _(ordered, everywhere, coefs, backend):
+@fake(threshold_op)
+def _(ordered, everywhere, tensors, numbers, backend):
     return ordered.new_empty(()), ordered.new_empty(())
 
 
-@torch.library.custom_op("grpo_kernels::segments", mutates_args=())
+@operator()
 def segments_op(mask: Tensor | None, cu: Tensor, N: int, backend: str) -> tuple[Tensor, Tensor]:
     """Of packed input: the sequence of each token [N] int32, and the unmasked tokens of each sequence."""
     if checks.validates(cu.device):
@@ -224,12 +227,12 @@ def segments_op(mask: Tensor | None, cu: Tensor, N: int, backend: str) -> tuple[
     return backend_of(backend).segments(mask, cu, N)
 
 
-@segments_op.register_fake
+@fake(segments_op)
 def _(mask, cu, N, backend):
     return cu.new_empty(N, dtype=torch.int32), cu.new_empty(cu.shape[0] - 1, dtype=torch.float32)
 
 
-@torch.library.custom_op("grpo_kernels::groups", mutates_args=())
+@operator()
 def groups_op(sizes: Tensor, B: int, backend: str) -> Tensor:
     """(2, B) int32: first row and size of each row's group, see `grpo_kernels.objective.advantages.group_rows`."""
     if checks.validates(sizes.device):
@@ -237,52 +240,52 @@ def groups_op(sizes: Tensor, B: int, backend: str) -> Tensor:
     return backend_of(backend).groups(sizes, B)
 
 
-@groups_op.register_fake
+@fake(groups_op)
 def _(sizes, B, backend):
     return sizes.new_empty((2, B), dtype=torch.int32)
 
 
-@torch.library.custom_op("grpo_kernels::slope", mutates_args=())
+@operator()
 def slope_op(
-    logits: Tensor, tensors: Sequence[Tensor | None], stats: Tensor, g: Tensor, h: Tensor | None, up: Tensor | None,
-    coefs: Tensor, backend: str,
+    logits: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, stats: Tensor, g: Tensor, h: Tensor | None,
+    up: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     """Gradient of the logits, (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)] times ``up``."""
     out = logits.new_empty(logits.shape)
     if out.numel() == 0:
         return out
-    backend_of(backend).slope(logits, out, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
+    backend_of(backend).slope(logits, out, Batch.unpack(tensors, numbers), stats, g, h, up)
     return out
 
 
-@slope_op.register_fake
+@fake(slope_op)
 def _(logits, *args):
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("grpo_kernels::slope_", mutates_args=("logits",))
+@operator(writes_over="logits")
 def slope_op_(
-    logits: Tensor, tensors: Sequence[Tensor | None], stats: Tensor, g: Tensor, h: Tensor | None, up: Tensor | None,
-    coefs: Tensor, backend: str,
+    logits: Tensor, tensors: Sequence[Tensor | None], numbers: Tensor, stats: Tensor, g: Tensor, h: Tensor | None,
+    up: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     """`slope_op`, the gradient taking the place of the logits."""
     if logits.numel() == 0:
         return
-    backend_of(backend).slope(logits, logits, Inputs(*tensors), stats, g, h, up, Coefs.unpack(coefs))
+    backend_of(backend).slope(logits, logits, Batch.unpack(tensors, numbers), stats, g, h, up)
 
 
-@torch.library.custom_op("grpo_kernels::scale", mutates_args=())
+@operator()
 def scale_op(grad: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty_like(grad)
     backend_of(backend).scale(grad, out, up)
     return out
 
 
-@scale_op.register_fake
+@fake(scale_op)
 def _(grad, up, backend):
     return torch.empty_like(grad)
 
 
-@torch.library.custom_op("grpo_kernels::scale_", mutates_args=("grad",))
+@operator(writes_over="grad")
 def scale_op_(grad: Tensor, up: Tensor, backend: str) -> None:
     backend_of(backend).scale(grad, grad, up)

@@ -9,8 +9,6 @@ import os
 
 import torch
 
-from grpo_kernels.objective.tracing import is_eager
-
 _DESCRIBES = frozenset({
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad", "grad_fn", "is_leaf", "retains_grad",
     "is_cuda", "is_cpu", "itemsize", "nbytes", "_version", "_base", "_backward_hooks",
@@ -37,8 +35,8 @@ class OverwrittenLogits(torch.Tensor):
 
 
 def are_guarded() -> bool:
-    """Whether to guard logits that are given up: GRPO_KERNELS_VALIDATE=1 asks for it, and torch runs eagerly."""
-    return os.environ.get("GRPO_KERNELS_VALIDATE") == "1" and is_eager()
+    """Whether to guard logits that are given up: GRPO_KERNELS_VALIDATE=1 asks for it, and no compiler traces."""
+    return os.environ.get("GRPO_KERNELS_VALIDATE") == "1" and not torch.compiler.is_compiling()
 
 
 def give_up(logits: torch.Tensor) -> None:

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import checks, ops
-from grpo_kernels.objective.inputs import Inputs
+from grpo_kernels.objective.batch import Batch, exchange
 from grpo_kernels.objective.ranks import gathered
-from grpo_kernels.objective.tracing import call
 
 
 def logprobs(
-    logits: Tensor, tensors: tuple, coefs: Tensor, plan: str, entropy: bool, backend: str, group
+    logits: Tensor, tensors: tuple, numbers: Tensor, plan: str, entropy: bool, backend: str, group
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logps, entropies, what `ops.slope_op` needs of each row, ids for it), of logits whole or in parts.
 
@@ -25,14 +24,14 @@ def logprobs(
         logits: (B, rows, V), or this rank's (B, rows, V_rank), the parts lying in the order of the ranks.
         group: process group of the parts; None: the logits are whole.
     """
-    inputs = Inputs(*tensors)
+    batch = Batch(*tensors)
     if group is None:
-        return *call(ops.logprobs_op, logits, tensors, coefs, plan, entropy, backend), inputs.ids
+        return *ops.logprobs_op(logits, tensors, numbers, plan, entropy, backend), batch.ids
     if checks.validates(logits.device) and not torch.compiler.is_compiling():
-        checks.check_parts(gathered(torch.tensor(inputs.ids.numel(), device=logits.device), group).tolist())
-    size = inputs.ids.new_full((1,), logits.shape[-1], dtype=torch.int64)
+        checks.check_parts(gathered(torch.tensor(batch.ids.numel(), device=logits.device), group).tolist())
+    size = batch.ids.new_full((1,), logits.shape[-1], dtype=torch.int64)
     rank = torch.distributed.get_rank(group)
-    ids = call(ops.local_ids_op, inputs.ids, inputs.mask, gathered(size, group)[:, 0], rank)
-    tensors = tuple(inputs._replace(ids=ids))
-    parts = gathered(call(ops.shard_op, logits, tensors, coefs, plan, entropy, backend), group)
-    return *call(ops.unite_op, parts, tensors, coefs, entropy, backend), ids
+    ids = ops.local_ids_op(batch.ids, batch.mask, gathered(size, group)[:, 0], rank)
+    tensors = exchange(tensors, ids=ids)
+    parts = gathered(ops.shard_op(logits, tensors, numbers, plan, entropy, backend), group)
+    return *ops.unite_op(parts, tensors, numbers, entropy, backend), ids

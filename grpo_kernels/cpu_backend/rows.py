@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_kernels.objective.batch import Cap
 from grpo_kernels.objective.validation import validates
 
 CHUNK_ELEMENTS = 1 << 21  # of fp32 scratch: 8 MiB
@@ -24,7 +25,7 @@ def run_rows(
     temperature: float | torch.Tensor,
     *,
     entropy: bool,
-    cap: tuple[float, float] | None = None,
+    cap: Cap | None = None,
     out: torch.Tensor | None = None,
     slopes: Callable[..., tuple[torch.Tensor, torch.Tensor | None]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +38,7 @@ def run_rows(
             None: all are read.
         temperature: divides the logits; a number, or one per token, (B·T,).
         entropy: compute entropies too.
-        cap: (bound, inner): the logits are bound·tanh(inner·logits).
+        cap: the logits are bound·tanh(inner·logits).
         out: (B, rows, V), takes the gradient; may be ``logits``.
         slopes: from some n of the B·T tokens, their log-probabilities and entropies (n, 1) to
             (∂L/∂lp, ∂L/∂H), (n, 1) each; entropies and ∂L/∂H may be None.
@@ -70,7 +71,7 @@ def run_rows(
         if not plain:
             x = x_buffer[: x.shape[0]].copy_(x)
             if cap:
-                bound, inner = cap
+                bound, inner, _ = cap
                 x.mul_(inner).tanh_()
                 if out is not None:  # (1 − tanh²)·inner·bound, the derivative
                     torch.mul(x, x, out=slack[: x.shape[0]]).neg_().add_(1.0).mul_(inner * bound)

@@ -18,8 +18,8 @@ from grpo_kernels.call import checks
 from grpo_kernels.cpu_backend.sequences import counted_rows
 from grpo_kernels.cpu_backend.tokens import advantages, expand
 from grpo_kernels.linear.head import ChunkedHead, Gradients
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 
 
@@ -31,10 +31,10 @@ class Rows:
         idle: (B, T) bool: unmasked tokens that are left unread, or None.
     """
 
-    def __init__(self, inputs: Inputs, coefs: Coefs, plan: Plan, count: int):
+    def __init__(self, batch: Batch, plan: Plan, count: int):
         """``count``: how many they are, where the caller knows; else -1, and the host waits for the device."""
-        self.inputs = inputs
-        live, self.idle = counted_rows(inputs, coefs, plan)
+        self.batch = batch
+        live, self.idle = counted_rows(batch, plan)
         self.index = None
         if live is not None and count >= 0:
             if checks.validates(live.device) and count != (read := int(live.sum())):
@@ -47,12 +47,12 @@ class Rows:
         """(n,), of something (B, T), or broadcasting to it."""
         if x is None:
             return None
-        flat = expand(x, self.inputs).reshape(-1)
+        flat = expand(x, self.batch).reshape(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
     def spread_out(self, x: Tensor) -> Tensor:
         """(B, T) of (n,): 0 where a token was not read, NaN where it was left unread."""
-        shape = self.inputs.ids.shape
+        shape = self.batch.ids.shape
         if self.index is None:
             return x.view(shape)
         full = x.new_zeros(shape.numel()).index_copy_(0, self.index, x).view(shape)
@@ -60,10 +60,10 @@ class Rows:
 
     def bounds(self) -> tuple[Tensor, list[int]]:
         """(B+1,) where among the tokens read each sequence begins, and the last ends; for the host too, which waits."""
-        inputs = self.inputs
-        B, T = inputs.sequences, inputs.ids.shape[1]
-        cu = inputs.cu if inputs.cu is not None else torch.arange(B + 1, device=inputs.ids.device) * T
-        if self.index is None and inputs.cu is None:
+        batch = self.batch
+        B, T = batch.sequences, batch.ids.shape[1]
+        cu = batch.cu if batch.cu is not None else torch.arange(B + 1, device=batch.ids.device) * T
+        if self.index is None and batch.cu is None:
             return cu.int(), [k * T for k in range(B + 1)]
         if self.index is not None:
             cu = torch.searchsorted(self.index, cu.to(self.index.dtype))
@@ -71,30 +71,27 @@ class Rows:
 
 
 def row_chunks(
-    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool,
-    into: Gradients,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run: ModuleType, head: ChunkedHead, rows: Rows, batch: Batch, plan: Plan, entropy: bool, into: Gradients
+) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) (B, T) of an objective of single tokens, whose gradient goes ``into``."""
     plan = plan._replace(skip=False)
-    count = inputs.count
-    if count is not None and count.dim():
+    names = ("ids", "old", "ref", "is_weight", "temperature")
+    of_tokens = {name: rows.per_token(getattr(batch, name)) for name in names}
+    of_tokens["adv"] = rows.per_token(advantages(batch, plan))
+    count = batch.count
+    of_rows = count is not None and count.dim() > 0
+    if of_rows:
         count = rows.per_token(count[:, None])
-    every = Inputs(
-        ids=rows.per_token(inputs.ids), old=rows.per_token(inputs.old), ref=rows.per_token(inputs.ref),
-        adv=rows.per_token(advantages(inputs, coefs, plan)), is_weight=rows.per_token(inputs.is_weight),
-        temperature=rows.per_token(inputs.temperature), count=count,
-    )  # fmt: skip
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         h = head.rows(start, end)
         z = head.logits(h)[:, None]  # (n, 1, V): n sequences of a token each
-        part = Inputs(*(x if x is None or x.dim() == 0 else x[start:end, None] for x in every))
-        if count is not None and count.dim():
-            part = part._replace(count=count[start:end])
-        part = part._replace(
-            loss_scale=inputs.loss_scale, tokens=inputs.tokens, entropy_coef=inputs.entropy_coef
-        )
-        lp, H = run.gradient(z, z, part, coefs, plan, entropy)
+        part = batch.with_only(
+            **{name: None if x is None else x[start:end, None] for name, x in of_tokens.items()},
+            count=count[start:end] if of_rows else count, loss_scale=batch.loss_scale, tokens=batch.tokens,
+            entropy_coef=batch.entropy_coef,
+        )  # fmt: skip
+        lp, H = run.gradient(z, z, part, plan, entropy)
         logps[start:end] = lp[:, 0]
         if entropy:
             entropies[start:end] = H[:, 0]
@@ -104,28 +101,27 @@ def row_chunks(
 
 
 def sequence_chunks(
-    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool,
-    into: Gradients,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run: ModuleType, head: ChunkedHead, rows: Rows, batch: Batch, plan: Plan, entropy: bool, into: Gradients
+) -> tuple[Tensor, Tensor]:
     """`row_chunks` of an objective whose tokens depend on the rest of their sequence, and on nothing else."""
     plan = plan._replace(skip=False)
-    adv = advantages(inputs, coefs, plan)
+    adv = advantages(batch, plan)
     on_device, bounds = rows.bounds()
     height = head.buffer.shape[0]
     logps, entropies = _empty(head, entropy)
-    of_tokens = {name: rows.per_token(getattr(inputs, name)) for name in ("ids", "old", "ref", "sampling")}
-    of_either = {name: x if _per_sequence(x, inputs) else rows.per_token(x) for name, x in
-                 (("adv", adv), ("is_weight", inputs.is_weight), ("temperature", inputs.temperature))}  # fmt: skip
+    of_tokens = {name: rows.per_token(getattr(batch, name)) for name in ("ids", "old", "ref", "sampling")}
+    of_either = {name: x if _per_sequence(x, batch) else rows.per_token(x) for name, x in
+                 (("adv", adv), ("is_weight", batch.is_weight), ("temperature", batch.temperature))}  # fmt: skip
     for first, last in _groups(bounds[1:], height):  # sequences
         start, end = bounds[first], bounds[last]
         if start == end:
             continue
-        part = Inputs(
+        part = batch.with_only(
             **{name: None if x is None else x[None, start:end] for name, x in of_tokens.items()},
             **{name: x if x is None else x[first:last] if x.dim() == 2 else x[None, start:end]
                for name, x in of_either.items()},
-            count=inputs.count if inputs.count is None or inputs.count.dim() == 0 else inputs.count[first:last],
-            loss_scale=inputs.loss_scale, tokens=inputs.tokens, entropy_coef=inputs.entropy_coef,
+            count=batch.count if batch.count is None or batch.count.dim() == 0 else batch.count[first:last],
+            loss_scale=batch.loss_scale, tokens=batch.tokens, entropy_coef=batch.entropy_coef,
             cu=on_device[first : last + 1] - start,
         )  # fmt: skip
         part = part._replace(segments=run.segments(None, part.cu, end - start)[0])
@@ -134,15 +130,15 @@ def sequence_chunks(
         for a, b in pieces:
             h = head.rows(a, b)
             z = head.logits(h)[None]
-            lp, H, stat = run.logprobs(z, _tokens_of(part, a - start, b - start), coefs, plan, entropy)
+            lp, H, stat = run.logprobs(z, _tokens_of(part, a - start, b - start), plan, entropy)
             stats.append(stat)
             logps[a:b] = lp[0]
             if entropy:
                 entropies[a:b] = H[0]
         lp, H = logps[None, start:end], entropies[None, start:end] if entropy else None
         if plan.late_correction:
-            part = part._replace(is_weight=run.correct(lp, part, coefs, CORRECTIONS[plan.correction]))
-        *_, local, spread, share, slope_H = run.objective(lp, H, part, coefs, plan, True)
+            part = part._replace(is_weight=run.correct(lp, part, CORRECTIONS[plan.correction]))
+        *_, local, spread, share, slope_H = run.objective(lp, H, part, plan, True)
         g = run.join(local, spread, share, None, part.cu) if plan.spread else local
         for (a, b), stat in zip(pieces, stats):
             if len(pieces) > 1:
@@ -151,24 +147,23 @@ def sequence_chunks(
             here = slice(a - start, b - start)
             slope_h = slope_H[:, here].contiguous() if plan.bonus else None
             tokens = _tokens_of(part, a - start, b - start)
-            run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None, coefs)
+            run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None)
             head.add(into, a, b, h, z[0], a == 0)
     _finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
 def score(
-    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool,
-    stats: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    run: ModuleType, head: ChunkedHead, rows: Rows, batch: Batch, plan: Plan, entropy: bool, stats: Tensor
+) -> tuple[Tensor, Tensor]:
     """(log-probabilities, entropies) (B, T), without a gradient; ``stats`` takes what `pull_back` needs of each row."""
     plan = plan._replace(skip=False)
-    ids, temperature = rows.per_token(inputs.ids), rows.per_token(inputs.temperature)
+    ids, temperature = rows.per_token(batch.ids), rows.per_token(batch.temperature)
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         z = head.logits(head.rows(start, end))[None]
-        part = Inputs(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
-        lp, H, stat = run.logprobs(z, part, coefs, plan, entropy)
+        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
+        lp, H, stat = run.logprobs(z, part, plan, entropy)
         stats[start:end] = stat
         logps[start:end] = lp[0]
         if entropy:
@@ -177,20 +172,20 @@ def score(
 
 
 def pull_back(
-    run: ModuleType, head: ChunkedHead, rows: Rows, inputs: Inputs, stats: Tensor, g: Tensor, h: Tensor | None,
-    up: Tensor | None, coefs: Coefs, into: Gradients,
+    run: ModuleType, head: ChunkedHead, rows: Rows, batch: Batch, stats: Tensor, g: Tensor, h: Tensor | None,
+    up: Tensor | None, into: Gradients,
 ) -> None:  # fmt: skip
     """Gradients from ∂L/∂lp and ∂L/∂H (B, T), both times ``up``, through logits made anew.
 
     ``stats`` are `score`'s: the product must give the same logits again, by the same settings (TF32, say).
     """
-    ids, temperature = rows.per_token(inputs.ids), rows.per_token(inputs.temperature)
+    ids, temperature = rows.per_token(batch.ids), rows.per_token(batch.temperature)
     g, h, up = rows.per_token(g), rows.per_token(h), rows.per_token(up)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         x = head.rows(start, end)
         z = head.logits(x)[None]
-        part = Inputs(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
-        run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)), coefs)
+        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
+        run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))
         head.add(into, start, end, x, z[0], start == 0)
     _finish(head, into)
 
@@ -209,19 +204,19 @@ def _groups(ends: list[int], height: int) -> Iterator[tuple[int, int]]:
     yield first, len(ends)
 
 
-def _per_sequence(x: Tensor | None, inputs: Inputs) -> bool:
+def _per_sequence(x: Tensor | None, batch: Batch) -> bool:
     """Whether something is (B, 1); where T = 1 that is per token, as good."""
-    return x is None or (x.shape[1] == 1 and x.shape[0] == inputs.sequences and inputs.ids.shape != x.shape)
+    return x is None or (x.shape[1] == 1 and x.shape[0] == batch.sequences and batch.ids.shape != x.shape)
 
 
 def _cut(x: Tensor | None, start: int, end: int) -> Tensor | None:
     return None if x is None else x[None, start:end]
 
 
-def _tokens_of(part: Inputs, start: int, end: int) -> Inputs:
+def _tokens_of(part: Batch, start: int, end: int) -> Batch:
     """What the row kernels need of some of the tokens of packed input."""
     temperature = None if part.temperature is None else expand(part.temperature, part)[:, start:end]
-    return Inputs(ids=part.ids[:, start:end], temperature=temperature)
+    return part.with_only(ids=part.ids[:, start:end], temperature=temperature)
 
 
 def _empty(head: ChunkedHead, entropy: bool) -> tuple[Tensor, Tensor]:

@@ -19,12 +19,11 @@ from grpo_kernels.call.autograd import (
     given_slopes,
     is_one,
     refuse_double_backward,
-    steps_of,
+    slopes_of,
 )
 from grpo_kernels.linear import head_ops
-from grpo_kernels.objective.inputs import Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
-from grpo_kernels.objective.tracing import call
 
 
 class ChunkOptions(NamedTuple):
@@ -46,10 +45,10 @@ def _given(gradients: tuple[Tensor, ...], wanted: str) -> tuple[Tensor | None, .
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: ChunkOptions):
+    def forward(ctx, hidden, weight, bias, tensors, numbers, plan, entropy, options: ChunkOptions):
         ctx.wanted, ctx.backend = _wanted(ctx), options.backend
-        logps, entropies, loss, sums, metrics, *gradients = call(
-            head_ops.linear_loss_op, hidden, weight, bias, tensors, coefs, plan, entropy, ctx.wanted,
+        logps, entropies, loss, sums, metrics, *gradients = head_ops.linear_loss_op(
+            hidden, weight, bias, tensors, numbers, plan, entropy, ctx.wanted,
             options.in_fp32, options.height, options.count, options.backend,
         )  # fmt: skip
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
@@ -78,21 +77,21 @@ def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str)
         return x
     rows = x.view(1, -1, x.shape[-1])
     if again:
-        return call(ops.scale_op, rows, up, backend).view(x.shape)
+        return ops.scale_op(rows, up, backend).view(x.shape)
     ops.scale_op_(rows, up, backend)
     return x
 
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, steps, entropy, options: ChunkOptions, data_group):
-        logps, entropies, stats, count = call(
-            head_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
+    def forward(ctx, hidden, weight, bias, tensors, numbers, plan, entropy, options: ChunkOptions, data_group):
+        logps, entropies, stats, count = head_ops.linear_logprobs_op(
+            hidden, weight, bias, tensors, numbers, plan, entropy, options.height,
             options.count, options.backend,
         )  # fmt: skip
-        it = Objective(logps, entropies if entropy else None, tensors, coefs, plan, steps, options.backend, data_group)
+        it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, options.backend, data_group)
         ctx.wanted, ctx.plan, ctx.options = _wanted(ctx), plan, options
-        ctx.save_for_backward(hidden, weight, bias, coefs, stats, count, *it.save(ctx), *tensors)
+        ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *it.save(ctx), *tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -100,16 +99,16 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, *_):
         refuse_double_backward()
-        hidden, weight, bias, coefs, stats, count, *rest = ctx.saved_tensors
+        hidden, weight, bias, numbers, stats, count, *rest = ctx.saved_tensors
         saved, tensors = rest[:4], tuple(rest[4:])
-        g, h, up = Objective.slopes(ctx, saved, up, Inputs(*tensors).cu)
-        gradients = _pull_back(ctx, hidden, weight, bias, tensors, stats, count, g, h, up, coefs)
-        return *gradients, *(None,) * 7
+        g, h, up = slopes_of(ctx, saved, up, Batch(*tensors).cu)
+        gradients = _pull_back(ctx, hidden, weight, bias, tensors, numbers, stats, count, g, h, up)
+        return *gradients, *(None,) * 6
 
 
-def _pull_back(ctx, hidden, weight, bias, tensors, stats, count, g, h, up, coefs):
-    gradients = call(
-        head_ops.linear_slope_op, hidden, weight, bias, tensors, stats, g, h, up, coefs, ctx.plan, ctx.wanted,
+def _pull_back(ctx, hidden, weight, bias, tensors, numbers, stats, count, g, h, up):
+    gradients = head_ops.linear_slope_op(
+        hidden, weight, bias, tensors, numbers, stats, g, h, up, ctx.plan, ctx.wanted,
         ctx.options.in_fp32, ctx.options.height, count, ctx.options.backend,
     )  # fmt: skip
     dtypes = (hidden.dtype, weight.dtype, weight.dtype)
@@ -120,13 +119,13 @@ class LinearLogprobsFunction(torch.autograd.Function):
     """Log-probabilities and entropies, both differentiable."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, tensors, coefs, plan, entropy, options: ChunkOptions):
-        logps, entropies, stats, count = call(
-            head_ops.linear_logprobs_op, hidden, weight, bias, tensors, coefs, plan, entropy, options.height,
+    def forward(ctx, hidden, weight, bias, tensors, numbers, plan, entropy, options: ChunkOptions):
+        logps, entropies, stats, count = head_ops.linear_logprobs_op(
+            hidden, weight, bias, tensors, numbers, plan, entropy, options.height,
             options.count, options.backend,
         )  # fmt: skip
         ctx.wanted, ctx.plan, ctx.options, ctx.entropy = _wanted(ctx), plan, options, entropy
-        ctx.save_for_backward(hidden, weight, bias, coefs, stats, count, *tensors)
+        ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *tensors)
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -135,19 +134,18 @@ class LinearLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        hidden, weight, bias, coefs, stats, count, *tensors = ctx.saved_tensors
+        hidden, weight, bias, numbers, stats, count, *tensors = ctx.saved_tensors
         g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
-        gradients = _pull_back(ctx, hidden, weight, bias, tuple(tensors), stats, count, g, h, None, coefs)
+        gradients = _pull_back(ctx, hidden, weight, bias, tensors, numbers, stats, count, g, h, None)
         return *gradients, *(None,) * 5
 
 
 def run_linear_loss(
-    hidden, weight, bias, inputs: Inputs, coefs: Tensor, plan: Plan, *, entropy: bool, weighted: bool,
-    options: ChunkOptions, data_group=None,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    hidden, weight, bias, batch: Batch, plan: Plan, *, entropy: bool, options: ChunkOptions, data_group=None
+) -> tuple[Tensor, ...]:
     """(loss, logps, entropies, sums, metrics), differentiable in hidden states, weight and bias."""
-    tensors, key, steps = tuple(inputs), plan.key(), steps_of(plan, weighted)
+    packed = (*batch.pack(), plan.key())
     needed = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-    if needed and weighted and not plan.quantile and hidden.dtype != torch.float16:
-        return _Fused.apply(hidden, weight, bias, tensors, coefs, key, entropy, options)
-    return _Deferred.apply(hidden, weight, bias, tensors, coefs, key, steps, entropy, options, data_group)
+    if needed and plan.weighted and not plan.quantile and hidden.dtype != torch.float16:
+        return _Fused.apply(hidden, weight, bias, *packed, entropy, options)
+    return _Deferred.apply(hidden, weight, bias, *packed, entropy, options, data_group)

@@ -9,35 +9,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_kernels.call.library import fake, operator
 from grpo_kernels.call.ops import backend_of, check_values, fake_rows, fake_totals, stats_shape
 from grpo_kernels.linear import chunks
 from grpo_kernels.linear.chunks import Rows
 from grpo_kernels.linear.head import ChunkedHead, Gradients
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
-from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 
 
 def _head(hidden, weight, bias, rows: Rows, height: int) -> ChunkedHead:
-    return ChunkedHead(hidden, weight, bias, rows.index, rows.inputs.ids.shape[1], height)
+    return ChunkedHead(hidden, weight, bias, rows.index, rows.batch.ids.shape[1], height)
 
 
-@torch.library.custom_op("grpo_kernels::linear_loss", mutates_args=())
+@operator()
 def linear_loss_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str,
     entropy: bool, wanted: str, in_fp32: bool, height: int, count: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, entropies, loss [], sums [S], metrics [M], gradients of hidden states, weight and bias)"""
-    inputs, coefs, plan, run = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan), backend_of(backend)
-    check_values(inputs, weight.shape[0])
-    rows = Rows(inputs, coefs, plan, count)
+    batch, plan, run = Batch.unpack(tensors, numbers), Plan.from_key(plan), backend_of(backend)
+    check_values(batch, weight.shape[0])
+    rows = Rows(batch, plan, count)
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     through = chunks.row_chunks if plan.one_launch else chunks.sequence_chunks
     head = _head(hidden, weight, bias, rows, height)
-    logps, entropies = through(run, head, rows, inputs, coefs, plan, entropy, into)
+    logps, entropies = through(run, head, rows, batch, plan, entropy, into)
     if plan.late_correction:
-        inputs = inputs._replace(is_weight=run.correct(logps, inputs, coefs, CORRECTIONS[plan.correction]))
-    totals = run.objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+        batch = batch._replace(is_weight=run.correct(logps, batch, CORRECTIONS[plan.correction]))
+    totals = run.objective(logps, entropies if entropy else None, batch, plan, True)[:3]
     return logps, entropies, *totals, into.hidden, into.weight, into.bias
 
 
@@ -46,50 +47,50 @@ def _fake_gradients(hidden, weight, bias, wanted: str, in_fp32: bool) -> tuple[T
     return into.hidden, into.weight, into.bias
 
 
-@linear_loss_op.register_fake
-def _(hidden, weight, bias, tensors, coefs, plan, entropy, wanted, in_fp32, height, count, backend):
+@fake(linear_loss_op)
+def _(hidden, weight, bias, tensors, numbers, plan, entropy, wanted, in_fp32, height, count, backend):
     rows = fake_rows(hidden, tensors[0], entropy)
     return *rows, *fake_totals(hidden), *_fake_gradients(hidden, weight, bias, wanted, in_fp32)
 
 
-@torch.library.custom_op("grpo_kernels::linear_logprobs", mutates_args=())
+@operator()
 def linear_logprobs_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], coefs: Tensor, plan: str,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor, plan: str,
     entropy: bool, height: int, count: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps, entropies; for `linear_slope_op`: what it needs of the rows that are read, how many, on the host)"""
-    inputs, coefs, plan = Inputs(*tensors), Coefs.unpack(coefs), Plan.from_key(plan)
-    check_values(inputs, weight.shape[0])
-    rows = Rows(inputs, coefs, plan, count)
+    batch, plan = Batch.unpack(tensors, numbers), Plan.from_key(plan)
+    check_values(batch, weight.shape[0])
+    rows = Rows(batch, plan, count)
     head = _head(hidden, weight, bias, rows, height)
-    stats = hidden.new_empty(stats_shape(inputs.ids.numel(), backend), dtype=torch.float32)
-    values = chunks.score(backend_of(backend), head, rows, inputs, coefs, plan, entropy, stats)
+    stats = hidden.new_empty(stats_shape(batch.ids.numel(), backend), dtype=torch.float32)
+    values = chunks.score(backend_of(backend), head, rows, batch, plan, entropy, stats)
     return *values, stats, torch.tensor(head.count, device="cpu")
 
 
-@linear_logprobs_op.register_fake
-def _(hidden, weight, bias, tensors, coefs, plan, entropy, height, count, backend):
+@fake(linear_logprobs_op)
+def _(hidden, weight, bias, tensors, numbers, plan, entropy, height, count, backend):
     ids = tensors[0]
     stats = hidden.new_empty(stats_shape(ids.numel(), backend), dtype=torch.float32)
     return *fake_rows(hidden, ids, entropy), stats, torch.empty((), dtype=torch.int64, device="cpu")
 
 
-@torch.library.custom_op("grpo_kernels::linear_slope", mutates_args=())
+@operator()
 def linear_slope_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], stats: Tensor, g: Tensor,
-    h: Tensor | None, up: Tensor | None, coefs: Tensor, plan: str, wanted: str, in_fp32: bool, height: int,
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor,
+    stats: Tensor, g: Tensor, h: Tensor | None, up: Tensor | None, plan: str, wanted: str, in_fp32: bool, height: int,
     count: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden states, weight and bias from ∂L/∂lp and ∂L/∂H, both times ``up``."""
-    inputs, coefs = Inputs(*tensors), Coefs.unpack(coefs)
-    rows = Rows(inputs, coefs, Plan.from_key(plan), int(count))  # of a CPU tensor: no device is waited for
+    batch = Batch.unpack(tensors, numbers)
+    rows = Rows(batch, Plan.from_key(plan), int(count))  # of a CPU tensor: no device is waited for
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     head = _head(hidden, weight, bias, rows, height)
-    up = None if up is None else up.expand(inputs.ids.shape)
-    chunks.pull_back(backend_of(backend), head, rows, inputs, stats, g, h, up, coefs, into)
+    up = None if up is None else up.expand(batch.ids.shape)
+    chunks.pull_back(backend_of(backend), head, rows, batch, stats, g, h, up, into)
     return into.hidden, into.weight, into.bias
 
 
-@linear_slope_op.register_fake
-def _(hidden, weight, bias, tensors, stats, g, h, up, coefs, plan, wanted, in_fp32, height, count, backend):
+@fake(linear_slope_op)
+def _(hidden, weight, bias, tensors, numbers, stats, g, h, up, plan, wanted, in_fp32, height, count, backend):
     return _fake_gradients(hidden, weight, bias, wanted, in_fp32)

@@ -10,15 +10,10 @@ from typing import NamedTuple
 
 import torch
 
-
-class Weight(NamedTuple):
-    """``factor / max(count, 1)``; count is (B,), a scalar, or None for 1."""
-
-    count: torch.Tensor | None
-    factor: float
+Weight = tuple[torch.Tensor | None, float]  # (count, factor): factor / max(count, 1); count (B,), (), or None for 1
 
 
-class Batch(NamedTuple):
+class Sizes(NamedTuple):
     """What an aggregation may know of a batch. A count that the caller gives is a number or a 0-d tensor."""
 
     mask: torch.Tensor | None  # (B, T)
@@ -42,66 +37,67 @@ class Batch(NamedTuple):
 
 def divided(weight: Weight, count: torch.Tensor | float) -> Weight:
     """A weight divided by a number or tensor, which counts as 1 at least."""
+    present, factor = weight
     if not isinstance(count, torch.Tensor):
-        return Weight(weight.count, weight.factor / max(count, 1.0))
-    if weight.count is None:
-        return Weight(count, weight.factor)
-    return Weight(weight.count.clamp(min=1.0) * count.clamp(min=1.0), weight.factor)
+        return present, factor / max(count, 1.0)
+    if present is None:
+        return count, factor
+    return present.clamp(min=1.0) * count.clamp(min=1.0), factor
 
 
-def sequence_mean(batch: Batch) -> Weight:
-    lengths = batch.lengths()
+def sequence_mean(sizes: Sizes) -> Weight:
+    lengths = sizes.lengths()
     if lengths is None:
-        return Weight(None, batch.one_sequence() / max(batch.T, 1))
-    return Weight(lengths, batch.one_sequence())
+        return None, sizes.one_sequence() / max(sizes.T, 1)
+    return lengths, sizes.one_sequence()
 
 
-def sequence_sum(batch: Batch) -> Weight:
-    return Weight(None, batch.one_sequence())
+def sequence_sum(sizes: Sizes) -> Weight:
+    return None, sizes.one_sequence()
 
 
-def batch_tokens(batch: Batch) -> Weight:
-    if batch.packed_lengths is not None:
-        return Weight(batch.packed_lengths.sum(), 1.0)
-    if batch.mask is not None:
-        return Weight(batch.mask.sum(dtype=torch.float32), 1.0)
-    return Weight(None, 1.0 / max(batch.B * batch.T, 1))
+def batch_tokens(sizes: Sizes) -> Weight:
+    if sizes.packed_lengths is not None:
+        return sizes.packed_lengths.sum(), 1.0
+    if sizes.mask is not None:
+        return sizes.mask.sum(dtype=torch.float32), 1.0
+    return None, 1.0 / max(sizes.B * sizes.T, 1)
 
 
-def global_tokens(batch: Batch) -> Weight:
-    return batch_tokens(batch) if batch.num_items is None else divided(token_sum(batch), batch.num_items)
+def global_tokens(sizes: Sizes) -> Weight:
+    return batch_tokens(sizes) if sizes.num_items is None else divided(token_sum(sizes), sizes.num_items)
 
 
-def constant(batch: Batch) -> Weight:
-    return divided(sequence_sum(batch), batch.horizon)
+def constant(sizes: Sizes) -> Weight:
+    return divided(sequence_sum(sizes), sizes.horizon)
 
 
-def token_sum(batch: Batch) -> Weight:
-    return Weight(None, 1.0)
+def token_sum(sizes: Sizes) -> Weight:
+    return None, 1.0
 
 
-def nonempty_sequence_sum(batch: Batch) -> Weight:
-    if batch.global_batch_size is not None:
-        return divided(token_sum(batch), batch.global_batch_size)
-    lengths = batch.lengths()
+def nonempty_sequence_sum(sizes: Sizes) -> Weight:
+    if sizes.global_batch_size is not None:
+        return divided(token_sum(sizes), sizes.global_batch_size)
+    lengths = sizes.lengths()
     if lengths is None:
-        return sequence_sum(batch)
-    return Weight((lengths > 0).sum(dtype=torch.float32), 1.0)
+        return sequence_sum(sizes)
+    return (lengths > 0).sum(dtype=torch.float32), 1.0
 
 
-def nonempty_sequence_mean(batch: Batch) -> Weight:
-    weight, lengths = nonempty_sequence_sum(batch), batch.lengths()
+def nonempty_sequence_mean(sizes: Sizes) -> Weight:
+    (count, factor), lengths = nonempty_sequence_sum(sizes), sizes.lengths()
     if lengths is None:
-        return divided(weight, batch.T)
-    if weight.count is None:
-        return weight._replace(count=lengths)
-    if batch.global_batch_size is not None:
-        return divided(weight._replace(count=lengths), weight.count)
-    return weight._replace(count=lengths * weight.count)  # where no sequence has a token, none has a length
+        return divided((count, factor), sizes.T)
+    if count is None:
+        return lengths, factor
+    if sizes.global_batch_size is not None:
+        return divided((lengths, factor), count)
+    return lengths * count, factor  # where no sequence has a token, none has a length
 
 
-def nonempty_sequence_constant(batch: Batch) -> Weight:
-    return divided(nonempty_sequence_sum(batch), batch.horizon)
+def nonempty_sequence_constant(sizes: Sizes) -> Weight:
+    return divided(nonempty_sequence_sum(sizes), sizes.horizon)
 
 
 class Part(NamedTuple):
@@ -144,7 +140,7 @@ def quotient(part: torch.Tensor | float, whole: torch.Tensor | float) -> torch.T
 class Aggregation(NamedTuple):
     """``loss_agg_mode``: its weight as a function of the batch, and as a formula."""
 
-    function: Callable[[Batch], Weight]
+    function: Callable[[Sizes], Weight]
     formula: str
     micro: Callable[[Part], dict]  # keywords that make a part's weights those of the whole batch
     needs_horizon: bool = False

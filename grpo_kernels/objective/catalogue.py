@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from grpo_kernels.objective import kl, terms
-from grpo_kernels.objective.tracing import traced
+from grpo_kernels.objective.compiling import traced
 
 
 class Level(NamedTuple):

@@ -5,12 +5,11 @@ micro-batches or ranks: the metrics of the whole batch, exactly.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 import torch
 
+from grpo_kernels.objective.compiling import cached
 from grpo_kernels.objective.language import jit, on_numbers, on_torch, tl
-from grpo_kernels.objective.tracing import cached
 
 # name in ``out.sums`` -> how two of them combine; the order is the kernels' column order.
 SUM_NAMES = {
@@ -158,18 +157,14 @@ _SUM_NEEDS = {
 }
 
 
-class Names(NamedTuple):
-    """Entries of METRIC_NAMES and SUM_NAMES that a call has the inputs for -> the names it gives them."""
-
-    metrics: dict[str, str]
-    sums: dict[str, str]
-
-
 @cached
 def names_of(
     *, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool, sampling: bool, corrected: bool
-) -> Names:
-    """The names of a call; ``reports``: what the term's region is for, see `grpo_kernels.objective.catalogue.Term`."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Entries of METRIC_NAMES, and of SUM_NAMES, that a call has the inputs for -> the names it gives them.
+
+    ``reports``: what the term's region is for, see `grpo_kernels.objective.catalogue.Term`.
+    """
     names = {name: name for name in METRIC_NAMES if not name.startswith(_CLIP)}
     public = {}
     if reports == _CLIP:
@@ -186,7 +181,7 @@ def names_of(
     if not sampling:
         names = {name: public for name, public in names.items() if not name.startswith(_SAMPLING)}
     sums = {name: public.get(name, name) for name in SUM_NAMES if name not in _SUM_NEEDS or _SUM_NEEDS[name] in names}
-    return Names(names, sums)
+    return names, sums
 
 
 def named(values: torch.Tensor, order: Iterable[str], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
@@ -224,8 +219,8 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         joined[column] = how[SUM_NAMES[column]](torch.stack([part[name] for part in parts]))
     nothing = torch.zeros_like(joined["loss"])
     values = metrics_of(torch.stack([joined.get(name, nothing) for name in SUM_NAMES]))
-    names = names_of(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
-                     reports=reports, dual="clip_ratio/dual" in joined,
-                     sampling="sampling/importance_sampling_ratio" in joined,
-                     corrected="sampling/corrected" in joined)  # fmt: skip
-    return named(values, METRIC_NAMES, names.metrics)
+    names, _ = names_of(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
+                        reports=reports, dual="clip_ratio/dual" in joined,
+                        sampling="sampling/importance_sampling_ratio" in joined,
+                        corrected="sampling/corrected" in joined)  # fmt: skip
+    return named(values, METRIC_NAMES, names)

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS, LEVELS, TERMS
-from grpo_kernels.objective.tracing import cached
+from grpo_kernels.objective.compiling import cached
 
 
 class Plan(NamedTuple):
@@ -25,6 +25,8 @@ class Plan(NamedTuple):
     late_correction: bool = False  # ... which needs this call's own log-probabilities
     weight_once: bool = False  # the term's statistic takes importance weights that are one per sequence
     clip_once: bool = False  # the clip metrics have one value per sequence
+    capped: bool = False  # the term's region has a cap that can be reached
+    weighted: bool = True  # the loss is one number, its aggregation's; else one per token
 
     def key(self) -> str:
         return _key(self)
@@ -53,10 +55,14 @@ class Plan(NamedTuple):
         """The term's statistic of the sequence, or None."""
         return TERMS[self.term].statistic
 
-    def trusts(self, inputs) -> bool:
+    @property
+    def needs_entropy(self) -> bool:
+        return self.bonus or self.quantile
+
+    def trusts(self, batch) -> bool:
         """Whether the policy term has a factor: an importance weight, or a mask."""
-        weighted = inputs.is_weight is not None and self.own is None
-        return weighted or self.off_policy or inputs.threshold is not None
+        weighted = batch.is_weight is not None and self.own is None
+        return weighted or self.off_policy or batch.threshold is not None
 
     @property
     def spread(self) -> str:

@@ -10,8 +10,6 @@ an addition. Where the sum is not sound, and where a part of a vocabulary has no
 logit, as a running maximum per thread finds it (`read_row`). With a cap x is the capped logit.
 """
 
-from typing import NamedTuple
-
 from grpo_kernels.objective.language import constant, is_interpreted, jit, tl
 from grpo_kernels.objective.softmax import LN2, LOG2E, LOWEST, logp_of, token_slope
 
@@ -20,14 +18,6 @@ DEEP = constant(-160.0)  # 2^d is 0 from here on: in products d stops here, sinc
 # Above this Σ 2^(x − x_token) is not used. −g/Σ stays normal up to 2^64; an entropy, the difference of log2 Σ and
 # a mean of that size, stays within 1e-5 up to 2^32.
 MOST, MOST_OF_ENTROPIES = constant(2.0**64), constant(2.0**32)
-
-
-class Cap(NamedTuple):
-    """Of a soft cap, x = bound·tanh(inner·z): inner is the logits' scale divided by bound."""
-
-    bound: float
-    inner: float
-    per_bound: float  # 1 / bound: a division costs eight instructions
 
 
 @jit

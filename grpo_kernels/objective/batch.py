@@ -1,0 +1,111 @@
+"""Batch: what an objective needs besides the logits, tensors and numbers, in the form that the backends take."""
+
+from typing import NamedTuple
+
+import torch
+
+from grpo_kernels.objective.token import Limits
+
+
+class Cap(NamedTuple):
+    """Of a soft cap, x = bound·tanh(inner·z): inner is the logits' scale divided by bound."""
+
+    bound: float
+    inner: float
+    per_bound: float  # 1 / bound: a division costs eight instructions
+
+
+class Batch(NamedTuple):
+    """Tensors of a call, None where there is none; and its numbers.
+
+    Padded input has B sequences of T tokens. Packed input comes as one row of N tokens, (1, N), with
+    ``cu``; what belongs to a sequence is then (B, 1). Those marked * broadcast: (B, T), (B, 1) or (1, N).
+    """
+
+    ids: torch.Tensor  # (B, T) or (1, N)
+    mask: torch.Tensor | None = None  # as ids
+    old: torch.Tensor | None = None  # as ids
+    ref: torch.Tensor | None = None  # as ids
+    sampling: torch.Tensor | None = None  # as ids
+    adv: torch.Tensor | None = None  # *, or rewards
+    rewards: torch.Tensor | None = None  # (B,)
+    gate: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
+    is_weight: torch.Tensor | None = None  # *
+    temperature: torch.Tensor | None = None  # *, in place of `one_temperature`
+    count: torch.Tensor | None = None  # (B,) or (): what the weight divides by
+    loss_scale: torch.Tensor | None = None  # ()
+    tokens: torch.Tensor | None = None  # (): unmasked tokens, which the entropy bonus divides by
+    entropy_coef: torch.Tensor | None = None  # (): factor of the entropy bonus
+    threshold: torch.Tensor | None = None  # (): tokens of lower entropy are masked out
+    batch_std: torch.Tensor | None = None  # (): spread of the rewards of the batch, or of all ranks'
+    cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input
+    segments: torch.Tensor | None = None  # (N,) int32: the sequence of each packed token
+    groups: torch.Tensor | None = None  # (2, B) int32: first row and size of each sequence's group; None: all the same
+    # From here on numbers.
+    one_temperature: float = 1.0
+    beta: float = 0.0
+    w_factor: float = 1.0
+    h_factor: float = 0.0
+    adv_eps: float = 0.0
+    r_low: float = -torch.inf
+    r_high: float = torch.inf
+    kl_u: float = torch.inf
+    kl_value: float = torch.inf
+    drift: float = torch.inf  # threshold of the off-policy mask
+    correction_low: float = -torch.inf
+    correction_high: float = torch.inf
+    quantile: float = 0.0  # share of the tokens below the entropy threshold
+    num_generations: float = 1.0  # a whole number
+    softcap: float = torch.inf  # logits x become softcap · tanh(logit_scale · x / softcap)
+    logit_scale: float = 1.0  # without a softcap it is part of the temperature
+    term: tuple[float, ...] = ()
+
+    @property
+    def sequences(self) -> int:
+        return self.ids.shape[0] if self.cu is None else self.cu.shape[0] - 1
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(self.r_low, self.r_high, self.kl_u, self.kl_value)
+
+    @property
+    def cap(self) -> Cap | None:
+        bound = self.softcap
+        return None if bound == torch.inf else Cap(bound, self.logit_scale / bound, 1.0 / bound)
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return tuple(self[:_TENSORS])
+
+    def with_only(self, **tensors: torch.Tensor | None) -> "Batch":
+        """The same numbers, and these tensors alone."""
+        return self._replace(**{**_NO_TENSORS, **tensors})
+
+    def pack(self) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
+        """What an op takes: the tensors, and the numbers as one fp32 CPU tensor, whose values recompile nothing.
+
+        Under torch.compile the values stay tensors: numbers would be constants of it.
+        """
+        values = (*self[_TENSORS:-1], *self.term)
+        if torch.compiler.is_compiling():
+            one = torch.ones((), device="cpu")
+            return self.tensors, torch.stack([one * value for value in values])
+        return self.tensors, torch.tensor(values, dtype=torch.float32, device="cpu")
+
+    @classmethod
+    def unpack(cls, tensors: tuple | list, numbers: torch.Tensor | None = None) -> "Batch":
+        """From what `pack` gave; reads host memory, so no device is waited for."""
+        if numbers is None:
+            return cls(*tensors)
+        values = numbers.tolist()
+        fixed = len(cls._fields) - 1 - _TENSORS
+        return cls(*tensors, *values[:fixed], tuple(values[fixed:]))
+
+
+_TENSORS = Batch._fields.index("one_temperature")
+_NO_TENSORS = dict.fromkeys(Batch._fields[:_TENSORS])
+
+
+def exchange(tensors: tuple, **fields: torch.Tensor | None) -> tuple:
+    """The tensors of a batch with others in these fields."""
+    return Batch(*tensors)._replace(**fields).tensors
