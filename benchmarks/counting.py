@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from grpo_kernels.call import ops
+from grpo_kernels.call.library import BODIES
 from grpo_kernels.linear import head_ops
 
 
@@ -142,8 +143,8 @@ def bare_ops() -> Iterator[None]:
     with contextlib.ExitStack() as patches:
         for module in (ops, head_ops):
             for name, op in list(vars(module).items()):
-                if isinstance(op, torch.library.CustomOpDef):
-                    patches.enter_context(_patched(module, name, op._init_fn))
+                if isinstance(op, torch._ops.OpOverload):
+                    patches.enter_context(_patched(module, name, BODIES[op]))
         yield
 
 

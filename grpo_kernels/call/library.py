@@ -10,6 +10,7 @@ import torch
 
 _NAMESPACE = "grpo_kernels"
 _LIBRARY = torch.library.Library(_NAMESPACE, "FRAGMENT")
+BODIES: dict[Callable, Callable] = {}  # operator -> the function that it runs
 
 
 def operator(writes_over: str | None = None) -> Callable:
@@ -26,7 +27,9 @@ def operator(writes_over: str | None = None) -> Callable:
             name + torch.library.infer_schema(function, mutates_args=mutated), tags=(torch.Tag.pt2_compliant_tag,)
         )
         _LIBRARY.impl(name, function if writes_over is None else _counted(function), "CompositeExplicitAutograd")
-        return getattr(getattr(torch.ops, _NAMESPACE), name).default
+        made = getattr(getattr(torch.ops, _NAMESPACE), name).default
+        BODIES[made] = function
+        return made
 
     return define
 

@@ -274,6 +274,11 @@ def slope_op_(
     backend_of(backend).slope(logits, logits, Batch.unpack(tensors, numbers), stats, g, h, up)
 
 
+@fake(slope_op_)
+def _(*args):
+    return None
+
+
 @operator()
 def scale_op(grad: Tensor, up: Tensor, backend: str) -> Tensor:
     out = torch.empty_like(grad)
@@ -289,3 +294,8 @@ def _(grad, up, backend):
 @operator(writes_over="grad")
 def scale_op_(grad: Tensor, up: Tensor, backend: str) -> None:
     backend_of(backend).scale(grad, grad, up)
+
+
+@fake(scale_op_)
+def _(*args):
+    return None

@@ -1,6 +1,7 @@
 """Launches: the Triton backend, with the same functions as `grpo_kernels.cpu_backend.backend`."""
 
 import contextlib
+import functools
 from collections.abc import Callable
 
 import torch
@@ -265,12 +266,21 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     equally far off a boundary of 16 bytes; if not, every entry by itself. EDGE: the body starts at a multiple of so
     many entries, those of a line of memory if both rows are equally far off one.
     """
-    size = tensors[0].element_size()
-    starts = {(x.data_ptr(), *(stride * size for stride in _strides(x))) for x in tensors}
-    line = line_bytes(tensors[0].device)
-    off = {boundary: {tuple(at % boundary for at in each) for each in starts} for boundary in (line, 16)}
-    wide = next((boundary for boundary, each in off.items() if len(each) == 1), size)
-    aligned = off[16] == {(0, 0, 0)} and V % 16 == 0
+    size, line = tensors[0].element_size(), line_bytes(tensors[0].device)
+    off = []  # how far the first row, and what follows it by a stride, is off a line
+    for x in tensors:
+        seq, tok = _strides(x)
+        off.append((x.data_ptr() % line, seq * size % line, tok * size % line))
+    return _tile_of(shape, V, size, line, tuple(off), capped)
+
+
+@functools.lru_cache(maxsize=256)
+def _tile_of(
+    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], capped: bool
+) -> dict[str, int]:
+    places = {boundary: {tuple(at % boundary for at in each) for each in off} for boundary in (line, 16)}
+    wide = next((boundary for boundary, each in places.items() if len(each) == 1), size)
+    aligned = places[16] == {(0, 0, 0)} and V % 16 == 0
     wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
     return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, capped)}
 
@@ -279,7 +289,9 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
     """The first two strides, 0 where a size is 1 (so that it broadcasts) or the tensor is missing."""
     if x is None:
         return 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
+    sequences, tokens, *_ = x.shape
+    seq, tok, *_ = x.stride()
+    return 0 if sequences == 1 else seq, 0 if tokens == 1 else tok
 
 
 def _at(batch: Batch) -> int:
