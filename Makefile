@@ -207,11 +207,12 @@ triton_numpy_3.6.0 := numpy<2.4
 	@touch $@
 
 # One environment per torch, with what that torch asks for (its Triton too); the rest is read from $(VENV).
+torch_numpy_2.11.0 := $(triton_numpy_3.6.0)
 .venv-torch-%/.installed: $(VENV)/.installed-test
 	@rm -rf $(@D)
 	@echo "==> installing torch $* into $(@D)"
 	@$(PY) -m venv --without-pip $(@D)
-	@$(PY) -m pip --python $(@D)/bin/python install --disable-pip-version-check $(index) $(if $(filter newest,$*),--upgrade torch,torch==$*)
+	@$(PY) -m pip --python $(@D)/bin/python install --disable-pip-version-check $(index) $(if $(filter newest,$*),--upgrade torch,torch==$*) $(if $(torch_numpy_$*),'$(torch_numpy_$*)')
 	@base=$$($(PY) -c 'import os, sysconfig; print(os.path.abspath(sysconfig.get_path("purelib")))'); \
 	own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
 	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"

@@ -7,7 +7,7 @@ import torch
 
 import reference
 from cases import BACKENDS, DEVICE, check, make_case, on_device
-from counting import interpreted, launches
+from counting import bare_ops, interpreted, launches
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, group_advantages, policy_loss
 from grpo_kernels.call import checks, ops
 from grpo_kernels.objective.advantages import group_rows
@@ -214,7 +214,7 @@ def test_tensors_of_sizes_are_not_read_back():
     """On tensors without data, which raise where a GPU would be waited for; one more small launch."""
     case = make_case(B=6)
     inputs = {name: x.to("meta") for name, x in {"logits": case.logits, **case.inputs(*INPUTS)}.items()}
-    with launches(run=False) as seen:
+    with bare_ops(), launches(run=False) as seen:
         fused_grpo_loss(**inputs, num_generations=torch.zeros(2, dtype=torch.int64, device="meta"), backend="triton")
     assert [launch.name for launch in seen].count("groups_kernel") == 1
 
