@@ -27,7 +27,7 @@ if torch.cuda.is_available():
 else:
     os.environ["TRITON_INTERPRET"] = "1"
 
-from benchmarks import environment
+from benchmarks import counters, environment
 from benchmarks.baselines import Implementation, ModelOutput, Outcome
 from benchmarks.cases import BF16, FP32, HALF_MASKED, LLAMA, LLAMA2, MODELS, QWEN, Case, Inputs, make_inputs
 from benchmarks.interpreter import hasten
@@ -203,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each row of the table")
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     parser.add_argument("--workers", type=int, default=workers, help=f"processes that compile first ({workers})")
+    parser.add_argument("--ncu", action="store_true", help="then count each launch's DRAM bytes by Nsight Compute")
     parser.add_argument("--record", action="store_true", help="from results/*/kernels.csv; measures nothing")
     arguments = parser.parse_args(argv)
     if arguments.record:
@@ -223,6 +224,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\n".join(map(line, block)), flush=True)
         if arguments.out:
             write(arguments.out, where, device, rows)
+    if arguments.ncu:
+        for each in counters.report(cases, names[:2]):
+            print(each, flush=True)
     wrong = [row for row in rows if row.status not in (OK, "not run")]
     print(f"{time.monotonic() - start:.0f} s")
     return int(bool(wrong) or not rows)
