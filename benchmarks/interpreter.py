@@ -5,7 +5,7 @@ the launch ends: more than half of the time of a small launch. Here it does so o
 left, a third went into the check of integer sums and products for overflow, which took seven operations of the
 interpreter each; here NumPy does it. (Triton 3.7 makes that check, and asserts what it found in debug mode alone;
 here an overflow raises always.) A shape is wrapped once, not for every tensor that has it; which types two operands
-must have is found once for each pair; a number becomes a block once.
+must have is found once for each pair; a number becomes a block once. NumPy warns of no infinity, as no GPU does.
 """
 
 import functools
@@ -21,8 +21,9 @@ def hasten() -> None:
     if os.environ.get("TRITON_INTERPRET") != "1":
         return
     try:
+        import numpy as np
         from triton.runtime import interpreter
-    except ModuleNotFoundError:  # no Triton, nothing to hasten
+    except ModuleNotFoundError:  # no Triton or no NumPy, nothing to hasten
         return
 
     language = interpreter.tl
@@ -45,7 +46,8 @@ def hasten() -> None:
     def launch_afresh(self, *args, **kwargs):
         replaced.clear()
         try:
-            return launch(self, *args, **kwargs)
+            with np.errstate(all="ignore"):
+                return launch(self, *args, **kwargs)
         finally:
             replaced.clear()
 
@@ -61,9 +63,9 @@ def hasten() -> None:
 
 
 def _check_overflow_in_numpy(interpreter) -> None:
-    import numpy as np
     from triton.language.semantic import TritonSemantic
 
+    np = interpreter.np
     of_blocks = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
     of_numbers = {"add": operator.add, "sub": operator.sub, "mul": operator.mul}
     checked = TritonSemantic.binary_op_sanitize_overflow_impl
@@ -239,7 +241,7 @@ def _check_types_once(interpreter) -> None:
     def constant_once(self, value, dtype):
         if self is not ours or type(value) not in plain or dtype is None:
             return constant(self, value, dtype)
-        key = type(value), value, dtype.name
+        key = value, dtype.name
         return constants[key] if key in constants else remember(key, constant(self, value, dtype))
 
     TritonSemantic.binary_op_type_checking_impl = check_once
