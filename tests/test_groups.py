@@ -217,6 +217,7 @@ def test_many_groups(n):
 
 
 @interpreted
+@pytest.mark.unshifted
 def test_tensors_of_sizes_are_not_read_back():
     """On tensors without data, which raise where a GPU would be waited for; one more small launch."""
     case = make_case(B=6)
@@ -226,6 +227,7 @@ def test_tensors_of_sizes_are_not_read_back():
     assert [launch.name for launch in seen].count("groups_kernel") == 1
 
 
+@pytest.mark.unshifted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled(backend):
     """In one graph, which serves other sizes too; as does one number."""
