@@ -204,6 +204,9 @@ def _check_types_once(interpreter) -> None:
         constants[key] = x
         return x
 
+    def exactly(value):  # 0.0 and −0.0 are equal
+        return value or str(value)
+
     def check_once(self, lhs, rhs, *args, **kwargs):
         if self is not ours or kwargs:
             return check_types(self, lhs, rhs, *args, **kwargs)
@@ -217,13 +220,13 @@ def _check_types_once(interpreter) -> None:
                 unchanged.add(key)
             return x, y
         if left is tensor and right in plain:
-            key = lhs.type.name, right, rhs, args
+            key = lhs.type.name, right, exactly(rhs), args
             if key in constants:
                 return lhs, constants[key]
             x, y = check_types(self, lhs, rhs, *args)
             return x, remember(key, y) if x.type.name == lhs.type.name else y
         if left in plain and right is tensor:
-            key = left, lhs, rhs.type.name, args
+            key = left, exactly(lhs), rhs.type.name, args
             if key in constants:
                 return constants[key], rhs
             x, y = check_types(self, lhs, rhs, *args)
@@ -241,7 +244,7 @@ def _check_types_once(interpreter) -> None:
     def constant_once(self, value, dtype):
         if self is not ours or type(value) not in plain or dtype is None:
             return constant(self, value, dtype)
-        key = value, dtype.name
+        key = exactly(value), dtype.name
         return constants[key] if key in constants else remember(key, constant(self, value, dtype))
 
     TritonSemantic.binary_op_type_checking_impl = check_once

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 @pytest.fixture(scope="module")
 def plain():
     """name -> digest, from a process that has Triton's interpreter as it is."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((".", "tests"))}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((".", "tests", os.environ.get("PYTHONPATH", "")))}
     command = [sys.executable, "-m", "interpreter_bits", "--plain"]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
