@@ -24,7 +24,9 @@ GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
     [ $$j -gt 14 ] && j=14; [ $$j -lt 1 ] && j=1; echo $$j)
 
 # Whatever compares numbers that rounding reaches, and is quick.
-NUMERICAL_TESTS ?= $(foreach f,autograd edges layouts linear logprobs loss metrics objectives packed row_starts,tests/test_$(f).py)
+NUMERICAL       := anchor autograd counts edges groups layouts linear logprobs loss metrics microbatch objectives packed \
+    row_starts sampling_metrics
+NUMERICAL_TESTS ?= $(foreach f,$(NUMERICAL),tests/test_$(f).py)
 
 # The first interpreter that is new enough; empty if there is none.
 ifeq ($(origin PYTHON),undefined)

@@ -63,9 +63,10 @@ def _counts(accesses: list[Access], x: torch.Tensor) -> torch.Tensor:
     storage, size = x.untyped_storage(), x.element_size()
     elements = storage.nbytes() // size
     counts = np.zeros(elements, np.int64)
-    for addresses, width in accesses:
+    for wide in {width for _, width in accesses}:
+        addresses = np.concatenate([each for each, width in accesses if width == wide])
         mine = addresses[_inside(addresses, x)].astype(np.int64) - storage.data_ptr()
-        for part in range(0, max(width, size), size):  # a word may hold several elements
+        for part in range(0, max(wide, size), size):  # a word may hold several elements
             counts += np.bincount((mine + part) // size, minlength=elements)
     return torch.as_strided(torch.from_numpy(counts), x.shape, x.stride(), x.storage_offset())
 

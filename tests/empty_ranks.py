@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.interpreter import hasten
-from cases import VALUE, assert_grad_close, make_case
+from cases import make_case
 from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, group_advantages, token_logprobs
+from linear_tolerance import linear_bounds
+from tolerance import advantage_error, assert_within, bounds, logprob_bounds
 
 NAMES = ("completion_ids", "completion_mask", "old_logps")
 V, H = 37, 6
@@ -41,11 +43,21 @@ def data_parallel(backend):
                 for given in (None, group):
                     out = function(leaf, *more, **inputs, **extra, data_group=given)
                     found.append((out.loss.detach(), torch.autograd.grad(out.loss, leaf)[0]))
-                torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
                 assert (dist.get_rank() == 1) == bool(found[1][1].any())
+                if dist.get_rank() == 0:
+                    assert not found[0][1].any() and found[0][0] == found[1][0] == 0.0
+                    continue
+                if more:
+                    allowed, (of_leaf, _) = linear_bounds({"hidden": leaf, "weight": weight}, inputs, **extra)
+                else:
+                    allowed = bounds(leaf, **inputs, **extra)
+                    of_leaf = allowed.grad
+                assert_within(found[1][0], found[0][0], allowed.loss, "loss", factor=2)
+                assert_within(found[1][1], found[0][1], of_leaf, "gradient", factor=2)
     rewards = case.rewards[slice(0, 0) if dist.get_rank() == 0 else slice(None)]
     found = [group_advantages(rewards, 2, scale_rewards="batch", data_group=given) for given in (None, group)]
-    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-7)
+    std = rewards.std() if len(rewards) else 1.0
+    assert_within(found[1], found[0], advantage_error(rewards, found[0], std) if len(rewards) else 0.0, "advantages", 2)
     assert not group_advantages(rewards[:0], 2, scale_rewards="batch", data_group=group).numel()
 
 
@@ -61,16 +73,18 @@ def no_part(backend):
             x, y = case.logits[..., mine].clone().requires_grad_(), case.logits.clone().requires_grad_()
             out = fused_grpo_loss(x * 1, **inputs, **kwargs, vocab_group=group)
             whole = fused_grpo_loss(y * 1, **inputs, **kwargs)
-            torch.testing.assert_close(out.loss, whole.loss, **VALUE)
-            torch.testing.assert_close(out.logps, whole.logps, **VALUE, equal_nan=True)
+            allowed = bounds(case.logits, **inputs, **kwargs)
+            assert_within(out.loss, whole.loss, allowed.loss, "loss", factor=2)
+            assert_within(out.logps, whole.logps, allowed.logps, "logps", factor=2)
             (grad,), (want,) = torch.autograd.grad(out.loss, x), torch.autograd.grad(whole.loss, y)
-            assert_grad_close(grad, want[..., mine].double(), torch.float32) if grad.numel() else None
-            assert grad.shape == x.shape
+            assert_within(grad, want[..., mine], allowed.grad[..., mine], "gradient", factor=2)
         x = case.logits[..., mine].clone().requires_grad_()
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         out = token_logprobs(x, ids, mask=mask, return_entropy=True, vocab_group=group, backend=backend)
         whole = token_logprobs(case.logits, ids, mask=mask, return_entropy=True, backend=backend)
-        torch.testing.assert_close(out, whole, **VALUE)
+        allowed = logprob_bounds(case.logits, ids, mask, 1.0, lambda lp, H: (lp + H).sum())
+        assert_within(out.logps, whole.logps, allowed.logps, "logps", factor=2)
+        assert_within(out.entropy, whole.entropy, allowed.entropy, "entropy", factor=2)
         (out.logps + out.entropy).sum().backward()
         assert x.grad.shape == x.shape
     try:

@@ -12,6 +12,7 @@ from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, group_advantag
 from grpo_kernels.call import checks, ops
 from grpo_kernels.objective.advantages import group_rows
 from grpo_kernels.objective.metrics import combine
+from tolerance import advantage_error, assert_within, bounds, near
 
 INF, NAN = math.inf, math.nan
 SIZES = [4, 2, 1, 5]  # 12 rows
@@ -35,9 +36,10 @@ def test_advantages_by_hand():
     a, b = 1 / math.sqrt(2), 1 / math.sqrt(3)
     for sizes in forms([2, 1, 3]):
         got = group_advantages(rewards, sizes, eps=0.0).cpu()
-        torch.testing.assert_close(got, torch.tensor([-a, a, 0.0, -b, -b, 2 * b]))
+        wanted = torch.tensor([-a, a, 0.0, -b, -b, 2 * b], dtype=torch.float64)
+        assert_within(got, wanted, advantage_error(rewards.cpu(), wanted), "advantages")
     plain = group_advantages(rewards, [2, 1, 3], scale_rewards="none").cpu()
-    torch.testing.assert_close(plain, torch.tensor([-1.0, 1.0, 0.0, -1.0, -1.0, 2.0]))
+    assert plain.tolist() == [-1.0, 1.0, 0.0, -1.0, -1.0, 2.0]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -89,7 +91,8 @@ def test_losses(scale, kwargs, backend):
             out = fused_grpo_loss(**x, **on_device({"num_generations": sizes}), scale_rewards=scale, backend=backend,
                                   **kwargs)  # fmt: skip
             whole = fused_grpo_loss(**x, **on_device({"num_generations": sizes}), scale_rewards=scale, backend=backend)
-            torch.testing.assert_close(out.loss, whole.loss)
+            allowed = bounds(case.logits, **case.inputs(*INPUTS), num_generations=sizes, scale_rewards=scale)
+            assert_within(out.loss, whole.loss, allowed.loss, "loss", factor=2)
             assert out.metrics["frac_reward_zero_std"] == whole.metrics["frac_reward_zero_std"]
         else:
             check(case.logits, backend, **case.inputs(*INPUTS), num_generations=sizes, scale_rewards=scale, **kwargs)
@@ -104,7 +107,8 @@ def test_packed(backend):
     out, _ = check(case.logits[mask], backend, **packed, cu_seqlens=cu, rewards=case.rewards, num_generations=SIZES)
     padded = fused_grpo_loss(**on_device({"logits": case.logits, **case.inputs(*INPUTS)}), num_generations=SIZES,
                              backend=backend)  # fmt: skip
-    torch.testing.assert_close(out.loss, padded.loss)
+    allowed = bounds(case.logits, **case.inputs(*INPUTS), num_generations=SIZES)
+    assert_within(out.loss, padded.loss, allowed.loss, "loss", factor=2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -114,10 +118,11 @@ def test_other_functions(backend):
     want = fused_grpo_loss(case.logits.to(DEVICE), **inputs, num_generations=SIZES, backend=backend)
     given = {name: x for name, x in inputs.items() if name != "completion_ids"}
     of_logps = policy_loss(want.logps, **given, num_generations=SIZES, backend=backend)
-    torch.testing.assert_close(of_logps.loss, want.loss)
+    allowed = bounds(case.logits, **case.inputs(*INPUTS), num_generations=SIZES)
+    assert_within(of_logps.loss, want.loss, allowed.loss, "loss", factor=2)
     eye = torch.eye(33, device=DEVICE)
     linear = fused_linear_grpo_loss(case.logits.to(DEVICE), eye, **inputs, num_generations=SIZES, backend=backend)
-    torch.testing.assert_close(linear.loss, want.loss)
+    assert_within(linear.loss, want.loss, allowed.loss, "loss", factor=2)  # products with 1 and 0 are exact
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -136,15 +141,17 @@ def test_rewards_that_are_not_finite(backend):
     for metrics in (whole.metrics, joined):
         assert metrics["reward_not_finite"].item() == 3
         assert metrics["reward"].item() == 2.0
-        assert metrics["reward_std"].item() == pytest.approx(torch.tensor([1.0, 3, 2, 2, 2]).std().item())
+        assert metrics["reward_std"].item() == near(math.sqrt(0.5), 5)
         assert metrics["frac_reward_zero_std"].item() == 0.5
     assert whole.sums["rewards"].item() == 5 and whole.sums["reward_not_finite"].item() == 3
     a = 1 / math.sqrt(2)
     want = torch.tensor([-a, 0, a, 0, 0, 0, 0, 0])
-    torch.testing.assert_close(group_advantages(rewards, 4, eps=0.0), want)
-    torch.testing.assert_close(reference.group_advantages(rewards, 4, eps=1e-12), want)
+    off = advantage_error(rewards.where(rewards.isfinite(), 0.0), want)
+    assert_within(group_advantages(rewards, 4, eps=0.0), want, off, "advantages")
+    assert_within(reference.group_advantages(rewards, 4, eps=1e-12), want, off, "the reference's")
     advantages = fused_grpo_loss(**on_device({**inputs, "advantages": want}), backend=backend)
-    torch.testing.assert_close(whole.loss, advantages.loss)
+    allowed = bounds(case.logits, **{name: inputs[name] for name in ("completion_ids", "old_logps")}, advantages=want)
+    assert_within(whole.loss, advantages.loss, allowed.loss, "loss", factor=2)
 
 
 # --- what is refused, and what is not read ---------------------------------------------------------
@@ -210,6 +217,7 @@ def test_many_groups(n):
 
 
 @interpreted
+@pytest.mark.unshifted
 def test_tensors_of_sizes_are_not_read_back():
     """On tensors without data, which raise where a GPU would be waited for; one more small launch."""
     case = make_case(B=6)
@@ -219,6 +227,7 @@ def test_tensors_of_sizes_are_not_read_back():
     assert [launch.name for launch in seen].count("groups_kernel") == 1
 
 
+@pytest.mark.unshifted
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_compiled(backend):
     """In one graph, which serves other sizes too; as does one number."""
@@ -229,5 +238,6 @@ def test_compiled(backend):
     for sizes in (*(torch.tensor(sizes, device=DEVICE) for sizes in ([4, 2], [3, 3], [1, 5])), 2, 3, 6):
         want = fused_grpo_loss(**inputs, num_generations=sizes, backend=backend)
         got = compiled(**inputs, num_generations=sizes, backend=backend)
-        torch.testing.assert_close(got.loss, want.loss)
+        allowed = bounds(case.logits, **case.inputs(*INPUTS), num_generations=sizes)
+        assert_within(got.loss, want.loss, allowed.loss, "loss", factor=2)
         assert got.metrics["reward_std"] == want.metrics["reward_std"]

@@ -14,6 +14,7 @@ from grpo_kernels import fused_grpo_loss, token_logprobs
 from grpo_kernels.call.ops import threshold_op
 from grpo_kernels.objective.batch import Batch
 from pretend_gpu import DeviceMismatch, pretended, pretended_gpu
+from tolerance import assert_within, bounds
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,8 +123,9 @@ def test_the_loss_is_that_of_the_cpu(backend):
     want = fused_grpo_loss(leaf, **case.inputs(*names), backend="torch")
     want.loss.backward()
     assert out.loss.is_cuda and x.grad.is_cuda and all(value.is_cuda for value in out.metrics.values())
-    torch.testing.assert_close(out.loss.cpu(), want.loss, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(x.grad.cpu(), leaf.grad, rtol=1e-6, atol=1e-8)
+    allowed = bounds(case.logits, **case.inputs(*names))
+    assert_within(out.loss, want.loss, allowed.loss, "loss", factor=2)
+    assert_within(x.grad, leaf.grad, allowed.grad, "gradient", factor=2)
 
 
 def test_a_bad_test_fails_and_a_good_one_passes(tmp_path):
