@@ -75,8 +75,8 @@ WRONG_RESULTS = {
         "gradient: an entry": row(lambda g: g[3].add_(30 * ROUNDING[g.dtype] * g.abs().max())),
         "gradient: nan": row(lambda g: g[5].fill_(NAN)),
         "gradient: an entry of the sample": row(lambda g: g[3].mul_(1.05), sampled=True),
-        "gradient: another reference": of_other(eager, ref_logps=lambda x: x + 0.1),
-        "gradient: another objective": of_other(eager, case=lambda case: replace(case, **SEQUENCE)),
+        "off: another reference": of_other(eager, ref_logps=lambda x: x + 0.1),
+        "off: another objective": of_other(eager, case=lambda case: replace(case, **SEQUENCE)),
     },
     "logprobs": {"log-probs: off": lambda i, o: o.logps.add_(1e-3)},
     "entropies": {"entropies: scaled": lambda i, o: o.entropies.mul_(1.001)},
@@ -89,8 +89,8 @@ WRONG_RESULTS = {
         "d weight: scaled": lambda i, o: o.grads[1].mul_(1.02),
         "d weight: a word dropped": lambda i, o: o.grads[1][5].zero_(),
         "d weight: nan": lambda i, o: o.grads[1][5, 1].fill_(NAN),
-        "d weight: another reference": of_other(eager_linear, ref_logps=lambda x: x + 0.3),
-        "d weight: another objective": of_other(eager_linear, case=lambda case: replace(case, **SEQUENCE)),
+        "off: another reference": of_other(eager_linear, ref_logps=lambda x: x + 0.3),
+        "off: another objective": of_other(eager_linear, case=lambda case: replace(case, **SEQUENCE)),
     },
 }
 TABLE = [(mode, name, False) for mode, names in WRONG_RESULTS.items() for name in names]

@@ -196,6 +196,7 @@ def test_both_arms_get_the_same_tokens(generations, policy, tokenizer):
 # --- memory, and a run ----------------------------------------------------------------------------
 
 
+@pytest.mark.unshifted
 def test_peak_counts_what_lives_at_once():
     def call():
         a = torch.ones(1_000_000)  # 4 MB
