@@ -1,316 +1,266 @@
-"""The benchmarks' suite: what a GPU run of a few minutes needs, tried on a CPU with tiny cases."""
+"""The benchmarks' loop, with tiny cases: a wrong result has no time, whatever fails is a row, and the run goes on."""
 
-from dataclasses import replace
+from dataclasses import astuple, fields, replace
 
 import pytest
 import torch
 
 from benchmarks import measure, report, suite, warm
-from benchmarks.__main__ import main
-from benchmarks.baselines import Implementation, Outcome, eager, eager_entropies
+from benchmarks.baselines import Implementation, Outcome, eager, eager_logprobs
+from benchmarks.baselines_linear import eager_linear
 from benchmarks.baselines_peers import EAGER, OURS, apart, implementations
-from benchmarks.cases import SUITES, Case, make_inputs
-from benchmarks.measure import Failed
-from benchmarks.oracle import SAMPLED_ROWS, Oracle
-from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, run_suite
+from benchmarks.budget import Budget
+from benchmarks.cases import MODES, SUITES, Case, make_inputs
+from benchmarks.measure import Timing
+from benchmarks.oracle import ROUNDING, SAMPLED_ROWS, Oracle
+from benchmarks.suite import ERROR, MISSING, OK, OOM, WRONG, Row, run_suite
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, NAN = torch.device("cpu"), torch.device("cuda"), float("nan")
+DEVICES = [CPU] + [CUDA] * torch.cuda.is_available()
+DTYPES = [torch.float32, torch.bfloat16]
 CASE = Case(4, 32, 97, torch.float32, masked=0.25)
-KINDS = [
-    CASE,
-    replace(CASE, dtype=torch.bfloat16),
-    replace(CASE, objective="sequence"),
-    replace(CASE, zero_advantage=0.5),
-]
-NO_KL = replace(CASE, objective="cross-entropy")
+PLAIN, HEAD = replace(CASE, masked=0.0), replace(CASE, length=12, hidden=64)
+CASES = {"loss": CASE, "logprobs": CASE, "entropies": PLAIN, "linear": HEAD}
+SEQUENCE = {"objective": "sequence"}
+KINDS = [{}, {"masked": 0.5}, {"zero_advantage": 0.5}, SEQUENCE, SEQUENCE | {"masked": 0.5}]
+RESULTS = [field.name for field in fields(Row)].index("error_over_tolerance") + 1  # of a Row: what a right result has
 
 
-def rows_of(call, mode="loss", case=CASE, **kwargs):
-    (rows,) = run_suite([case], [mode], [Implementation("peer", {mode: call}, **kwargs)], CPU, seconds=0.0)
-    return rows
-
-
-# --- large cases: a sample of rows ------------------------------------------------------------------------
+def row_of(mode, call, case=None, **kwargs):
+    """The row of one implementation, with eager PyTorch beside it."""
+    peer = Implementation("peer", {mode: call}, **kwargs)
+    ((row, beside),) = run_suite([case or CASES[mode]], [mode], [peer, EAGER], CPU, seconds=0.0)
+    assert beside.status == OK and beside.median_ms > 0
+    return row
 
 
 @pytest.fixture
 def large(monkeypatch):
+    """Every case is as one of a GPU, of which a sample of rows is checked entry by entry."""
     monkeypatch.setattr("benchmarks.oracle.ALL_ROWS_BYTES", 0)
+
+
+# --- no time without a right result -----------------------------------------------------------------------
+
+
+def row(edit, sampled=False):
+    """Edits the gradient of one row that has one and is, or is not, in the sample of large cases."""
+
+    def change(inputs, outcome):
+        oracle = Oracle(inputs)
+        ((b, t),) = oracle._sample()
+        inside = list(zip(b.tolist(), t.tolist()))
+        edit(outcome.grad[next((b, t) for b, t in oracle.dlogps.nonzero().tolist() if ((b, t) in inside) == sampled)])
+
+    return change
+
+
+def of_other(call, **change):
+    """What eager PyTorch makes of other inputs."""
+    return lambda i, o: call(replace(i, **{name: edit(getattr(i, name)) for name, edit in change.items()}), i.logits)
+
+
+# mode → what is off: how. Each changes eager PyTorch's outcome, or gives another.
+WRONG_RESULTS = {
+    "loss": {
+        "loss: scaled": lambda i, o: o.loss.mul_(1.1),
+        "loss: nan": lambda i, o: o.loss.fill_(NAN),
+        "gradient: scaled": lambda i, o: o.grad.mul_(1.02),
+        "gradient: sign": lambda i, o: o.grad.neg_(),
+        "gradient: masked": lambda i, o: o.grad[0, -2, 3].fill_(1e-12),
+        "gradient: last position": lambda i, o: o.grad[2, -1, 3].fill_(NAN),
+        "gradient: a row scaled": row(lambda g: g.mul_(1.02)),
+        "gradient: a row dropped": row(lambda g: g.zero_()),
+        "gradient: another token's": row(lambda g: g.copy_(g.roll(1))),  # its sum is right
+        "gradient: an entry": row(lambda g: g[3].add_(30 * ROUNDING[g.dtype] * g.abs().max())),
+        "gradient: nan": row(lambda g: g[5].fill_(NAN)),
+        "gradient: an entry of the sample": row(lambda g: g[3].mul_(1.05), sampled=True),
+        "off: another reference": of_other(eager, ref_logps=lambda x: x + 0.1),
+        "off: another objective": of_other(eager, case=lambda case: replace(case, **SEQUENCE)),
+    },
+    "logprobs": {"log-probs: off": lambda i, o: o.logps.add_(1e-3)},
+    "entropies": {"entropies: scaled": lambda i, o: o.entropies.mul_(1.001)},
+    "linear": {
+        "loss: another": lambda i, o: o.loss.fill_(0.5),
+        "d hidden: scaled": lambda i, o: o.grads[0].mul_(1.02),
+        "d hidden: sign": lambda i, o: o.grads[0].neg_(),
+        "d hidden: a row dropped": lambda i, o: o.grads[0][2, 3].zero_(),
+        "d hidden: masked": lambda i, o: o.grads[0][0, -1, 0].fill_(1e-9),
+        "d weight: scaled": lambda i, o: o.grads[1].mul_(1.02),
+        "d weight: a word dropped": lambda i, o: o.grads[1][5].zero_(),
+        "d weight: nan": lambda i, o: o.grads[1][5, 1].fill_(NAN),
+        "off: another reference": of_other(eager_linear, ref_logps=lambda x: x + 0.3),
+        "off: another objective": of_other(eager_linear, case=lambda case: replace(case, **SEQUENCE)),
+    },
+}
+TABLE = [(mode, name, False) for mode, names in WRONG_RESULTS.items() for name in names]
+TABLE += [("loss", name, True) for name in WRONG_RESULTS["loss"]]
+
+
+@pytest.mark.parametrize(("mode", "name", "sampled"), TABLE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_a_wrong_result_gets_no_time(dtype, mode, name, sampled, request):
+    if sampled:
+        request.getfixturevalue("large")
+
+    def call(inputs, logits):
+        outcome = EAGER.calls[mode](inputs, logits)
+        changed = WRONG_RESULTS[mode][name](inputs, outcome)
+        return changed if isinstance(changed, Outcome) else outcome
+
+    row = row_of(mode, call, replace(CASES[mode], dtype=dtype))
+    assert row.status == WRONG and name.split(":")[0] in row.detail and "times the tolerance" in row.detail
+    assert not row.error_over_tolerance <= 1 and set(astuple(row)[RESULTS:]) == {None}
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("sizes", [{"vocab": 301}, {"vocab": 301, "hidden": 64}], ids=["logits", "head"])
+@pytest.mark.parametrize("what", KINDS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_right_results_pass(dtype, what, sizes, device, request):
+    case = Case(4, 32, dtype=dtype, **sizes, **what)
+    blocks = [*run_suite([case], list(MODES), [OURS, EAGER], device, seconds=0.0)]
+    request.getfixturevalue("large")
+    blocks += run_suite([case], list(MODES), [OURS, EAGER], device, seconds=0.0)
+    assert [block[0].mode for block in blocks] == [*case.modes] * 2
+    for row in (row for block in blocks for row in block):
+        assert row.status == OK, row.detail
+        assert row.error_over_tolerance <= 1 and 0 < row.p20_ms <= row.median_ms <= row.p80_ms
+        assert (row.products_multiple if case.hidden else row.copy_multiple) > 0
 
 
 def test_large_cases_are_checked_in_a_sample(large):
     inputs = make_inputs(CASE, CPU)
     oracle = Oracle(inputs)
-    (truth,) = oracle.truth
+    (truth,), (again,) = oracle.truth, Oracle(inputs).truth
     assert oracle.sampled and len(truth.b) == SAMPLED_ROWS == len(set(zip(truth.b.tolist(), truth.t.tolist())))
-    assert inputs.mask[truth.b, truth.t].all()
-    (again,) = Oracle(inputs).truth
-    assert torch.equal(truth.b, again.b) and torch.equal(truth.t, again.t)
+    assert inputs.mask[truth.b, truth.t].all() and torch.equal(truth.b, again.b) and torch.equal(truth.t, again.t)
 
 
-def test_the_suites_large_cases_are_those_of_gpus():
-    big = {c for name, cases in SUITES.items() for c in cases if c.batch * c.length * c.vocab * 8 > 1 << 30}
-    assert SUITES["gpu"][0] in big and not big & set(SUITES["cpu"])
+def test_logprobs_at_masked_positions_may_be_anything():
+    def poisoned(inputs, logits):
+        return Outcome(logps=eager_logprobs(inputs, logits).logps.masked_fill(inputs.mask == 0, NAN))
+
+    assert row_of("logprobs", poisoned).status == OK
 
 
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
-def test_right_results_pass_the_sample(large, case):
-    for implementation in (OURS, EAGER):
-        for mode in case.modes:
-            if mode in implementation.calls:
-                (row,) = rows_of(implementation.calls[mode], mode, case)
-                assert row.status == OK, (mode, row.detail)
+# --- whatever fails is a row ------------------------------------------------------------------------------
+
+ALLOCATOR = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+FAILURES = [  # mode, where, what it raises or returns, status, detail
+    ("loss", "call", torch.OutOfMemoryError("Tried to allocate 9 GiB\nmore"), OOM,
+     "OutOfMemoryError: Tried to allocate 9 GiB"),
+    ("loss", "call", ALLOCATOR, OOM, f"RuntimeError: {ALLOCATOR}"),
+    ("loss", "call", MemoryError("no"), OOM, "MemoryError: no"),
+    ("loss", "call", AssertionError("contiguous"), ERROR, "AssertionError: contiguous"),
+    ("loss", "call", Outcome(torch.tensor(0.0), torch.zeros(4, 32, 97)), ERROR,
+     "ValueError: grad must have shape (4, 33, 97), got (4, 32, 97)"),
+    ("entropies", "call", Outcome(logps=torch.zeros(4, 32)), ERROR,
+     "ValueError: entropies must have shape (4, 32), got None"),
+    ("linear", "call", Outcome(torch.tensor(0.0)), ERROR, "ValueError: d hidden must have shape (4, 12, 64), got None"),
+    ("loss", "make_inputs", torch.OutOfMemoryError("9 GiB"), OOM,
+     "no room for logits, a copy and the float64 check: OutOfMemoryError: 9 GiB"),
+    ("linear", "make_linear_inputs", RuntimeError("CUBLAS_STATUS"), ERROR, "no data: RuntimeError: CUBLAS_STATUS"),
+    ("loss", "time_all", RuntimeError("illegal memory access"), ERROR,
+     "copy, with everything allocated: while timed, RuntimeError: illegal memory access"),
+]  # fmt: skip
 
 
-def outside(inputs):
-    """A row that counts and is not in the sample."""
-    (truth,) = Oracle(inputs).truth
-    inside = set(zip(truth.b.tolist(), truth.t.tolist()))
-    g = Oracle(inputs).dlogps
-    return next((b, t) for b, t in inputs.mask.nonzero().tolist() if (b, t) not in inside and g[b, t] != 0)
+@pytest.mark.parametrize(("mode", "where", "what", "status", "detail"), FAILURES, ids=lambda x: str(x)[:20])
+def test_a_failure_is_a_row_and_the_run_goes_on(mode, where, what, status, detail, monkeypatch):
+    def fails(*_):
+        if isinstance(what, Exception):
+            raise what
+        return what
 
-
-def changed(change):
-    def call(inputs, logits):
-        outcome = eager(inputs, logits)
-        change(inputs, outcome.grad)
-        return outcome
-
-    return call
-
-
-def scale(inputs, grad):
-    grad[outside(inputs)] *= 1.02
-
-
-def entry(inputs, grad):
-    grad[outside(inputs)][3] += 1e-3 * grad.abs().max()
-
-
-def swapped(inputs, grad):
-    """A neighbour's gradient: its sum is right, its token is not."""
-    b, t = outside(inputs)
-    grad[b, t] = grad[b, t].roll(1)
-
-
-def nothing(inputs, grad):
-    grad[outside(inputs)] = 0
-
-
-def not_a_number(inputs, grad):
-    grad[outside(inputs)][5] = float("nan")
-
-
-def sampled_entry(inputs, grad):
-    (truth,) = Oracle(inputs).truth
-    grad[truth.b[7], truth.t[7], 3] *= 1.05
-
-
-def masked(inputs, grad):
-    grad[0, -2, 3] = 1e-12
-
-
-def last(inputs, grad):
-    grad[2, -1, 3] = float("nan")
-
-
-@pytest.mark.parametrize("change", [scale, entry, swapped, nothing, not_a_number, sampled_entry, masked, last])
-def test_wrong_results_of_large_cases_get_no_speed(large, change):
-    (row,) = rows_of(changed(change))
-    assert row.status == WRONG and row.detail.startswith("gradient") and row.median_ms is None
-
-
-# --- entropies, other losses ------------------------------------------------------------------------------
-
-
-def test_wrong_entropies_get_no_speed():
-    plain = replace(CASE, masked=0.0)
-    assert "entropies" in plain.modes and "entropies" not in CASE.modes
-
-    def off(inputs, logits):
-        outcome = eager_entropies(inputs, logits)
-        return outcome._replace(entropies=outcome.entropies * 1.001)
-
-    (row,) = rows_of(off, "entropies", plain)
-    assert row.status == WRONG and row.detail.startswith("entropies")
-    (row,) = rows_of(eager_entropies, "entropies", plain)
-    assert row.status == OK and row.minimum_bytes == plain.minimum_bytes("logprobs")
-    (row,) = rows_of(lambda i, x: eager_entropies(i, x)._replace(entropies=None), "entropies", plain)
-    assert row.status == ERROR and "entropies must have shape" in row.detail
-
-
-def test_cross_entropy_is_a_case_of_its_own():
-    """Here by PyTorch's; on a GPU quack's takes part."""
-
-    def cross_entropy(inputs, logits, scale=1.0):
-        x = logits.detach().requires_grad_()
-        labels = torch.nn.functional.pad(inputs.completion_ids.masked_fill(inputs.mask == 0, -100), (0, 1), value=-100)
-        loss = torch.nn.functional.cross_entropy(x.float().flatten(0, 1), labels.flatten(), reduction="sum") * scale
-        return Outcome(loss.detach(), torch.autograd.grad(loss, x)[0])
-
-    assert NO_KL.modes == ("loss", "inplace") and NO_KL.beta == 0 and "cross-entropy" in NO_KL.name
-    (row,) = rows_of(cross_entropy, case=NO_KL, objectives=("cross-entropy",))
-    assert row.status == OK, row.detail
-    (row,) = rows_of(lambda i, x: cross_entropy(i, x, 1.02), case=NO_KL, objectives=("cross-entropy",))
-    assert row.status == WRONG
-    (rows,) = run_suite([NO_KL], ["loss"], implementations(), CPU, seconds=0.0)
-    assert {row.implementation: row.status for row in rows} == {"eager PyTorch": OK, "quack": MISSING}
-    (plain,) = run_suite([CASE], ["loss"], implementations(), CPU, seconds=0.0)
-    assert "quack" not in {row.implementation for row in plain}
-
-
-def test_quack_is_called_as_it_wants(monkeypatch):
-    """With a stand-in for its function."""
-    import sys
-    import types
-
-    def cross_entropy_fwd(x, target, return_dx=False, inplace_backward=False):
-        assert x.shape == (4 * 33, 97) and return_dx and (target == -100).sum() == 4 * 33 - sum(CASE.lengths)
-        leaf = x.detach().clone().requires_grad_()
-        losses = torch.nn.functional.cross_entropy(leaf.float(), target, reduction="none")
-        (dx,) = torch.autograd.grad(losses.sum(), leaf)
-        return losses.detach(), x.copy_(dx) if inplace_backward else dx
-
-    module = types.ModuleType("quack.cross_entropy")
-    module.cross_entropy_fwd = cross_entropy_fwd
-    monkeypatch.setitem(sys.modules, "quack", types.ModuleType("quack"))
-    monkeypatch.setitem(sys.modules, "quack.cross_entropy", module)
-    (quack,) = (i for i in implementations() if i.name == "quack")
-    assert quack.missing(NO_KL, CUDA) is None
-    for mode in ("loss", "inplace"):
-        (row,) = rows_of(quack.calls[mode], mode, NO_KL, objectives=quack.objectives)
-        assert row.status == OK, row.detail
-
-
-# --- nothing stops the run --------------------------------------------------------------------------------
+    right = EAGER.calls[mode]
+    who = [Implementation("peer", {mode: lambda *a: fails() if where == "call" and broken else right(*a)}), EAGER]
+    who.append(Implementation("absent", {mode: fails}, *[lambda case, device: f"a licence for {case.vocab}"] * 2))
+    blocks = run_suite([CASES[mode], replace(CASES[mode], vocab=101)], [mode], who, CPU, seconds=0.0)
+    broken = True
+    with monkeypatch.context() as patch:
+        if where != "call":
+            patch.setattr(suite, where, fails)
+        row, beside, absent = next(blocks)
+    assert (row.status, row.detail, row.median_ms, row.copy_multiple) == (status, detail, None, None)
+    assert beside.status == (OK if where == "call" else status)
+    assert (absent.status, absent.detail) == (MISSING, "a licence for 97")
+    broken = False
+    assert [row.status for row in next(blocks)] == [OK, OK, MISSING]
 
 
 def test_no_data_for_nobody(monkeypatch):
-    monkeypatch.setattr("benchmarks.suite.make_inputs", lambda *_: pytest.fail("made data"))
+    monkeypatch.setattr(suite, "make_inputs", lambda *_: pytest.fail("made data"))
     absent = Implementation("peer", {"loss": eager}, lambda case, device: "needs a licence")
     ((row,),) = run_suite([CASE], ["loss"], [absent], CPU, seconds=0.0)
     assert (row.status, row.detail) == (MISSING, "needs a licence")
 
 
-def test_an_error_while_data_are_made_is_rows(monkeypatch):
-    def fails(*_):
-        raise RuntimeError("CUBLAS_STATUS_ALLOC_FAILED")
-
-    monkeypatch.setattr("benchmarks.suite.make_inputs", fails)
-    ((row,),) = run_suite([CASE], ["loss"], [OURS], CPU, seconds=0.0)
-    assert (row.status, row.detail) == (ERROR, "no data: RuntimeError: CUBLAS_STATUS_ALLOC_FAILED")
-
-
-def test_a_copy_without_room_is_rows(monkeypatch):
-    monkeypatch.setattr("benchmarks.suite.time_all", lambda subjects, *_: dict.fromkeys(subjects, Failed(OOM, "9 GiB")))
-    ((row,),) = run_suite([CASE], ["loss"], [OURS], CPU, seconds=0.0)
-    assert (row.status, row.detail) == (OOM, "copy, with everything allocated: 9 GiB")
+def test_spent_budget_leaves_rows_with_a_reason(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("benchmarks.budget.time.monotonic", lambda: now[0])
+    blocks = []
+    for block in run_suite([CASE, PLAIN], ["loss", "logprobs"], [OURS], CPU, seconds=Budget(60.0, 0.0)):
+        blocks += block
+        now[0] += 61.0
+    found = [(row.case, row.mode, row.status) for row in blocks]
+    cases = [(case.name, mode) for case in (CASE, PLAIN) for mode in ("loss", "logprobs")]
+    assert found == [(*cases[0], OK), *((*each, MISSING) for each in cases[1:])]
+    assert {row.detail for row in blocks[1:]} == {"the run's 60 s are spent; --minutes"}
 
 
-def test_an_error_while_timed_is_rows():
-    calls = []
-
-    def third_time(inputs, logits):
-        calls.append(0)
-        if len(calls) > 2:
-            raise RuntimeError("illegal memory access")
-        return eager(inputs, logits)
-
-    blocks = run_suite([CASE, replace(CASE, batch=3)], ["loss"], [Implementation("peer", {"loss": third_time})], CPU,
-                       seconds=0.0)  # fmt: skip
-    (first,), (second,) = blocks
-    assert (
-        first.status == ERROR
-        and first.detail == "copy, with everything allocated: while timed, RuntimeError: illegal memory access"
-    )
-    assert second.status == ERROR and "illegal" in second.detail
+# --- what is derived of times, and the second timer -------------------------------------------------------
 
 
-# --- torch.compile, the second timer, compiling beforehand -------------------------------------------------
-
-
-def test_what_compiles_comes_last_with_a_budget_of_its_own(capsys):
-    order = []
-
-    def named(name):
-        return lambda i, x: order.append((name, i.case.vocab)) or eager(i, x)
-
-    who = [
-        Implementation("grpo_kernels", {"loss": named("ours")}),
-        Implementation("torch.compile", {"loss": named("compiled")}, compiles=("loss",)),
-    ]
-    shapes = [
-        "--shapes",
-        "2x5x97",
-        "2x5x101",
-        "--dtypes",
-        "fp32",
-        "--modes",
-        "loss",
-        "--device",
-        "cpu",
-        "--seconds",
-        "0",
-    ]
-    assert main([*shapes, "--compile", "auto"], who) == 0
-    assert list(dict.fromkeys(order)) == [("ours", 97), ("ours", 101), ("compiled", 97), ("compiled", 101)]
-    assert capsys.readouterr().out.count("[case 2 of 2") == 2
-
-
-def test_by_default_nothing_is_compiled_by_torch():
-    plain, compiled = apart(implementations())
-    assert [(i.name, tuple(i.calls)) for i in compiled] == [
-        ("torch.compile", ("loss", "logprobs")), ("Liger-Kernel", ("linear",))
-    ]  # fmt: skip
-    assert "torch.compile" not in {i.name for i in plain}
-    assert all("linear" not in i.calls for i in plain if "Liger" in i.name)
-    head = Case(2, 5, 97, torch.float32, hidden=16, compiled=True)
-    for each in compiled:
-        assert suite.missing(each, head if "linear" in each.calls else CASE, next(iter(each.calls)), CUDA) == (
-            "not measured; --compile auto"
-        )
+def test_derived_numbers_by_hand(monkeypatch):
+    milliseconds = {"copy": 2.0, "peer": 4.0, "eager PyTorch": 12.0}
+    timings = {name: Timing(ms, 1.0, 20.0, 7) for name, ms in milliseconds.items()}
+    monkeypatch.setattr(suite, "time_all", lambda *_: timings)
+    case = Case(2, 10, 100, torch.float32)  # 8000 bytes to read, 8800 to write, of 8800
+    row = row_of("loss", eager, case)
+    assert (row.median_ms, row.copy_ms, row.copy_multiple, row.speedup_over_eager) == (4.0, 2.0, 2.0, 3.0)
+    assert row.gigabytes_per_second == pytest.approx(16800 / 4e-3 / 1e9)
+    assert row.share_of_copy_bandwidth == pytest.approx((16800 / 4) / (17600 / 2))
+    row = row_of("logprobs", eager_logprobs, case)
+    assert row.share_of_copy_bandwidth == pytest.approx((8000 / 4) / (17600 / 2))
 
 
 def test_second_timer(monkeypatch):
-    monkeypatch.setattr("benchmarks.suite.do_bench_ms", lambda call, device: (call(), 2.0)[1])
-    case = replace(CASE, second_timer=True)
-    (rows,) = run_suite([case], ["loss"], [OURS, EAGER], CPU, seconds=0.0)
-    assert [(row.do_bench_ms, row.do_bench_copy_multiple) for row in rows] == [(2.0, 1.0)] * 2
-    text = report.table(rows)
-    assert (
-        "by triton's do_bench: grpo_kernels 2.000 ms (1.00 x copy)" in text and max(map(len, text.splitlines())) <= 80
-    )
-    (rows,) = run_suite([CASE], ["loss"], [OURS], CPU, seconds=0.0)
-    assert rows[0].do_bench_ms is None
-
-
-def test_do_bench(monkeypatch):
     testing = pytest.importorskip("triton.testing")
     monkeypatch.setattr(testing, "do_bench", lambda call, return_mode, **_: call() if return_mode == "median" else None)
     assert measure.do_bench_ms(lambda: 3.0, CUDA) == 3.0 and measure.do_bench_ms(lambda: 3.0, CPU) is None
+    assert measure.do_bench_ms(lambda: (_ for _ in ()).throw(torch.OutOfMemoryError("full")), CUDA) is None
 
-    def full():
-        raise torch.OutOfMemoryError("full")
+    monkeypatch.setattr(suite, "do_bench_ms", lambda call, device: (call(), 2.0)[1])
+    plain, timed = run_suite([CASE, replace(PLAIN, second_timer=True)], ["loss"], [OURS, EAGER], CPU, seconds=0.0)
+    assert [(r.do_bench_ms, r.do_bench_copy_multiple) for r in plain + timed] == [(None, None)] * 2 + [(2.0, 1.0)] * 2
+    assert "by triton's do_bench: grpo_kernels 2.000 ms (1.00 x copy)" in report.table(timed)
 
-    assert measure.do_bench_ms(full, CUDA) is None
+
+# --- compiling, beforehand and by torch -------------------------------------------------------------------
 
 
-def test_kernels_are_compiled_beforehand(capsys):
-    """The processes' part; the kernels of every kind of case, once."""
+def test_by_default_nothing_is_compiled_by_torch():
+    plain, compiled = ({(i.name, mode): i for i in part for mode in i.calls} for part in apart(implementations()))
+    assert list(compiled) == [("torch.compile", "loss"), ("torch.compile", "logprobs"), ("Liger-Kernel", "linear")]
+    assert plain and not plain.keys() & compiled.keys()
+    for (_, mode), each in compiled.items():
+        case = replace(CASES[mode], compiled=True)
+        assert suite.missing(each, case, mode, CUDA) == "not measured; --compile auto"
+
+
+def test_kernels_are_compiled_beforehand(capsys, monkeypatch):
+    """Those of every kind of case, once, the first case's first; what fails is said."""
     todo = warm.jobs(SUITES["gpu"], ["loss", "logprobs", "linear"])
-    assert len(todo) == len(set(todo)) and todo[0][0].vocab == 151936 and {case.length for case, _ in todo} == {16}
-    assert {c.vocab for c in SUITES["gpu"]} == {case.vocab for case, _ in todo}
-    assert warm.main(["--suite", "smoke", "--device", "cpu", "--part", "1/3"]) == 0
-    assert capsys.readouterr().out == ""
+    assert len(todo) == len(set(todo)) and todo[0][0].vocab == SUITES["gpu"][0].vocab
+    assert {(c.vocab, c.dtype, c.hidden) for c in SUITES["gpu"]} == {(c.vocab, c.dtype, c.hidden) for c, _ in todo}
+    assert warm.main(["--suite", "smoke", "--device", "cpu", "--part", "1/3"]) == 0 and capsys.readouterr().out == ""
 
-
-def test_what_fails_to_compile_beforehand_is_said(monkeypatch):
     def fails(inputs, logits):
         raise RuntimeError("out of resource\nmore")
 
-    small = Case(2, 5, 97, torch.float32)
-    problems = warm.run_jobs([(small, "loss")], [Implementation("peer", {"loss": fails})], CPU)
-    assert problems == ["2x5x97 fp32, loss, peer: RuntimeError: out of resource"]
+    problems = warm.run_jobs([(CASE, "loss")], [Implementation("peer", {"loss": fails})], CPU)
+    assert problems == [f"{CASE.name}, loss, peer: RuntimeError: out of resource"]
 
     class Process:
         returncode = 1
@@ -320,6 +270,4 @@ def test_what_fails_to_compile_beforehand_is_said(monkeypatch):
 
     monkeypatch.setattr("benchmarks.warm.subprocess.Popen", lambda *args, **kwargs: Process())
     text = warm.warm_up("smoke", ["loss"], processes=2)
-    assert text.startswith("Kernels compiled beforehand by 2 processes") and text.endswith(
-        "\n  RuntimeError: no driver"
-    )
+    assert text.startswith("Kernels compiled beforehand by 2 processes") and text.endswith("  RuntimeError: no driver")
