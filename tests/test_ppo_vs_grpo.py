@@ -212,6 +212,8 @@ def test_peak_counts_what_lives_at_once():
 
     logits = torch.randn(4, 8, 5000, requires_grad=True)
     ids, gradient = torch.zeros(4, 8, dtype=torch.long), 4 * logits.numel()  # of the fused loss too
+    fused_grpo_loss(logits, ids, torch.ones(4)).loss.backward()  # the first call of a process allocates more
+    logits.grad = None
     peak = memory.peak_allocated(lambda: fused_grpo_loss(logits, ids, torch.ones(4)).loss.backward(), cpu)
     assert gradient <= peak < 3.5 * gradient
 
