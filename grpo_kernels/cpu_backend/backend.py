@@ -1,4 +1,4 @@
-"""The same contract on CPU tensors, in chunks of rows that stay in the cache.
+"""The same functions as `grpo_kernels.triton_backend.launch`, on CPU tensors, in chunks of rows that stay in the cache.
 
 `rows` reads and writes the logits, a chunk at a time. The per-token maths are the kernels' own
 functions (`grpo_kernels.objective.language.on_torch`).
@@ -6,42 +6,29 @@ functions (`grpo_kernels.objective.language.on_torch`).
 
 import torch
 
-from grpo_kernels.cpu_backend.mismatch import mismatch_sums
-from grpo_kernels.cpu_backend.rows import run_rows
+from grpo_kernels.cpu_backend.rows import Rows, read_rows, write_gradient
 from grpo_kernels.cpu_backend.sequences import correct, join, objective, rows_to_read, segments
-from grpo_kernels.cpu_backend.sharded import row_statistics, unite_parts, write_part
-from grpo_kernels.cpu_backend.tokens import Sums, Tokens, expand, judge, total_slope
+from grpo_kernels.cpu_backend.sharded import shard, unite
+from grpo_kernels.cpu_backend.sums import batch_std
+from grpo_kernels.cpu_backend.tokens import Tokens, expand, token_loss
 from grpo_kernels.objective.advantages import group_rows as groups
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
 
 __all__ = [
-    "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope",
-    "threshold", "unite",
+    "batch_std", "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard",
+    "slope", "threshold", "totals", "unite",
 ]  # fmt: skip
 
 
 def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats is empty: `slope` makes the probabilities anew, unless `unite` has made some."""
     read, unread = rows_to_read(inputs, coefs, plan)
-    logps, entropies = run_rows(logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs))
+    logps, entropies = _nothing_yet(inputs, entropy)
+    for rows in read_rows(logits, inputs, coefs, read, entropy=entropy):
+        logps, entropies = _with(rows, logps, entropies)
     return *_mark_unread(unread, logps, entropies), logps.new_empty(0)
-
-
-def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
-    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`."""
-    read, unread = rows_to_read(inputs, coefs, plan)
-    stats, depths = row_statistics(logits, inputs.ids, read, _temperature(inputs, coefs))
-    (depths,) = _mark_unread(unread, depths.view(inputs.ids.shape))
-    return torch.cat([stats.view(-1), depths.view(-1)])
-
-
-def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats), from what `shard` gave on every rank, [ranks, 4·B·T]; stats [B·T, 3] for `slope`."""
-    logps, entropies, stats = unite_parts(parts, _temperature(inputs, coefs))
-    shape = inputs.ids.shape
-    return logps.view(shape), entropies.view(shape) if entropy else logps.new_empty(0), stats
 
 
 def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
@@ -50,26 +37,24 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
     Its gradient goes to ``out`` in the same pass.
     """
     read, unread = rows_to_read(inputs, coefs, plan)
-    tokens = Tokens(inputs, coefs, plan)
-    sums = Sums(tokens)
-    shape = inputs.ids.shape
-
-    def slopes(
-        at: torch.Tensor | slice, lp: torch.Tensor, H: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        size = shape if lp.numel() == shape.numel() else (-1,)  # all at once, or some
-        at, lp, H = None if size is shape else at, lp.view(size), None if H is None else H.view(size)
-        said = judge(tokens, at, lp, tokens.at("trust", at))
-        sums.add(at, None, said, H)
-        g = tokens.at("w", at) * total_slope(said.d_ratio, said.d_lp)
-        h = torch.zeros_like(lp) - tokens.at("bonus", at) if plan.bonus else None
-        return g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
-
-    logps, entropies = run_rows(
-        logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs), out=out, slopes=slopes
-    )
-    totals = sums.finish(read, mismatch_sums(inputs, coefs, plan, logps, read))
-    return *_mark_unread(unread, logps, entropies), *totals
+    if read is None:
+        inputs = inputs._replace(mask=None)
+    logps, entropies = _nothing_yet(inputs, entropy)
+    tokens = sums = None
+    for rows in read_rows(logits, inputs, coefs, read, entropy=entropy, out=out):
+        logps, entropies = _with(rows, logps, entropies)
+        if rows.alone:  # the objective of the whole batch has the slopes of its tokens
+            *sums, _, g, _, _, h = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)
+            g, h = g.view(-1, 1)[rows.tokens], h.view(-1, 1)[rows.tokens] if plan.bonus else None
+        else:
+            tokens = tokens or Tokens.of(inputs, coefs, plan).each(lambda x: expand(x, inputs).reshape(-1, 1))
+            some = tokens.each(lambda x: x[rows.tokens])  # noqa: B023, called at once
+            terms = token_loss(some, rows.logps, coefs, plan)
+            g = some.w * (terms.d_ratio + terms.d_lp)
+            h = torch.zeros_like(g) - some.bonus if plan.bonus else None
+        write_gradient(rows, g, h)
+    sums = sums or totals(logps, entropies if entropy else None, inputs, coefs, plan)
+    return *_mark_unread(unread, logps, entropies), *sums
 
 
 def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,22 +62,9 @@ def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: boo
     return loss(logits, out, inputs, coefs, plan, entropy)[:2]
 
 
-def _temperature(inputs: Inputs, coefs: Coefs) -> float | torch.Tensor:
-    """A number, or one per token."""
-    if inputs.temperature is None:
-        return coefs.temperature
-    return expand(inputs.temperature.float(), inputs).reshape(-1)
-
-
-def _cap(coefs: Coefs) -> tuple[float, float] | None:
-    return (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
-
-
-def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """NaN at unmasked rows that were not read; values that were not asked for are empty."""
-    if unread is None:
-        return values
-    return tuple(x.masked_fill_(unread, torch.nan) if x.numel() else x for x in values)
+def totals(logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """(loss [], sums [S], metrics [M]) of an objective whose gradient has been written."""
+    return objective(logps, entropies, inputs, coefs, plan, True)[:3]
 
 
 def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
@@ -105,15 +77,10 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
         up = up.float()
         g, h = g * up, None if h is None else h * up
     g, h = g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
-
-    def slopes(at: torch.Tensor | slice, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return g[at], None if h is None else h[at]
-
-    heat = _temperature(inputs, coefs)
-    if stats.numel():
-        write_part(logits, inputs.ids, read, heat, stats, g, h, out)
-    else:
-        run_rows(logits, inputs.ids, read, heat, entropy=h is not None, cap=_cap(coefs), out=out, slopes=slopes)
+    stats = stats if stats.numel() else None
+    part = stats is not None
+    for rows in read_rows(logits, inputs, coefs, read, entropy=h is not None, out=out, part=part, stats=stats):
+        write_gradient(rows, g[rows.tokens], None if h is None else h[rows.tokens])
 
 
 def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
@@ -125,3 +92,27 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     torch.mul(grad, up.to(torch.float32), out=out)
     if dead is not None:
         out.masked_fill_(dead, 0.0)
+
+
+def _nothing_yet(inputs: Inputs, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and entropies (B, T), those that were not asked for empty."""
+    logps = torch.zeros(inputs.ids.shape, device=inputs.ids.device)
+    return logps, torch.zeros_like(logps) if entropy else logps.new_empty(0)
+
+
+def _with(rows: Rows, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities and entropies (B, T) with those of some rows in their places."""
+    found = (rows.logps, rows.entropies)
+    if rows.alone and isinstance(rows.tokens, slice):  # they are all there are
+        return tuple(whole if x is None else x.view(whole.shape) for x, whole in zip(found, values))
+    for x, whole in zip(found, values):
+        if x is not None:
+            whole.view(-1)[rows.tokens] = x[:, 0]
+    return values
+
+
+def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """NaN at unmasked rows that were not read."""
+    if unread is None:
+        return values
+    return tuple(x.masked_fill_(unread, torch.nan) if x.numel() else x for x in values)

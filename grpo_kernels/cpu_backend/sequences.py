@@ -2,14 +2,14 @@
 
 import torch
 
-from grpo_kernels.cpu_backend.mismatch import mismatch_sums
-from grpo_kernels.cpu_backend.tokens import Sums, Tokens, advantages, expand, judge, per_sequence, total_slope
+from grpo_kernels.cpu_backend.sums import mismatch_of_sequences, mismatch_rows, totals_of
+from grpo_kernels.cpu_backend.tokens import Tokens, advantages, expand, per_sequence, token_loss
 from grpo_kernels.objective.catalogue import LEVELS, TERMS
 from grpo_kernels.objective.corrections import Correction, mismatch, outside, within
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
-from grpo_kernels.objective.token import drift_of, keeps_sequence, log_ratio
+from grpo_kernels.objective.token import drift_of, keeps_sequence, limited_ratio, log_ratio
 
 
 def objective(
@@ -21,8 +21,9 @@ def objective(
     ∂L/∂r and ``share`` what each token moves it by, for `join`; else both are empty.
     """
     live, _ = rows_to_read(inputs, coefs, plan)
-    tokens = Tokens(inputs, coefs, plan)
-    own, how = TERMS[plan.term].statistic, LEVELS[plan.level].how
+    tokens = Tokens.of(inputs, coefs, plan)
+    term, own, how = TERMS[plan.term], plan.own, LEVELS[plan.level].how
+    c, lp, old = term.kind(*coefs.term), logps, logps if tokens.old is None else tokens.old
 
     def counted(x: torch.Tensor) -> torch.Tensor:
         """0 at the positions that do not count, where anything may stand."""
@@ -32,58 +33,83 @@ def objective(
         return per_sequence(counted(x), inputs)[:, None]
 
     r_seq = statistic = step = inverse = own_slope = None
-    lp, A, old = logps, tokens.at("adv", None), tokens.at("old", None)
     if plan.of_sequence:
-        r_token = on_torch(log_ratio)(lp, lp if old is None else old)
+        r_token = on_torch(log_ratio)(lp, old)
         inverse = 1.0 / of_sequences(torch.ones_like(lp)).clamp(min=1.0)  # (B, 1)
     if how:
         step = inverse if how == "mean" else torch.ones_like(inverse)
         r_seq = (of_sequences(r_token) * step).float()
     if own is not None:
-        x, own_slope = on_torch(own.function)(r_token, A, tokens.c)
+        x, own_slope = on_torch(own.function)(r_token, tokens.adv, c)
         if inputs.is_weight is not None and not plan.weight_once:
-            x = x + on_torch(own.correction)(tokens.at("trust", None))
+            x = x + on_torch(own.correction)(tokens.trust)
         statistic = of_sequences(x) * (inverse if own.how == "mean" else 1.0)
         if inputs.is_weight is not None and plan.weight_once:
             statistic = statistic + on_torch(own.correction)(inputs.is_weight.float())
         statistic = statistic.float()
+        tokens = tokens._replace(trust=None)
 
-    trust, chosen = tokens.at("trust", None) if own is None else None, live
+    chosen = live
     if plan.off_policy:
-        sampled = inputs.sampling.float() if inputs.sampling is not None else lp if old is None else old
+        sampled = old if inputs.sampling is None else inputs.sampling.float()
         drift = (of_sequences(on_torch(drift_of)(lp, sampled)) * inverse).float()
-        keep = on_torch(keeps_sequence)(expand(drift, inputs), A, coefs.drift)
-        trust = torch.where(keep != 0.0, 1.0 if trust is None else trust, 0.0)
+        keep = on_torch(keeps_sequence)(expand(drift, inputs), tokens.adv, coefs.drift)
+        tokens = tokens.masked(keep != 0.0)
     if inputs.threshold is not None:
         chosen = inputs.threshold <= entropies
         chosen = chosen if live is None else chosen & live
-        trust = torch.where(chosen, 1.0 if trust is None else trust, 0.0)
+        tokens = tokens.masked(chosen)
 
-    level = None if r_seq is None else expand(r_seq, inputs)
-    said = judge(tokens, None, lp, trust, level, None if statistic is None else expand(statistic, inputs))
-    sums = Sums(tokens)
-    sums.add(None, live, said, entropies, chosen)
-    w = tokens.at("w", None) if weighted else 1.0
+    terms = token_loss(tokens, lp, coefs, plan, *(None if x is None else expand(x, inputs) for x in (r_seq, statistic)))
+    w = tokens.w if weighted else 1.0
 
-    def slope(*parts: torch.Tensor | float) -> torch.Tensor:
-        d = total_slope(*parts)
+    def slope(d: torch.Tensor | float) -> torch.Tensor:
         return counted((w * d).expand(lp.shape)).contiguous() if isinstance(d, torch.Tensor) else torch.zeros_like(lp)
 
-    spread, share = lp.new_empty(0), lp.new_empty(0)
+    spread = share = lp.new_empty(0)
     if plan.spread == "level":
-        local, spread = slope(said.d_term, said.d_lp), slope(said.d_ratio)
+        local, spread = slope(terms.d_term + terms.d_lp), slope(terms.d_ratio)
         share = counted(expand(step.float(), inputs)).contiguous()
     elif plan.spread == "term":
-        local, spread = slope(said.d_ratio, said.d_lp), slope(said.d_term)
+        local, spread = slope(terms.d_ratio + terms.d_lp), slope(terms.d_term)
         share = counted(own_slope * expand(inverse.float(), inputs)).contiguous()
     else:
-        local = slope(said.d_term, said.d_ratio, said.d_lp)
+        local = slope(terms.d_term + terms.d_ratio + terms.d_lp)
     h = torch.zeros_like(lp)
     if plan.bonus:
-        h = h - tokens.at("bonus", None)
-        h = h if chosen is None else torch.where(chosen, h, 0.0)
-    totals = sums.finish(live, mismatch_sums(inputs, coefs, plan, logps, live), r_seq, statistic)
-    return *totals, counted(said.loss).contiguous(), local, spread, share, h
+        h = h - tokens.bonus if chosen is None else torch.where(chosen, h - tokens.bonus, 0.0)
+
+    ratio, policy = terms.r.exp(), tokens.w * terms.loss
+    rows = {"loss": policy, "policy_loss": policy, "tokens": torch.ones_like(lp), "ratio": ratio,
+            "approx_kl": ratio - 1.0 - terms.r, **mismatch_rows(inputs, coefs, plan, logps)}  # fmt: skip
+    if plan.bonus:
+        bonus = tokens.bonus * entropies
+        rows["loss"] = policy - (bonus if chosen is None else torch.where(chosen, bonus, 0.0))
+    if plan.kl:
+        rows["kl"] = terms.kl
+    if entropies is not None:
+        rows["entropy"] = entropies
+    once = mismatch_of_sequences(inputs, coefs, plan, logps, live)
+    if plan.clip_once:
+        once |= _region_of_sequences(inputs, coefs, plan, r_seq, statistic)
+    else:
+        region = on_torch(term.region)(terms.r, terms.r_term, lp, old, tokens.adv, c)
+        rows |= {name: x for name, x in zip(_REGION, region) if isinstance(x, torch.Tensor)}
+    totals = totals_of(rows, once, live, inputs, coefs, plan)
+    return *totals, counted(terms.loss).contiguous(), local, spread, share, h
+
+
+_REGION = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual")
+
+
+def _region_of_sequences(inputs: Inputs, coefs: Coefs, plan: Plan, r_seq, statistic) -> dict[str, torch.Tensor]:
+    """The term's region with one value per sequence (B,), those without tokens included, and which of them count."""
+    A = advantages(inputs, coefs, plan)
+    r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits, plan.limited)[0]
+    term = TERMS[plan.term]
+    region = on_torch(term.region)(r, r if statistic is None else statistic, r, r, A, term.kind(*coefs.term))
+    count = (A != 0.0).double() if plan.skip else torch.ones_like(A, dtype=torch.float64)
+    return {name: (x * count)[:, 0] for name, x in (*zip(_REGION, region), ("clip_ratio/count", 1.0))}
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:

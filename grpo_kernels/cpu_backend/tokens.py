@@ -1,20 +1,17 @@
-"""The objective of tokens on torch tensors, with the kernels' own functions (`objective.language.on_torch`).
+"""The objective of single tokens on torch tensors, with the kernels' own functions (`objective.language.on_torch`).
 
 Padded input is [B, T]; packed input is [1, N] with the bounds of its B sequences. What belongs to a
-sequence is (B, 1) either way; `expand` and `per_sequence` are all that tells the two apart. On the
-host an operation costs more than what it does to a small tensor, so there are as few as can be: sums
-are taken of one table, and single numbers are Python's.
+sequence is (B, 1) either way; `expand` and `per_sequence` are all that tells the two apart.
 """
 
 from typing import NamedTuple
 
 import torch
 
-from grpo_kernels.objective.advantages import group_moments, is_known, moments, relative_advantages
+from grpo_kernels.objective.advantages import relative_advantages
 from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.inputs import Coefs, Inputs
-from grpo_kernels.objective.language import on_numbers, on_torch
-from grpo_kernels.objective.metrics import SUM_NAMES, summarise
+from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.token import limited_ratio, log_ratio, scaled, token_objective, weight
 
@@ -40,167 +37,6 @@ def per_sequence(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
     return sums.T.reshape(*x.shape[:-2], -1)
 
 
-class Tokens:
-    """What tokens bring to their objective besides their log-probabilities."""
-
-    def __init__(self, inputs: Inputs, coefs: Coefs, plan: Plan):
-        self.inputs, self.coefs, self.plan = inputs, coefs, plan
-        self.term = TERMS[plan.term]
-        self.c = self.term.kind(*coefs.term)
-        w, bonus = weights(inputs, coefs, plan)
-        self._given = {"adv": advantages(inputs, coefs, plan), "old": inputs.old, "ref": inputs.ref,
-                       "trust": inputs.is_weight, "w": w, "bonus": bonus}  # fmt: skip
-        self._flat: dict[str, torch.Tensor] = {}
-
-    def at(self, name: str, at: torch.Tensor | slice | None) -> torch.Tensor | float | None:
-        """Of the tokens ``at``, counted through the batch, (n,); or (None) of all, to broadcast over (B, T)."""
-        x = self._given[name]
-        if x is None or isinstance(x, float):
-            return x
-        if at is None and self.inputs.cu is None:
-            return x.float()
-        if name not in self._flat:
-            self._flat[name] = expand(x.float(), self.inputs).reshape(-1)
-        return self._flat[name].view(self.inputs.ids.shape) if at is None else self._flat[name][at]
-
-
-class Verdict(NamedTuple):
-    """What the objective makes of some tokens, each of their shape, or a number."""
-
-    loss: torch.Tensor
-    kl: torch.Tensor | float
-    d_term: torch.Tensor | float
-    d_ratio: torch.Tensor | float
-    d_lp: torch.Tensor
-    r: torch.Tensor
-    marks: tuple[torch.Tensor | float, ...]  # of the term's region: low, high, dual
-
-
-def judge(
-    tokens: Tokens, at: torch.Tensor | slice | None, lp: torch.Tensor, trust: torch.Tensor | None,
-    level: torch.Tensor | None = None, own: torch.Tensor | None = None,
-) -> Verdict:  # fmt: skip
-    """The objective of the tokens ``at``, whose ratio is ``level`` where it is not their own."""
-    plan, coefs, term, c = tokens.plan, tokens.coefs, tokens.term, tokens.c
-    A, old, ref = tokens.at("adv", at), tokens.at("old", at), tokens.at("ref", at)
-    old = lp if old is None else old
-    r = on_torch(log_ratio)(lp, old) if level is None else level
-    r, passes = on_torch(limited_ratio)(r, coefs.limits, plan.limited)
-    r_term = r if own is None else own
-    policy, kl, *slopes = on_torch(token_objective)(
-        r, passes, r_term, lp, old, ref, A, trust, coefs.beta, coefs.limits, c, on_torch(term.function),
-        on_torch(plan.kl_function) if plan.kl else None, plan.bias, own is not None, trust is not None, plan.limited,
-        plan.clamped,
-    )  # fmt: skip
-    loss = policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy
-    marks = (0.0, 0.0, 0.0) if plan.clip_once else on_torch(term.region)(r, r_term, lp, old, A, c)
-    return Verdict(loss, kl, *slopes, r, marks)
-
-
-def total_slope(*parts: torch.Tensor | float) -> torch.Tensor | float:
-    """The sum of derivatives; those that are numbers are 0."""
-    tensors = [x for x in parts if isinstance(x, torch.Tensor)]
-    return sum(tensors[1:], start=tensors[0]) if tensors else 0.0
-
-
-class Sums:
-    """The sums behind the metrics, from what was said of tokens."""
-
-    def __init__(self, tokens: Tokens):
-        self.tokens, self.table, self.names = tokens, None, ()
-        self.low, self.high = torch.inf, -torch.inf  # of the ratio
-
-    def add(self, at, live: torch.Tensor | None, said: Verdict, H: torch.Tensor | None, chosen=None) -> None:
-        """Tokens ``at`` (None: all), of which those ``live`` count (None: all), ``chosen`` of them with their H."""
-        plan = self.tokens.plan
-        ratio = said.r.exp()
-        rows = {"policy_loss": self.tokens.at("w", at) * said.loss, "ratio": ratio, "r": said.r}
-        if plan.kl:
-            rows["kl"] = said.kl
-        if H is not None:
-            rows["entropy"] = H
-        if plan.bonus:
-            bonus = self.tokens.at("bonus", at) * H
-            rows["bonus"] = bonus if chosen is None else torch.where(chosen, bonus, 0.0)
-        rows |= {name: x for name, x in zip(_MARKS, said.marks) if isinstance(x, torch.Tensor)}
-        shape = said.loss.shape
-        part = torch.stack([x if x.shape == shape else x.expand(shape) for x in rows.values()])
-        if live is not None:
-            part = torch.where(live, part, 0.0)
-            ratio = ratio.expand(shape)[live]
-        self._rank(ratio)
-        if at is None:
-            self.table = part
-        else:
-            if self.table is None:
-                self.table = part.new_zeros(len(rows), self.tokens.inputs.ids.numel())
-            self.table[:, at] = part
-        self.names = tuple(rows)
-
-    def _rank(self, ratio: torch.Tensor) -> None:
-        if ratio.numel() == 0:
-            return
-        low, high = (x.item() for x in ratio.aminmax())
-        if low != low:  # NaN has no rank
-            self._rank(ratio[ratio == ratio])
-            return
-        self.low, self.high = min(self.low, low), max(self.high, high)
-
-    def finish(
-        self, live: torch.Tensor | None, mismatch: dict[str, float], r_seq: torch.Tensor | None = None,
-        statistic: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        """(loss [], sums [S] fp64, metrics [M]).
-
-        Args:
-            live: as in `add`, (B, T).
-            mismatch: of `mismatch_sums`.
-            r_seq: (B, 1), the level's log ratio, for clip metrics with one value per sequence.
-            statistic: (B, 1), the term's own, for the same.
-        """
-        inputs, plan = self.tokens.inputs, self.tokens.plan
-        shape, device = inputs.ids.shape, inputs.ids.device
-        table = torch.zeros(1, *shape, device=device)
-        if self.table is not None:
-            table = self.table.view(len(self.names), *shape)
-        rows = dict(zip(self.names, per_sequence(table, inputs).tolist()))  # name -> [B]
-        values = dict.fromkeys(SUM_NAMES, 0.0) | {name: sum(row) for name, row in rows.items()}
-        if live is None and inputs.cu is None:
-            sizes = [float(shape[1])] * inputs.sequences
-        else:
-            sizes = per_sequence(torch.ones(shape, device=device) if live is None else live, inputs).tolist()
-        values["tokens"] = sum(sizes)
-        if plan.clip_once:
-            rows, sizes = self._marks_of_sequences(r_seq, statistic)
-            values |= {name: sum(row) for name, row in rows.items()}
-        values["clip_ratio/count"] = sum(sizes)
-        for name, mark, best, nothing in (("low_min", "low", min, torch.inf), ("high_max", "high", max, -torch.inf)):
-            row = rows.get(f"clip_ratio/{mark}", [0.0] * len(sizes))
-            shares = [x / size for x, size in zip(row, sizes) if size]
-            values[f"clip_ratio/{name}"] = best(shares, default=nothing)
-        values["loss"] = values["policy_loss"] - values.pop("bonus", 0.0)
-        values["approx_kl"] = values["ratio"] - values["tokens"] - values.pop("r", 0.0)
-        values["ratio/min"], values["ratio/max"] = self.low, self.high
-        values |= mismatch
-        values |= _reward_sums(inputs, self.tokens.coefs, plan)
-        row = [values[name] for name in SUM_NAMES]
-        sums = torch.tensor(row, dtype=torch.float64, device=device)
-        loss = torch.tensor(row[0], dtype=torch.float32, device=device)
-        return loss, sums, torch.tensor(on_numbers(summarise)(*row[1:]), dtype=torch.float32, device=device)
-
-    def _marks_of_sequences(self, r_seq, statistic) -> tuple[dict[str, list[float]], list[float]]:
-        """The term's region with one value per sequence, those without tokens included: (marks, 1 where it counts)."""
-        tokens, plan, coefs = self.tokens, self.tokens.plan, self.tokens.coefs
-        A = advantages(tokens.inputs, coefs, plan)
-        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits, plan.limited)[0]
-        values = on_torch(tokens.term.region)(r, r if statistic is None else statistic, r, r, A, tokens.c)
-        count = (A != 0.0).float() if plan.skip else torch.ones_like(A)
-        return {name: (x * count)[:, 0].tolist() for name, x in zip(_MARKS, values)}, count[:, 0].tolist()
-
-
-_MARKS = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual")
-
-
 def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
     """As given, or (B, 1) from the rewards; fp32."""
     if inputs.rewards is None:
@@ -211,37 +47,63 @@ def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
     )[:, None]  # fmt: skip
 
 
-def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-    """(w, w_H), each a number or (B, 1)."""
+class Tokens(NamedTuple):
+    """What the loss of tokens needs besides their log-probabilities: it broadcasts to them, or is a number or None."""
 
-    scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale.item()
+    adv: torch.Tensor
+    old: torch.Tensor | None
+    ref: torch.Tensor | None
+    trust: torch.Tensor | None
+    w: torch.Tensor | float
+    bonus: torch.Tensor | float  # w_H
 
-    def of(count: torch.Tensor | None, factor: float) -> torch.Tensor | float:
-        if count is None or count.dim() == 0:
-            return on_numbers(weight)(1.0 if count is None else count.item(), factor, scale)
-        w = [on_numbers(weight)(n, factor, scale) for n in count.tolist()]
-        return torch.tensor(w, dtype=torch.float32, device=count.device)[:, None]
+    @classmethod
+    def of(cls, inputs: Inputs, coefs: Coefs, plan: Plan) -> "Tokens":
+        """Of all tokens, for (B, T) log-probabilities."""
+        scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale.float()
+        w = on_torch(weight)(1.0 if inputs.count is None else inputs.count.float(), coefs.w_factor, scale)
+        if isinstance(w, torch.Tensor) and w.dim():
+            w = w[:, None]
+        bonus = 0.0
+        if plan.bonus:
+            factor = coefs.h_factor * (1.0 if inputs.entropy_coef is None else inputs.entropy_coef.float())
+            bonus = on_torch(weight)(1.0 if inputs.tokens is None else inputs.tokens.float(), factor, scale)
+        tokens = cls(advantages(inputs, coefs, plan), inputs.old, inputs.ref, inputs.is_weight, w, bonus)
+        return tokens.each(lambda x: x.float() if inputs.cu is None else expand(x.float(), inputs))
 
-    coef = 1.0 if inputs.entropy_coef is None else inputs.entropy_coef.item()
-    return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor * coef) if plan.bonus else 0.0
+    def each(self, change) -> "Tokens":
+        return Tokens(*(change(x) if isinstance(x, torch.Tensor) else x for x in self))
+
+    def masked(self, keep: torch.Tensor) -> "Tokens":
+        """With a policy term that is 0 elsewhere."""
+        return self._replace(trust=torch.where(keep, 1.0 if self.trust is None else self.trust, 0.0))
 
 
-def _reward_sums(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, float]:
-    """Σ R, Σ R², how many are finite, and how many not, how many sequences lie in a group without spread, and B."""
-    size = float(inputs.sequences)
-    if inputs.rewards is None or not size:
-        return {"sequences": size}
-    rewards = inputs.rewards.float()
-    if plan.scale_rewards != "batch":
-        spread = group_moments(rewards, int(coefs.num_generations), inputs.groups, plan.unbiased)[1]
-    else:
-        spread = moments(rewards.view(1, -1), plan.unbiased)[1] if inputs.batch_std is None else inputs.batch_std
-    known = rewards[on_torch(is_known)(rewards)].double()
-    return {
-        "reward": known.sum().item(),
-        "reward_squared": known.square().sum().item(),
-        "rewards": float(known.numel()),
-        "reward_not_finite": size - known.numel(),
-        "zero_std": (spread == 0.0).double().mean().item() * size,
-        "sequences": size,
-    }
+class TokenLoss(NamedTuple):
+    """ℓ of some tokens, its KL, and its derivatives; those that are numbers are 0. See `token_objective`."""
+
+    loss: torch.Tensor
+    kl: torch.Tensor | float
+    d_term: torch.Tensor | float
+    d_ratio: torch.Tensor | float
+    d_lp: torch.Tensor
+    r: torch.Tensor  # the level's log ratio
+    r_term: torch.Tensor  # the term's own statistic, or else r
+
+
+def token_loss(
+    tokens: Tokens, lp: torch.Tensor, coefs: Coefs, plan: Plan, level: torch.Tensor | None = None,
+    own: torch.Tensor | None = None,
+) -> TokenLoss:  # fmt: skip
+    """The loss of tokens. ``level``: the log ratio they share, ``own``: the term's statistic; None: there is none."""
+    term = TERMS[plan.term]
+    old = lp if tokens.old is None else tokens.old
+    r, passes = on_torch(limited_ratio)(on_torch(log_ratio)(lp, old) if level is None else level, coefs.limits,
+                                        plan.limited)  # fmt: skip
+    r_term = r if own is None else own
+    policy, kl, *slopes = on_torch(token_objective)(
+        r, passes, r_term, lp, old, tokens.ref, tokens.adv, tokens.trust, coefs.beta, coefs.limits,
+        term.kind(*coefs.term), on_torch(term.function), on_torch(plan.kl_function) if plan.kl else None, plan.bias,
+        own is not None, tokens.trust is not None, plan.limited, plan.clamped,
+    )  # fmt: skip
+    return TokenLoss(policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy, kl, *slopes, r, r_term)
