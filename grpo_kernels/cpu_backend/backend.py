@@ -1,4 +1,4 @@
-"""The same functions as `grpo_kernels.triton_backend.launch`, on CPU tensors, in chunks of rows that stay in the cache.
+"""The functions of `grpo_kernels.triton_backend.launch` on CPU tensors.
 
 `rows` reads and writes the logits, a chunk at a time. The per-token maths are the kernels' own
 functions (`grpo_kernels.objective.language.on_torch`).
@@ -6,15 +6,17 @@ functions (`grpo_kernels.objective.language.on_torch`).
 
 import torch
 
-from grpo_kernels.cpu_backend.rows import Rows, read_rows, write_gradient
-from grpo_kernels.cpu_backend.sequences import correct, join, objective, rows_to_read, segments
-from grpo_kernels.cpu_backend.sharded import shard, unite
-from grpo_kernels.cpu_backend.sums import batch_std
-from grpo_kernels.cpu_backend.tokens import Tokens, expand, token_loss
+from grpo_kernels.cpu_backend.rows import LN2, LOWEST, read_rows, write_gradient
+from grpo_kernels.cpu_backend.tokens import Tokens, objective, token_loss
+from grpo_kernels.objective.advantages import batch_std
 from grpo_kernels.objective.advantages import group_rows as groups
+from grpo_kernels.objective.corrections import correct
 from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
+from grpo_kernels.objective.sequences import absent_part, counted_rows, expand, join, rows_to_read, segments
+from grpo_kernels.objective.softmax import entropy_of, fold, logp_of
 
 __all__ = [
     "batch_std", "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard",
@@ -25,10 +27,40 @@ __all__ = [
 def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats is empty: `slope` makes the probabilities anew, unless `unite` has made some."""
     read, unread = rows_to_read(inputs, coefs, plan)
-    logps, entropies = _nothing_yet(inputs, entropy)
-    for rows in read_rows(logits, inputs, coefs, read, entropy=entropy):
-        logps, entropies = _with(rows, logps, entropies)
-    return *_mark_unread(unread, logps, entropies), logps.new_empty(0)
+    logps, entropies = _zeros(inputs, entropy, unread)
+    for _ in read_rows(logits, inputs, coefs, read, entropy=entropy, into=(logps, entropies)):
+        pass
+    return logps, entropies, logps.new_empty(0)
+
+
+def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
+    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`.
+
+    (top, total, mean) of each row, see `objective.softmax`, and then the token's depth, NaN outside [0, V).
+    Rows that are not read have total −1 and depth 0, or NaN if they are unmasked.
+    """
+    part, n = absent_part(inputs, coefs, plan), inputs.ids.numel()
+    stats, depths = part[: 3 * n].view(n, 3), part[3 * n :]
+    read, _ = counted_rows(inputs, coefs, plan)
+    for rows in read_rows(logits, inputs, coefs, read, entropy=True, stats=stats):
+        depths[rows.tokens] = rows.logps[:, 0] / LN2
+    return part
+
+
+def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
+    """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, 4·B·T]."""
+    shape, n = inputs.ids.shape, inputs.ids.numel()
+    unread, left = parts[0, 1 : 3 * n : 3] < 0.0, parts[0, 3 * n :]
+    temperature = coefs.temperature
+    if inputs.temperature is not None:  # anything may stand at unread rows
+        temperature = torch.where(unread, 1.0, expand(inputs.temperature.float(), inputs).reshape(-1))
+    row = [parts.new_full((n,), x) for x in (LOWEST, 0.0, 0.0, torch.nan)]  # without an entry
+    for part in parts:
+        row = on_torch(fold)(*row, *part[: 3 * n].view(n, 3).unbind(1), part[3 * n :], 1.0 / (LN2 * temperature))
+    top, total, mean, depth = row
+    logps = torch.where(unread, left, on_torch(logp_of)(depth, total)).view(shape)
+    entropies = torch.where(unread, left, on_torch(entropy_of)(total, mean)).view(shape)
+    return logps, entropies if entropy else logps.new_empty(0), torch.stack([top, total, mean], dim=1)
 
 
 def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
@@ -37,24 +69,20 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
     Its gradient goes to ``out`` in the same pass.
     """
     read, unread = rows_to_read(inputs, coefs, plan)
-    if read is None:
-        inputs = inputs._replace(mask=None)
-    logps, entropies = _nothing_yet(inputs, entropy)
-    tokens = sums = None
-    for rows in read_rows(logits, inputs, coefs, read, entropy=entropy, out=out):
-        logps, entropies = _with(rows, logps, entropies)
+    inputs = inputs if read is not None else inputs._replace(mask=None)
+    logps, entropies = found = _zeros(inputs, entropy, unread)
+    H, tokens, sums = entropies if entropy else None, None, None
+    for rows in read_rows(logits, inputs, coefs, read, entropy=entropy, into=found, out=out):
         if rows.alone:  # the objective of the whole batch has the slopes of its tokens
-            *sums, _, g, _, _, h = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)
+            *sums, _, g, _, _, h = objective(logps, H, inputs, coefs, plan, True)
             g, h = g.view(-1, 1)[rows.tokens], h.view(-1, 1)[rows.tokens] if plan.bonus else None
         else:
             tokens = tokens or Tokens.of(inputs, coefs, plan).each(lambda x: expand(x, inputs).reshape(-1, 1))
-            some = tokens.each(lambda x: x[rows.tokens])  # noqa: B023, called at once
-            terms = token_loss(some, rows.logps, coefs, plan)
-            g = some.w * (terms.d_ratio + terms.d_lp)
-            h = torch.zeros_like(g) - some.bonus if plan.bonus else None
+            some = tokens.each(lambda x: x[rows.tokens])  # noqa: B023 (called at once)
+            _, _, _, d_ratio, d_lp, _ = token_loss(some, rows.logps, coefs, plan)
+            g, h = some.w * (d_ratio + d_lp), torch.zeros_like(rows.logps) - some.bonus if plan.bonus else None
         write_gradient(rows, g, h)
-    sums = sums or totals(logps, entropies if entropy else None, inputs, coefs, plan)
-    return *_mark_unread(unread, logps, entropies), *sums
+    return *found, *(sums or totals(logps, H, inputs, coefs, plan))
 
 
 def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,13 +101,9 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
     if inputs.mask is not None:
         read &= inputs.mask != 0
     read = None if bool(read.all()) else read
-    if up is not None:
-        up = up.float()
-        g, h = g * up, None if h is None else h * up
-    g, h = g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
+    g, h = (x if x is None else (x if up is None else x * up.float()).reshape(-1, 1) for x in (g, h))
     stats = stats if stats.numel() else None
-    part = stats is not None
-    for rows in read_rows(logits, inputs, coefs, read, entropy=h is not None, out=out, part=part, stats=stats):
+    for rows in read_rows(logits, inputs, coefs, read, entropy=h is not None, out=out, stats=stats):
         write_gradient(rows, g[rows.tokens], None if h is None else h[rows.tokens])
 
 
@@ -94,25 +118,8 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
         out.masked_fill_(dead, 0.0)
 
 
-def _nothing_yet(inputs: Inputs, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and entropies (B, T), those that were not asked for empty."""
+def _zeros(inputs: Inputs, entropy: bool, unread: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """For log-probabilities and entropies (B, T), NaN where an unmasked row is not read; empty if not asked for."""
     logps = torch.zeros(inputs.ids.shape, device=inputs.ids.device)
-    return logps, torch.zeros_like(logps) if entropy else logps.new_empty(0)
-
-
-def _with(rows: Rows, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Log-probabilities and entropies (B, T) with those of some rows in their places."""
-    found = (rows.logps, rows.entropies)
-    if rows.alone and isinstance(rows.tokens, slice):  # they are all there are
-        return tuple(whole if x is None else x.view(whole.shape) for x, whole in zip(found, values))
-    for x, whole in zip(found, values):
-        if x is not None:
-            whole.view(-1)[rows.tokens] = x[:, 0]
-    return values
-
-
-def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """NaN at unmasked rows that were not read."""
-    if unread is None:
-        return values
-    return tuple(x.masked_fill_(unread, torch.nan) if x.numel() else x for x in values)
+    logps = logps if unread is None else logps.masked_fill_(unread, torch.nan)
+    return logps, logps.clone() if entropy else logps.new_empty(0)

@@ -1,109 +1,160 @@
-"""The objective of single tokens on torch tensors, with the kernels' own functions (`objective.language.on_torch`).
-
-Padded input is [B, T]; packed input is [1, N] with the bounds of its B sequences. What belongs to a
-sequence is (B, 1) either way; `expand` and `per_sequence` are all that tells the two apart.
-"""
+"""The [B, T] maths on torch tensors: the loss of tokens and its derivatives, by the kernels' own functions."""
 
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from grpo_kernels.objective.advantages import relative_advantages
-from grpo_kernels.objective.catalogue import TERMS
+from grpo_kernels.cpu_backend.sums import mismatch_sums, reward_sums, totals_of
+from grpo_kernels.objective.catalogue import LEVELS, TERMS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
-from grpo_kernels.objective.token import limited_ratio, log_ratio, scaled, token_objective, weight
-
-
-def expand(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-    """Something per token, per sequence (B, 1), or one number, as one per token."""
-    shape = inputs.ids.shape
-    if shape.numel() == 0:
-        return x.new_empty(shape)
-    if inputs.cu is not None and x.dim() and x.shape[0] > 1:  # packed: a row per sequence
-        x = torch.cat([x, x.new_zeros(1, 1)])[inputs.segments.long(), 0]
-    return x.expand(shape)
-
-
-def per_sequence(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
-    """Sums (..., B) in fp64 over the tokens of each sequence, of (..., B, T) or packed (..., 1, N)."""
-    if inputs.cu is None:
-        return x.sum(-1, dtype=torch.float64)
-    if x.shape[-1] == 0:
-        return x.new_zeros((*x.shape[:-2], inputs.sequences), dtype=torch.float64)
-    flat = x.double().reshape(-1, x.shape[-1])  # [K, N]
-    sums = torch.segment_reduce(flat.T.contiguous(), "sum", offsets=inputs.cu.long(), initial=0.0, unsafe=True)
-    return sums.T.reshape(*x.shape[:-2], -1)
-
-
-def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
-    """As given, or (B, 1) from the rewards; fp32."""
-    if inputs.rewards is None:
-        return inputs.adv.float()
-    return relative_advantages(
-        inputs.rewards.float(), int(coefs.num_generations), inputs.groups, plan.scale_rewards, plan.unbiased,
-        coefs.adv_eps, inputs.batch_std,
-    )[:, None]  # fmt: skip
+from grpo_kernels.objective.sequences import advantages, expand, per_sequence, rows_to_read
+from grpo_kernels.objective.token import (
+    drift_of,
+    keeps_sequence,
+    limited_ratio,
+    log_ratio,
+    scaled,
+    token_objective,
+    weight,
+)
 
 
 class Tokens(NamedTuple):
     """What the loss of tokens needs besides their log-probabilities: it broadcasts to them, or is a number or None."""
 
-    adv: torch.Tensor
-    old: torch.Tensor | None
-    ref: torch.Tensor | None
-    trust: torch.Tensor | None
-    w: torch.Tensor | float
-    bonus: torch.Tensor | float  # w_H
+    adv: Tensor
+    old: Tensor | None
+    ref: Tensor | None
+    trust: Tensor | None
+    w: Tensor | float
+    bonus: Tensor | float  # w_H
 
     @classmethod
     def of(cls, inputs: Inputs, coefs: Coefs, plan: Plan) -> "Tokens":
         """Of all tokens, for (B, T) log-probabilities."""
-        scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale.float()
-        w = on_torch(weight)(1.0 if inputs.count is None else inputs.count.float(), coefs.w_factor, scale)
-        if isinstance(w, torch.Tensor) and w.dim():
-            w = w[:, None]
-        bonus = 0.0
-        if plan.bonus:
-            factor = coefs.h_factor * (1.0 if inputs.entropy_coef is None else inputs.entropy_coef.float())
-            bonus = on_torch(weight)(1.0 if inputs.tokens is None else inputs.tokens.float(), factor, scale)
-        tokens = cls(advantages(inputs, coefs, plan), inputs.old, inputs.ref, inputs.is_weight, w, bonus)
-        return tokens.each(lambda x: x.float() if inputs.cu is None else expand(x.float(), inputs))
+        count, scale, words, coef = (
+            1.0 if x is None else x.float()
+            for x in (inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef)
+        )
+        count = count[:, None] if isinstance(count, Tensor) and count.dim() else count
+        w = on_torch(weight)(count, coefs.w_factor, scale)
+        bonus = on_torch(weight)(words, coefs.h_factor * coef, scale) if plan.bonus else 0.0
+        every = cls(advantages(inputs, coefs, plan), inputs.old, inputs.ref, inputs.is_weight, w, bonus)
+        return every.each(lambda x: x.float() if inputs.cu is None else expand(x.float(), inputs))
 
     def each(self, change) -> "Tokens":
-        return Tokens(*(change(x) if isinstance(x, torch.Tensor) else x for x in self))
+        return Tokens(*(change(x) if isinstance(x, Tensor) else x for x in self))
 
-    def masked(self, keep: torch.Tensor) -> "Tokens":
+    def masked(self, keep: Tensor) -> "Tokens":
         """With a policy term that is 0 elsewhere."""
         return self._replace(trust=torch.where(keep, 1.0 if self.trust is None else self.trust, 0.0))
 
 
-class TokenLoss(NamedTuple):
-    """ℓ of some tokens, its KL, and its derivatives; those that are numbers are 0. See `token_objective`."""
-
-    loss: torch.Tensor
-    kl: torch.Tensor | float
-    d_term: torch.Tensor | float
-    d_ratio: torch.Tensor | float
-    d_lp: torch.Tensor
-    r: torch.Tensor  # the level's log ratio
-    r_term: torch.Tensor  # the term's own statistic, or else r
-
-
 def token_loss(
-    tokens: Tokens, lp: torch.Tensor, coefs: Coefs, plan: Plan, level: torch.Tensor | None = None,
-    own: torch.Tensor | None = None,
-) -> TokenLoss:  # fmt: skip
-    """The loss of tokens. ``level``: the log ratio they share, ``own``: the term's statistic; None: there is none."""
+    tokens: Tokens, lp: Tensor, coefs: Coefs, plan: Plan, level: Tensor | None = None, own: Tensor | None = None
+) -> tuple[Tensor | float, ...]:
+    """(ℓ, kl, ∂ℓ/∂r, ∂ℓ/∂r̂, ∂ℓ/∂lp, r̂), see `token_objective`; those that are numbers are 0.
+
+    ``level``: the log ratio that the sequence shares, ``own``: the term's statistic of it; None: there is none.
+    """
     term = TERMS[plan.term]
     old = lp if tokens.old is None else tokens.old
-    r, passes = on_torch(limited_ratio)(on_torch(log_ratio)(lp, old) if level is None else level, coefs.limits,
-                                        plan.limited)  # fmt: skip
-    r_term = r if own is None else own
+    level = on_torch(log_ratio)(lp, old) if level is None else level
+    r, passes = on_torch(limited_ratio)(level, coefs.limits, plan.limited)
     policy, kl, *slopes = on_torch(token_objective)(
-        r, passes, r_term, lp, old, tokens.ref, tokens.adv, tokens.trust, coefs.beta, coefs.limits,
+        r, passes, r if own is None else own, lp, old, tokens.ref, tokens.adv, tokens.trust, coefs.beta, coefs.limits,
         term.kind(*coefs.term), on_torch(term.function), on_torch(plan.kl_function) if plan.kl else None, plan.bias,
         own is not None, tokens.trust is not None, plan.limited, plan.clamped,
     )  # fmt: skip
-    return TokenLoss(policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy, kl, *slopes, r, r_term)
+    return policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy, kl, *slopes, r
+
+
+def objective(
+    logps: Tensor, entropies: Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
+) -> tuple[Tensor, ...]:
+    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h).
+
+    ``local`` is ∂L/∂lp of a token itself. Where a ratio belongs to the whole sequence, ``spread`` is
+    ∂L/∂r and ``share`` what each token moves it by, for `join`; else both are empty.
+    """
+    live, _ = rows_to_read(inputs, coefs, plan)
+    tokens, term, own, how = Tokens.of(inputs, coefs, plan), TERMS[plan.term], plan.own, LEVELS[plan.level].how
+    c, lp, old = term.kind(*coefs.term), logps, logps if tokens.old is None else tokens.old
+
+    def counted(x: Tensor) -> Tensor:
+        """0 at the positions that do not count, where anything may stand."""
+        return x if live is None else torch.where(live, x, 0.0)
+
+    def of_sequences(x: Tensor) -> Tensor:
+        return per_sequence(counted(x), inputs)[:, None]
+
+    r_seq = statistic = step = inverse = own_slope = None
+    if plan.of_sequence:
+        r_token = on_torch(log_ratio)(lp, old)
+        inverse = 1.0 / of_sequences(torch.ones_like(lp)).clamp(min=1.0)  # (B, 1)
+    if how:
+        step = inverse if how == "mean" else torch.ones_like(inverse)
+        r_seq = (of_sequences(r_token) * step).float()
+    if own is not None:
+        x, own_slope = on_torch(own.function)(r_token, tokens.adv, c)
+        if inputs.is_weight is not None and not plan.weight_once:
+            x = x + on_torch(own.correction)(tokens.trust)
+        statistic = of_sequences(x) * (inverse if own.how == "mean" else 1.0)
+        if inputs.is_weight is not None and plan.weight_once:
+            statistic = statistic + on_torch(own.correction)(inputs.is_weight.float())
+        statistic, tokens = statistic.float(), tokens._replace(trust=None)
+    chosen = live
+    if plan.off_policy:
+        sampled = old if inputs.sampling is None else inputs.sampling.float()
+        drift = expand((of_sequences(on_torch(drift_of)(lp, sampled)) * inverse).float(), inputs)
+        tokens = tokens.masked(on_torch(keeps_sequence)(drift, tokens.adv, coefs.drift) != 0.0)
+    if inputs.threshold is not None:
+        chosen = (inputs.threshold <= entropies) & (True if live is None else live)
+        tokens = tokens.masked(chosen)
+
+    r_shared, own_shared = (None if x is None else expand(x, inputs) for x in (r_seq, statistic))
+    loss, kl, d_term, d_ratio, d_lp, r = token_loss(tokens, lp, coefs, plan, r_shared, own_shared)
+
+    def slope(d: Tensor | float) -> Tensor:
+        d = tokens.w * d if weighted else d
+        return counted(d if isinstance(d, Tensor) and d.shape == lp.shape else d + torch.zeros_like(lp))
+
+    spread, share = lp.new_empty(0), lp.new_empty(0)
+    if plan.spread == "level":
+        local, spread, share = slope(d_term + d_lp), slope(d_ratio), counted(expand(step.float(), inputs)).contiguous()
+    elif plan.spread == "term":
+        local, spread = slope(d_ratio + d_lp), slope(d_term)
+        share = counted(own_slope * expand(inverse.float(), inputs))
+    else:
+        local = slope(d_term + d_ratio + d_lp)
+    h = torch.zeros_like(lp)
+    if plan.bonus:
+        h = h - tokens.bonus if chosen is None else torch.where(chosen, h - tokens.bonus, 0.0)
+
+    ratio, policy = r.exp(), tokens.w * loss
+    rows = {"loss": policy, "policy_loss": policy, "tokens": torch.ones_like(lp), "ratio": ratio,
+            "approx_kl": ratio - 1.0 - r}  # fmt: skip
+    if plan.bonus:
+        rows["loss"] = policy + torch.where(h == 0.0, 0.0, h * entropies)
+    if plan.kl:
+        rows["kl"] = kl
+    if entropies is not None:
+        rows["entropy"] = entropies
+    mismatch, once = mismatch_sums(inputs, coefs, plan, logps, live)
+    if plan.clip_once:
+        A = advantages(inputs, coefs, plan)
+        counts = A != 0.0 if plan.skip else torch.ones_like(A, dtype=torch.bool)
+        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits, plan.limited)[0]
+        region = on_torch(term.region)(r, r if statistic is None else statistic, r, r, A, c)
+        once |= {name: torch.where(counts, x, 0.0)[:, 0] for name, x in zip(_REGION, (*region, 1.0))}
+    else:
+        region = on_torch(term.region)(r, r if own_shared is None else own_shared, lp, old, tokens.adv, c)
+        rows |= {name: x if isinstance(x, Tensor) else torch.zeros_like(lp) for name, x in zip(_REGION, region)}
+    once |= reward_sums(inputs, coefs, plan)
+    return *totals_of(rows | mismatch, once, live, inputs), counted(loss), local, spread, share, h
+
+
+_REGION = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual", "clip_ratio/count")

@@ -78,7 +78,6 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
 )
 
 
-
 def on_torch(function) -> types.FunctionType:
     """The Python body of a ``@jit`` function, with torch in place of ``triton.language``."""
     return _in_torch(function.fn)
