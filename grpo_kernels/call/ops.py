@@ -15,8 +15,8 @@ from grpo_kernels.call import checks
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
+from grpo_kernels.objective.parts import absent_part
 from grpo_kernels.objective.plan import Plan
-from grpo_kernels.objective.sequences import absent_part
 
 _BACKENDS = {"torch": "grpo_kernels.cpu_backend.backend", "triton": "grpo_kernels.triton_backend.launch"}
 

@@ -1,22 +1,17 @@
-"""The functions of `grpo_kernels.triton_backend.launch` on CPU tensors.
-
-`rows` reads and writes the logits, a chunk at a time. The per-token maths are the kernels' own
-functions (`grpo_kernels.objective.language.on_torch`).
-"""
+"""The functions of `grpo_kernels.triton_backend.launch` on CPU tensors: chunks of rows, by the kernels' own maths."""
 
 import torch
 
-from grpo_kernels.cpu_backend.rows import LN2, LOWEST, read_rows, write_gradient
+from grpo_kernels.cpu_backend.rows import LN2, read_rows, write_gradient
 from grpo_kernels.cpu_backend.tokens import Tokens, objective, token_loss
 from grpo_kernels.objective.advantages import batch_std
 from grpo_kernels.objective.advantages import group_rows as groups
 from grpo_kernels.objective.corrections import correct
 from grpo_kernels.objective.inputs import Coefs, Inputs
-from grpo_kernels.objective.language import on_torch
+from grpo_kernels.objective.parts import absent_part, unite
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
-from grpo_kernels.objective.sequences import absent_part, counted_rows, expand, join, rows_to_read, segments
-from grpo_kernels.objective.softmax import entropy_of, fold, logp_of
+from grpo_kernels.objective.sequences import counted_rows, expand, join, rows_to_read, segments
 
 __all__ = [
     "batch_std", "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard",
@@ -45,22 +40,6 @@ def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> to
     for rows in read_rows(logits, inputs, coefs, read, entropy=True, stats=stats):
         depths[rows.tokens] = rows.logps[:, 0] / LN2
     return part
-
-
-def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, 4·B·T]."""
-    shape, n = inputs.ids.shape, inputs.ids.numel()
-    unread, left = parts[0, 1 : 3 * n : 3] < 0.0, parts[0, 3 * n :]
-    temperature = coefs.temperature
-    if inputs.temperature is not None:  # anything may stand at unread rows
-        temperature = torch.where(unread, 1.0, expand(inputs.temperature.float(), inputs).reshape(-1))
-    row = [parts.new_full((n,), x) for x in (LOWEST, 0.0, 0.0, torch.nan)]  # without an entry
-    for part in parts:
-        row = on_torch(fold)(*row, *part[: 3 * n].view(n, 3).unbind(1), part[3 * n :], 1.0 / (LN2 * temperature))
-    top, total, mean, depth = row
-    logps = torch.where(unread, left, on_torch(logp_of)(depth, total)).view(shape)
-    entropies = torch.where(unread, left, on_torch(entropy_of)(total, mean)).view(shape)
-    return logps, entropies if entropy else logps.new_empty(0), torch.stack([top, total, mean], dim=1)
 
 
 def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:

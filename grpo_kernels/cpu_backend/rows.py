@@ -23,9 +23,7 @@ class Rows(NamedTuple):
     tokens: Tensor | slice  # which of the B·T tokens they belong to
     alone: bool  # no other row is read
     logps: Tensor
-    gradient: Tensor | None  # the block of the gradient in which they lie
-    place: Tensor | slice  # where
-    target: Tensor | None  # [n, V]: they themselves, if fp32 numbers can be computed there
+    gradient: Tensor  # [n, V], takes it; without the derivative of a soft cap, which follows
     ids: Tensor  # token ids
     known: Tensor | None  # False: these logits have no such entry, and ``ids`` is 0; None: they have all
     temperature: Tensor | None  # None: 1
@@ -34,7 +32,6 @@ class Rows(NamedTuple):
     p_token: Tensor  # over mass
     mass: Tensor
     mean: Tensor | None  # Σ p·x / mass
-    slack: Tensor | None  # [n, V]: derivative of the soft cap
 
 
 def read_rows(
@@ -53,9 +50,10 @@ def read_rows(
             given, of the whole rows; else taken, of the part, and the tokens' depths instead of log-probabilities.
     """
     V, T, part, whole = logits.shape[2], inputs.ids.shape[1], stats is not None, stats if out is not None else None
-    pieces = _pieces(logits, out, read, T, max(1, CHUNK_ELEMENTS // V))
+    height = max(1, min(CHUNK_ELEMENTS // V, inputs.ids.numel()))
+    pieces = _pieces(logits, out, read, T, height)
     cap = (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
-    buffers = torch.empty(3, max((piece[-1] for piece in pieces), default=0), V, device=logits.device)
+    buffers = torch.empty(3, height, V, device=logits.device)
     every_id, temperatures = inputs.ids.reshape(-1, 1).long(), None
     if inputs.temperature is not None:
         temperatures = expand(inputs.temperature.float(), inputs).reshape(-1, 1)
@@ -66,13 +64,14 @@ def read_rows(
     inplace = out is not None and out.data_ptr() == logits.data_ptr()
     checked = not part and validates(logits.device)  # then the ids of rows that are read lie in the vocabulary
     known = temperature = mean = slack = None
-    for source, gradient, place, tokens, n in pieces:
+    for source, target, place, tokens in pieces:
         x, ids = source[place], every_id[tokens]
+        n = len(ids)
         if not checked:
             known = (ids >= 0) & (ids < V)
             ids = torch.where(known, ids, 0)
-        target = gradient[place] if direct and isinstance(place, slice) else None
-        p = buffers[0, :n] if target is None or inplace else target
+        gradient = target[place] if direct and isinstance(place, slice) else None
+        p = buffers[0, :n] if gradient is None or inplace else gradient
         if shifted or cap or x.dtype != torch.float32:
             x = (buffers[1, :n] if entropy else p).copy_(x)
         if cap:
@@ -101,21 +100,25 @@ def read_rows(
         logps = logps if known is None else torch.where(known, logps, torch.nan)
         if entropy:
             x.clamp_(min=_FLOOR)
-            mean = _dot(p, x) / mass if whole is None else whole[tokens, 2:] * LN2
+            dot = mass.new_empty(n)  # autocast leaves alone what has an ``out``
+            mean = torch.linalg.vecdot(p, x, out=dot)[:, None] / mass if whole is None else whole[tokens, 2:] * LN2
         if into is not None:
             into[0].view(-1, 1)[tokens] = logps
-        if into is not None and entropy and not part:
+        if into is not None and entropy:
             into[1].view(-1, 1)[tokens] = (mass / p.amax(-1, keepdim=True)).log() - mean  # the first is log Σ exp x
         if part and whole is None:
             stats[tokens] = torch.cat([top, mass, mean / LN2], dim=1)
-        yield Rows(tokens, len(pieces) == 1, logps, gradient, place, target, ids, known, temperature, x, p, p_token,
-                   mass, mean, slack)  # fmt: skip
+        written = p if gradient is None else gradient
+        yield Rows(tokens, len(pieces) == 1, logps, written, ids, known, temperature, x, p, p_token, mass, mean)
+        if slack is not None:
+            written.mul_(slack)
+        if out is not None and gradient is None:
+            target[place] = written.to(target.dtype)
 
 
 def write_gradient(rows: Rows, g: Tensor, h: Tensor | None) -> None:
-    """(1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], through the soft cap, from g = ∂L/∂lp and h = ∂L/∂H, [n, 1]."""
-    p, x, ids = rows.p, rows.x, rows.ids
-    d = p if rows.target is None else rows.target
+    """(1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], from g = ∂L/∂lp and h = ∂L/∂H, [n, 1] each."""
+    p, x, d, ids = rows.p, rows.x, rows.gradient, rows.ids
     if rows.temperature is not None:
         g, h = g / rows.temperature, None if h is None else h / rows.temperature
     d_token, share = g * torch.rsub(rows.p_token, 1.0), g / rows.mass
@@ -127,15 +130,6 @@ def write_gradient(rows: Rows, g: Tensor, h: Tensor | None) -> None:
     if rows.known is not None:
         d_token = torch.where(rows.known, d_token, d.gather(1, ids))
     d.scatter_(1, ids, d_token)
-    if rows.slack is not None:
-        d.mul_(rows.slack)
-    if rows.target is None:
-        rows.gradient[rows.place] = d.to(rows.gradient.dtype)
-
-
-def _dot(p: Tensor, x: Tensor) -> Tensor:
-    """Σ p·x of each row, [n, 1]; autocast leaves alone what has an ``out``."""
-    return torch.linalg.vecdot(p, x, out=p.new_empty(p.shape[0]))[:, None]
 
 
 def _soft_cap(x: Tensor, bound: float, inner: float, slack: Tensor | None) -> Tensor | None:
@@ -148,7 +142,7 @@ def _soft_cap(x: Tensor, bound: float, inner: float, slack: Tensor | None) -> Te
 
 
 def _pieces(logits: Tensor, out: Tensor | None, read: Tensor | None, T: int, height: int) -> list[tuple]:
-    """(block of logits, block of out, rows of the block, their tokens, how many), ``height`` rows at most.
+    """(block of logits, block of out, rows of the block, their tokens), ``height`` rows at most.
 
     A block is 2-D: all logits, if their rows are evenly spaced in memory, else a sequence. Gradients of other rows
     are set to 0.
@@ -165,12 +159,12 @@ def _pieces(logits: Tensor, out: Tensor | None, read: Tensor | None, T: int, hei
         if read is None and (rows == T or step == 1):
             for start in range(0, step * T, height):
                 end = min(start + height, step * T)
-                pieces.append((*blocks, slice(start, end), slice(first * T + start, first * T + end), end - start))
+                pieces.append((*blocks, slice(start, end), slice(first * T + start, first * T + end)))
             continue
         block = torch.ones(step, T, device=logits.device) if read is None else read[first : first + step]
         seq, tok = block.nonzero(as_tuple=True)
         for place, tokens in zip((seq * rows + tok).split(height), ((seq + first) * T + tok).split(height)):
-            if n := len(place):
+            if len(place):
                 start, end = int(place[0]), int(place[-1]) + 1
-                pieces.append((*blocks, slice(start, end) if end - start == n else place, tokens, n))
+                pieces.append((*blocks, slice(start, end) if end - start == len(place) else place, tokens))
     return pieces

@@ -12,6 +12,7 @@ from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.sequences import expand, per_sequence
 
 Named = dict[str, Tensor]  # by names in SUM_NAMES
+REGION = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual")
 _GAP, _DRAWN = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
 
 
@@ -25,13 +26,17 @@ def totals_of(rows: Named, once: Named, live: Tensor | None, inputs: Inputs) -> 
     """
     shape = inputs.ids.shape
     table = torch.stack([x if x.shape == shape else x.expand(shape) for x in rows.values()])
-    table = table if live is None else torch.where(live, table, 0.0)
-    sums = dict(zip(rows, per_sequence(table, inputs).unbind()))  # (B,) each
-    sums = {"clip_ratio/count": sums["tokens"], **sums, **once}
-    values = dict.fromkeys(SUM_NAMES, 0.0) | dict(zip(sums, torch.stack([*sums.values()]).sum(-1).tolist()))
-    values["sequences"] = float(inputs.sequences)
-    low, high = (sums[f"clip_ratio/{name}"] / sums["clip_ratio/count"] for name in ("low", "high"))
-    values["clip_ratio/low_min"], values["clip_ratio/high_max"] = _ends(low)[0], _ends(high)[1]
+    of_sequences = per_sequence(table if live is None else torch.where(live, table, 0.0), inputs)  # [rows, B] fp64
+    values = dict.fromkeys(SUM_NAMES, 0.0) | dict(zip(rows, of_sequences.sum(-1).tolist()))
+    values |= {"clip_ratio/count": values["tokens"], "sequences": float(inputs.sequences)}
+    if once:
+        values |= dict(zip(once, torch.stack([*once.values()]).sum(-1, dtype=torch.float64).tolist()))
+    sums = dict(zip(rows, of_sequences.unbind())) | once
+    size = sums.get("clip_ratio/count", sums["tokens"])
+    marks = torch.stack([sums[name] if name in sums else torch.zeros_like(size) for name in REGION[:2]])
+    shares = (marks / size)[:, size > 0.0]
+    least, most = shares.aminmax(dim=-1) if shares.numel() else marks.new_tensor([[torch.inf] * 2, [-torch.inf] * 2])
+    values["clip_ratio/low_min"], values["clip_ratio/high_max"] = least.tolist()[0], most.tolist()[1]
     values["ratio/min"], values["ratio/max"] = _ends(rows["ratio"], live)
     if inputs.sampling is not None:
         values[f"{_GAP}/max"] = max(0.0, _ends(rows[_GAP], live)[1])
@@ -43,13 +48,12 @@ def totals_of(rows: Named, once: Named, live: Tensor | None, inputs: Inputs) -> 
 
 def _ends(x: Tensor, counts: Tensor | None = None) -> tuple[float, float]:
     """The least and the largest entry of those that count (None: all) and are not NaN; (inf, −inf) without any."""
-    x = x[x == x if counts is None else (x == x) & counts]
-    return tuple(end.tolist() for end in x.aminmax()) if x.numel() else (torch.inf, -torch.inf)
+    x = x if counts is None else x[counts]
+    least, most = (end.tolist() for end in x.aminmax()) if x.numel() else (torch.inf, -torch.inf)
+    return (least, most) if least == least else _ends(x, x == x)
 
 
-def mismatch_sums(
-    inputs: Inputs, coefs: Coefs, plan: Plan, logps: Tensor, live: Tensor | None
-) -> tuple[Named, Named]:  # fmt: skip
+def mismatch_sums(inputs: Inputs, coefs: Coefs, plan: Plan, logps: Tensor, live: Tensor | None) -> tuple[Named, Named]:
     """What the sampler's log-probabilities are for, as ``rows`` and ``once`` of `totals_of`.
 
     A correction may give each sequence a weight; those without tokens count, too, but not those left unread.

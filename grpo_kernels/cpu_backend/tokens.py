@@ -5,21 +5,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.cpu_backend.sums import mismatch_sums, reward_sums, totals_of
+from grpo_kernels.cpu_backend.sums import REGION, mismatch_sums, reward_sums, totals_of
+from grpo_kernels.objective import token
 from grpo_kernels.objective.catalogue import LEVELS, TERMS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.sequences import advantages, expand, per_sequence, rows_to_read
-from grpo_kernels.objective.token import (
-    drift_of,
-    keeps_sequence,
-    limited_ratio,
-    log_ratio,
-    scaled,
-    token_objective,
-    weight,
-)
 
 
 class Tokens(NamedTuple):
@@ -35,13 +27,11 @@ class Tokens(NamedTuple):
     @classmethod
     def of(cls, inputs: Inputs, coefs: Coefs, plan: Plan) -> "Tokens":
         """Of all tokens, for (B, T) log-probabilities."""
-        count, scale, words, coef = (
-            1.0 if x is None else x.float()
-            for x in (inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef)
-        )
+        given = (inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef)
+        count, scale, words, coef = (1.0 if x is None else x.float() for x in given)
         count = count[:, None] if isinstance(count, Tensor) and count.dim() else count
-        w = on_torch(weight)(count, coefs.w_factor, scale)
-        bonus = on_torch(weight)(words, coefs.h_factor * coef, scale) if plan.bonus else 0.0
+        w = on_torch(token.weight)(count, coefs.w_factor, scale)
+        bonus = on_torch(token.weight)(words, coefs.h_factor * coef, scale) if plan.bonus else 0.0
         every = cls(advantages(inputs, coefs, plan), inputs.old, inputs.ref, inputs.is_weight, w, bonus)
         return every.each(lambda x: x.float() if inputs.cu is None else expand(x.float(), inputs))
 
@@ -62,14 +52,14 @@ def token_loss(
     """
     term = TERMS[plan.term]
     old = lp if tokens.old is None else tokens.old
-    level = on_torch(log_ratio)(lp, old) if level is None else level
-    r, passes = on_torch(limited_ratio)(level, coefs.limits, plan.limited)
-    policy, kl, *slopes = on_torch(token_objective)(
+    level = on_torch(token.log_ratio)(lp, old) if level is None else level
+    r, passes = on_torch(token.limited_ratio)(level, coefs.limits, plan.limited)
+    policy, kl, *slopes = on_torch(token.token_objective)(
         r, passes, r if own is None else own, lp, old, tokens.ref, tokens.adv, tokens.trust, coefs.beta, coefs.limits,
         term.kind(*coefs.term), on_torch(term.function), on_torch(plan.kl_function) if plan.kl else None, plan.bias,
         own is not None, tokens.trust is not None, plan.limited, plan.clamped,
     )  # fmt: skip
-    return policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy, kl, *slopes, r
+    return policy + on_torch(token.scaled)(coefs.beta, kl) if plan.kl else policy, kl, *slopes, r
 
 
 def objective(
@@ -93,7 +83,7 @@ def objective(
 
     r_seq = statistic = step = inverse = own_slope = None
     if plan.of_sequence:
-        r_token = on_torch(log_ratio)(lp, old)
+        r_token = on_torch(token.log_ratio)(lp, old)
         inverse = 1.0 / of_sequences(torch.ones_like(lp)).clamp(min=1.0)  # (B, 1)
     if how:
         step = inverse if how == "mean" else torch.ones_like(inverse)
@@ -109,8 +99,8 @@ def objective(
     chosen = live
     if plan.off_policy:
         sampled = old if inputs.sampling is None else inputs.sampling.float()
-        drift = expand((of_sequences(on_torch(drift_of)(lp, sampled)) * inverse).float(), inputs)
-        tokens = tokens.masked(on_torch(keeps_sequence)(drift, tokens.adv, coefs.drift) != 0.0)
+        drift = expand((of_sequences(on_torch(token.drift_of)(lp, sampled)) * inverse).float(), inputs)
+        tokens = tokens.masked(on_torch(token.keeps_sequence)(drift, tokens.adv, coefs.drift) != 0.0)
     if inputs.threshold is not None:
         chosen = (inputs.threshold <= entropies) & (True if live is None else live)
         tokens = tokens.masked(chosen)
@@ -129,7 +119,7 @@ def objective(
         local, spread = slope(d_ratio + d_lp), slope(d_term)
         share = counted(own_slope * expand(inverse.float(), inputs))
     else:
-        local = slope(d_term + d_ratio + d_lp)
+        local = slope(d_ratio + d_lp if own is None else d_term + d_ratio + d_lp)
     h = torch.zeros_like(lp)
     if plan.bonus:
         h = h - tokens.bonus if chosen is None else torch.where(chosen, h - tokens.bonus, 0.0)
@@ -147,14 +137,13 @@ def objective(
     if plan.clip_once:
         A = advantages(inputs, coefs, plan)
         counts = A != 0.0 if plan.skip else torch.ones_like(A, dtype=torch.bool)
-        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits, plan.limited)[0]
+        r = torch.zeros_like(A) if r_seq is None else r_seq
+        r, _ = on_torch(token.limited_ratio)(r, coefs.limits, plan.limited)
         region = on_torch(term.region)(r, r if statistic is None else statistic, r, r, A, c)
-        once |= {name: torch.where(counts, x, 0.0)[:, 0] for name, x in zip(_REGION, (*region, 1.0))}
+        region = zip((*REGION, "clip_ratio/count"), (*region, 1.0))
+        once |= {name: torch.where(counts, x, 0.0).double()[:, 0] for name, x in region}
     else:
         region = on_torch(term.region)(r, r if own_shared is None else own_shared, lp, old, tokens.adv, c)
-        rows |= {name: x if isinstance(x, Tensor) else torch.zeros_like(lp) for name, x in zip(_REGION, region)}
+        rows |= {name: x for name, x in zip(REGION, region) if isinstance(x, Tensor)}
     once |= reward_sums(inputs, coefs, plan)
     return *totals_of(rows | mismatch, once, live, inputs), counted(loss), local, spread, share, h
-
-
-_REGION = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual", "clip_ratio/count")

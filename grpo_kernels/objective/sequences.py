@@ -81,13 +81,3 @@ def rows_to_read(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[Tensor | Non
     """`counted_rows`, with None wherever it says the same."""
     live, idle = counted_rows(inputs, coefs, plan)
     return (None, None) if live is not None and bool(live.all()) else (live, idle)
-
-
-def absent_part(inputs: Inputs, coefs: Coefs, plan: Plan) -> Tensor:
-    """What a rank without an entry of the vocabulary has to say, [4·B·T], as ``shard`` of the backends."""
-    read, unread = counted_rows(inputs, coefs, plan)
-    read = torch.ones_like(inputs.ids, dtype=torch.bool) if read is None else read
-    zeros = torch.zeros(read.shape, device=read.device)
-    top, total = torch.where(read, torch.finfo(torch.float32).min, zeros), torch.where(read, zeros, -1.0)
-    depths = torch.where(read if unread is None else read | unread, torch.nan, zeros)
-    return torch.cat([torch.stack([top, total, zeros], dim=-1).view(-1), depths.view(-1)])
