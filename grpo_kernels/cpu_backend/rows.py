@@ -50,16 +50,14 @@ def read_rows(
             given, of the whole rows; else taken, of the part, and the tokens' depths instead of log-probabilities.
     """
     V, T, part, whole = logits.shape[2], inputs.ids.shape[1], stats is not None, stats if out is not None else None
-    height = max(1, min(CHUNK_ELEMENTS // V, inputs.ids.numel()))
-    pieces = _pieces(logits, out, read, T, height)
+    pieces = _pieces(logits, out, read, T, height := max(1, min(CHUNK_ELEMENTS // V, inputs.ids.numel())))
     cap = (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
     buffers = torch.empty(3, height, V, device=logits.device)
-    every_id, temperatures = inputs.ids.reshape(-1, 1).long(), None
+    every_id = inputs.ids.reshape(-1, 1).long()
+    every_temperature = None if coefs.temperature == 1.0 else torch.full_like(every_id, coefs.temperature, dtype=torch.float32)
     if inputs.temperature is not None:
-        temperatures = expand(inputs.temperature.float(), inputs).reshape(-1, 1)
-    elif coefs.temperature != 1.0:
-        temperatures = torch.full(every_id.shape, coefs.temperature, device=logits.device)
-    shifted = part or entropy or temperatures is not None
+        every_temperature = expand(inputs.temperature.float(), inputs).reshape(-1, 1)
+    shifted = part or entropy or every_temperature is not None
     direct = out is not None and out.dtype == torch.float32  # torch is slow at arithmetic of mixed dtypes
     inplace = out is not None and out.data_ptr() == logits.data_ptr()
     checked = not part and validates(logits.device)  # then the ids of rows that are read lie in the vocabulary
@@ -70,8 +68,9 @@ def read_rows(
         if not checked:
             known = (ids >= 0) & (ids < V)
             ids = torch.where(known, ids, 0)
-        gradient = target[place] if direct and isinstance(place, slice) else None
-        p = buffers[0, :n] if gradient is None or inplace else gradient
+        there = direct and isinstance(place, slice)
+        gradient = target[place] if there else buffers[0, :n]
+        p = buffers[0, :n] if inplace else gradient
         if shifted or cap or x.dtype != torch.float32:
             x = (buffers[1, :n] if entropy else p).copy_(x)
         if cap:
@@ -79,8 +78,8 @@ def read_rows(
         if shifted:
             top = x.amax(-1, keepdim=True).clamp_(min=LOWEST) if whole is None else whole[tokens, :1]
             x.sub_(top)
-        if temperatures is not None:  # only now: the quotient of a large logit is rounded by more
-            temperature = temperatures[tokens]
+        if every_temperature is not None:  # only now: the quotient of a large logit is rounded by more
+            temperature = every_temperature[tokens]
             x.div_(temperature)
         logps = x.gather(1, ids) if part else None
         torch.exp(x, out=p) if part else torch.softmax(x, -1, out=p)
@@ -108,12 +107,11 @@ def read_rows(
             into[1].view(-1, 1)[tokens] = (mass / p.amax(-1, keepdim=True)).log() - mean  # the first is log Σ exp x
         if part and whole is None:
             stats[tokens] = torch.cat([top, mass, mean / LN2], dim=1)
-        written = p if gradient is None else gradient
-        yield Rows(tokens, len(pieces) == 1, logps, written, ids, known, temperature, x, p, p_token, mass, mean)
+        yield Rows(tokens, len(pieces) == 1, logps, gradient, ids, known, temperature, x, p, p_token, mass, mean)
         if slack is not None:
-            written.mul_(slack)
-        if out is not None and gradient is None:
-            target[place] = written.to(target.dtype)
+            gradient.mul_(slack)
+        if out is not None and not there:
+            target[place] = gradient.to(target.dtype)
 
 
 def write_gradient(rows: Rows, g: Tensor, h: Tensor | None) -> None:
@@ -142,10 +140,9 @@ def _soft_cap(x: Tensor, bound: float, inner: float, slack: Tensor | None) -> Te
 
 
 def _pieces(logits: Tensor, out: Tensor | None, read: Tensor | None, T: int, height: int) -> list[tuple]:
-    """(block of logits, block of out, rows of the block, their tokens), ``height`` rows at most.
+    """(block of logits, of out, rows of the block, their tokens), ``height`` at most; other rows get gradient 0.
 
-    A block is 2-D: all logits, if their rows are evenly spaced in memory, else a sequence. Gradients of other rows
-    are set to 0.
+    A block is 2-D: all logits, if their rows are evenly spaced in memory, else a sequence.
     """
     B, rows = logits.shape[:2]
     if out is not None and rows > T:

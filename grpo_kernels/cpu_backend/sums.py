@@ -20,11 +20,11 @@ def totals_of(rows: Named, once: Named, live: Tensor | None, inputs: Inputs) -> 
     """(loss [], sums [S], metrics [M]).
 
     Args:
-        rows: what is summed over the tokens; each broadcasts to (B, T).
+        rows: what is summed over the tokens, broadcasting to (B, T); what is no tensor is nothing.
         once: what is summed over the sequences, (B,) each.
         live: (B, T) bool, the tokens that count; None: all.
     """
-    shape = inputs.ids.shape
+    shape, rows = inputs.ids.shape, {name: x for name, x in rows.items() if isinstance(x, Tensor)}
     table = torch.stack([x if x.shape == shape else x.expand(shape) for x in rows.values()])
     of_sequences = per_sequence(table if live is None else torch.where(live, table, 0.0), inputs)  # [rows, B] fp64
     values = dict.fromkeys(SUM_NAMES, 0.0) | dict(zip(rows, of_sequences.sum(-1).tolist()))

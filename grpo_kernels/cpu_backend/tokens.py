@@ -38,10 +38,6 @@ class Tokens(NamedTuple):
     def each(self, change) -> "Tokens":
         return Tokens(*(change(x) if isinstance(x, Tensor) else x for x in self))
 
-    def masked(self, keep: Tensor) -> "Tokens":
-        """With a policy term that is 0 elsewhere."""
-        return self._replace(trust=torch.where(keep, 1.0 if self.trust is None else self.trust, 0.0))
-
 
 def token_loss(
     tokens: Tokens, lp: Tensor, coefs: Coefs, plan: Plan, level: Tensor | None = None, own: Tensor | None = None
@@ -96,15 +92,16 @@ def objective(
         if inputs.is_weight is not None and plan.weight_once:
             statistic = statistic + on_torch(own.correction)(inputs.is_weight.float())
         statistic, tokens = statistic.float(), tokens._replace(trust=None)
-    chosen = live
+    chosen, keep = live, None
     if plan.off_policy:
         sampled = old if inputs.sampling is None else inputs.sampling.float()
         drift = expand((of_sequences(on_torch(token.drift_of)(lp, sampled)) * inverse).float(), inputs)
-        tokens = tokens.masked(on_torch(token.keeps_sequence)(drift, tokens.adv, coefs.drift) != 0.0)
+        keep = on_torch(token.keeps_sequence)(drift, tokens.adv, coefs.drift) != 0.0
     if inputs.threshold is not None:
         chosen = (inputs.threshold <= entropies) & (True if live is None else live)
-        tokens = tokens.masked(chosen)
-
+        keep = chosen if keep is None else keep & chosen
+    if keep is not None:
+        tokens = tokens._replace(trust=torch.where(keep, 1.0 if tokens.trust is None else tokens.trust, 0.0))
     r_shared, own_shared = (None if x is None else expand(x, inputs) for x in (r_seq, statistic))
     loss, kl, d_term, d_ratio, d_lp, r = token_loss(tokens, lp, coefs, plan, r_shared, own_shared)
 
@@ -124,26 +121,20 @@ def objective(
     if plan.bonus:
         h = h - tokens.bonus if chosen is None else torch.where(chosen, h - tokens.bonus, 0.0)
 
-    ratio, policy = r.exp(), tokens.w * loss
-    rows = {"loss": policy, "policy_loss": policy, "tokens": torch.ones_like(lp), "ratio": ratio,
-            "approx_kl": ratio - 1.0 - r}  # fmt: skip
-    if plan.bonus:
-        rows["loss"] = policy + torch.where(h == 0.0, 0.0, h * entropies)
-    if plan.kl:
-        rows["kl"] = kl
-    if entropies is not None:
-        rows["entropy"] = entropies
     mismatch, once = mismatch_sums(inputs, coefs, plan, logps, live)
+    once |= reward_sums(inputs, coefs, plan)
     if plan.clip_once:
-        A = advantages(inputs, coefs, plan)
+        A, region = advantages(inputs, coefs, plan), ()
         counts = A != 0.0 if plan.skip else torch.ones_like(A, dtype=torch.bool)
-        r = torch.zeros_like(A) if r_seq is None else r_seq
-        r, _ = on_torch(token.limited_ratio)(r, coefs.limits, plan.limited)
-        region = on_torch(term.region)(r, r if statistic is None else statistic, r, r, A, c)
-        region = zip((*REGION, "clip_ratio/count"), (*region, 1.0))
-        once |= {name: torch.where(counts, x, 0.0).double()[:, 0] for name, x in region}
+        level = torch.zeros_like(A) if r_seq is None else r_seq
+        level, _ = on_torch(token.limited_ratio)(level, coefs.limits, plan.limited)
+        marks = on_torch(term.region)(level, level if statistic is None else statistic, level, level, A, c)
+        marks = zip((*REGION, "clip_ratio/count"), (*marks, 1.0))
+        once |= {name: torch.where(counts, x, 0.0).double()[:, 0] for name, x in marks}
     else:
         region = on_torch(term.region)(r, r if own_shared is None else own_shared, lp, old, tokens.adv, c)
-        rows |= {name: x for name, x in zip(REGION, region) if isinstance(x, Tensor)}
-    once |= reward_sums(inputs, coefs, plan)
-    return *totals_of(rows | mismatch, once, live, inputs), counted(loss), local, spread, share, h
+    ratio, policy = r.exp(), tokens.w * loss
+    rows = {"loss": policy + torch.where(h == 0.0, 0.0, h * entropies) if plan.bonus else policy,
+            "policy_loss": policy, "kl": kl, "entropy": entropies, "tokens": torch.ones_like(lp), "ratio": ratio,
+            "approx_kl": ratio - 1.0 - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
+    return *totals_of(rows, once, live, inputs), counted(loss), local, spread, share, h
