@@ -2,13 +2,13 @@
 
 import torch
 
-from grpo_kernels.cpu_backend.rows import LN2, read_rows, write_gradient
+from grpo_kernels.cpu_backend.rows import read_rows, write_gradient
 from grpo_kernels.cpu_backend.tokens import Tokens, objective, token_loss
 from grpo_kernels.objective.advantages import batch_std
 from grpo_kernels.objective.advantages import group_rows as groups
 from grpo_kernels.objective.corrections import correct
 from grpo_kernels.objective.inputs import Coefs, Inputs
-from grpo_kernels.objective.parts import absent_part, unite
+from grpo_kernels.objective.parts import LN2, absent_part, unite
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
 from grpo_kernels.objective.sequences import counted_rows, expand, join, rows_to_read, segments

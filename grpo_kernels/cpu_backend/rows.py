@@ -1,6 +1,5 @@
 """Rows of logits on torch tensors, in chunks that stay in the cache: no [N, V] tensor exists besides the gradient."""
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,11 +7,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.parts import LN2, LOWEST
 from grpo_kernels.objective.sequences import expand
 from grpo_kernels.objective.validation import validates
 
 CHUNK_ELEMENTS = 1 << 20  # of an fp32 buffer: 4 MiB
-LN2, LOWEST = math.log(2.0), torch.finfo(torch.float32).min
 _LEAST_LOGP = -69.0  # below it fp32 holds a probability with fewer digits, or as 0
 _FLOOR = -1e30  # stands for −inf where p·x is formed: 0·(−1e30) is 0, 0·(−inf) is NaN
 
@@ -54,7 +53,7 @@ def read_rows(
     cap = (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
     buffers = torch.empty(3, height, V, device=logits.device)
     every_id = inputs.ids.reshape(-1, 1).long()
-    every_temperature = None if coefs.temperature == 1.0 else torch.full_like(every_id, coefs.temperature, dtype=torch.float32)
+    every_temperature = None if coefs.temperature == 1.0 else torch.full_like(every_id, coefs.temperature).float()
     if inputs.temperature is not None:
         every_temperature = expand(inputs.temperature.float(), inputs).reshape(-1, 1)
     shifted = part or entropy or every_temperature is not None
@@ -81,21 +80,20 @@ def read_rows(
         if every_temperature is not None:  # only now: the quotient of a large logit is rounded by more
             temperature = every_temperature[tokens]
             x.div_(temperature)
-        logps = x.gather(1, ids) if part else None
+        depth = x.gather(1, ids) if part else None
         torch.exp(x, out=p) if part else torch.softmax(x, -1, out=p)
         # softmax's own sum of a long row is off by up to 3e-5: divide by p's
         mass = p.sum(-1, keepdim=True) if whole is None else whole[tokens, 1:2]
         p_token = p.gather(1, ids) / mass
-        if not part:
-            logps = p_token.log()
-            if not logps.amin().item() >= _LEAST_LOGP:
-                small = (logps < _LEAST_LOGP)[:, 0]
-                x_small = source[place][small].float()
-                if cap:
-                    _soft_cap(x_small, *cap, None)
-                x_small -= x_small.amax(-1, keepdim=True)
-                x_small /= 1.0 if temperature is None else temperature[small]
-                logps[small] = x_small.log_softmax(-1).gather(1, ids[small])
+        logps = depth if part else p_token.log()
+        if not part and not logps.amin().item() >= _LEAST_LOGP:
+            small = (logps < _LEAST_LOGP)[:, 0]
+            x_small = source[place][small].float()
+            if cap:
+                _soft_cap(x_small, *cap, None)
+            x_small -= x_small.amax(-1, keepdim=True)
+            x_small /= 1.0 if temperature is None else temperature[small]
+            logps[small] = x_small.log_softmax(-1).gather(1, ids[small])
         logps = logps if known is None else torch.where(known, logps, torch.nan)
         if entropy:
             x.clamp_(min=_FLOOR)

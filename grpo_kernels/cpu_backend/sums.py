@@ -25,7 +25,7 @@ def totals_of(rows: Named, once: Named, live: Tensor | None, inputs: Inputs) -> 
         live: (B, T) bool, the tokens that count; None: all.
     """
     shape, rows = inputs.ids.shape, {name: x for name, x in rows.items() if isinstance(x, Tensor)}
-    table = torch.stack([x if x.shape == shape else x.expand(shape) for x in rows.values()])
+    table = torch.stack([x.float() if x.shape == shape else x.float().expand(shape) for x in rows.values()])
     of_sequences = per_sequence(table if live is None else torch.where(live, table, 0.0), inputs)  # [rows, B] fp64
     values = dict.fromkeys(SUM_NAMES, 0.0) | dict(zip(rows, of_sequences.sum(-1).tolist()))
     values |= {"clip_ratio/count": values["tokens"], "sequences": float(inputs.sequences)}
@@ -33,10 +33,8 @@ def totals_of(rows: Named, once: Named, live: Tensor | None, inputs: Inputs) -> 
         values |= dict(zip(once, torch.stack([*once.values()]).sum(-1, dtype=torch.float64).tolist()))
     sums = dict(zip(rows, of_sequences.unbind())) | once
     size = sums.get("clip_ratio/count", sums["tokens"])
-    marks = torch.stack([sums[name] if name in sums else torch.zeros_like(size) for name in REGION[:2]])
-    shares = (marks / size)[:, size > 0.0]
-    least, most = shares.aminmax(dim=-1) if shares.numel() else marks.new_tensor([[torch.inf] * 2, [-torch.inf] * 2])
-    values["clip_ratio/low_min"], values["clip_ratio/high_max"] = least.tolist()[0], most.tolist()[1]
+    low, high = ((sums[name] if name in sums else torch.zeros_like(size)) / size for name in REGION[:2])
+    values["clip_ratio/low_min"], values["clip_ratio/high_max"] = _ends(low)[0], _ends(high)[1]
     values["ratio/min"], values["ratio/max"] = _ends(rows["ratio"], live)
     if inputs.sampling is not None:
         values[f"{_GAP}/max"] = max(0.0, _ends(rows[_GAP], live)[1])

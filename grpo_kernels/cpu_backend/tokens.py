@@ -136,5 +136,5 @@ def objective(
     ratio, policy = r.exp(), tokens.w * loss
     rows = {"loss": policy + torch.where(h == 0.0, 0.0, h * entropies) if plan.bonus else policy,
             "policy_loss": policy, "kl": kl, "entropy": entropies, "tokens": torch.ones_like(lp), "ratio": ratio,
-            "approx_kl": ratio - 1.0 - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
+            "approx_kl": torch.expm1(r) - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
     return *totals_of(rows, once, live, inputs), counted(loss), local, spread, share, h

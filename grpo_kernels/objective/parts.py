@@ -11,7 +11,7 @@ from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.sequences import counted_rows, expand
 from grpo_kernels.objective.softmax import entropy_of, fold, logp_of
 
-_LN2, _LOWEST = math.log(2.0), torch.finfo(torch.float32).min
+LN2, LOWEST = math.log(2.0), torch.finfo(torch.float32).min
 
 
 def absent_part(inputs: Inputs, coefs: Coefs, plan: Plan) -> Tensor:
@@ -19,7 +19,7 @@ def absent_part(inputs: Inputs, coefs: Coefs, plan: Plan) -> Tensor:
     read, unread = counted_rows(inputs, coefs, plan)
     read = torch.ones_like(inputs.ids, dtype=torch.bool) if read is None else read
     zeros = torch.zeros(read.shape, device=read.device)
-    top, total = torch.where(read, _LOWEST, zeros), torch.where(read, zeros, -1.0)
+    top, total = torch.where(read, LOWEST, zeros), torch.where(read, zeros, -1.0)
     depths = torch.where(read if unread is None else read | unread, torch.nan, zeros)
     return torch.cat([torch.stack([top, total, zeros], dim=-1).view(-1), depths.view(-1)])
 
@@ -31,9 +31,9 @@ def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[Tensor, .
     temperature = coefs.temperature
     if inputs.temperature is not None:  # anything may stand at unread rows
         temperature = torch.where(unread, 1.0, expand(inputs.temperature.float(), inputs).reshape(-1))
-    row = [parts.new_full((n,), x) for x in (_LOWEST, 0.0, 0.0, torch.nan)]  # without an entry
+    row = [parts.new_full((n,), x) for x in (LOWEST, 0.0, 0.0, torch.nan)]  # without an entry
     for part in parts:
-        row = on_torch(fold)(*row, *part[: 3 * n].view(n, 3).unbind(1), part[3 * n :], 1.0 / (_LN2 * temperature))
+        row = on_torch(fold)(*row, *part[: 3 * n].view(n, 3).unbind(1), part[3 * n :], 1.0 / (LN2 * temperature))
     top, total, mean, depth = row
     logps = torch.where(unread, left, on_torch(logp_of)(depth, total)).view(shape)
     entropies = torch.where(unread, left, on_torch(entropy_of)(total, mean)).view(shape)
