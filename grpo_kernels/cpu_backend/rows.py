@@ -53,10 +53,10 @@ def read_rows(
     cap = (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
     buffers = torch.empty(3, height, V, device=logits.device)
     every_id = inputs.ids.reshape(-1, 1).long()
-    every_temperature = None if coefs.temperature == 1.0 else torch.full_like(every_id, coefs.temperature).float()
+    temperatures = None if coefs.temperature == 1.0 else torch.full_like(every_id, coefs.temperature, dtype=torch.float)
     if inputs.temperature is not None:
-        every_temperature = expand(inputs.temperature.float(), inputs).reshape(-1, 1)
-    shifted = part or entropy or every_temperature is not None
+        temperatures = expand(inputs.temperature.float(), inputs).reshape(-1, 1)
+    shifted = part or entropy or temperatures is not None
     direct = out is not None and out.dtype == torch.float32  # torch is slow at arithmetic of mixed dtypes
     inplace = out is not None and out.data_ptr() == logits.data_ptr()
     checked = not part and validates(logits.device)  # then the ids of rows that are read lie in the vocabulary
@@ -77,8 +77,8 @@ def read_rows(
         if shifted:
             top = x.amax(-1, keepdim=True).clamp_(min=LOWEST) if whole is None else whole[tokens, :1]
             x.sub_(top)
-        if every_temperature is not None:  # only now: the quotient of a large logit is rounded by more
-            temperature = every_temperature[tokens]
+        if temperatures is not None:  # only now: the quotient of a large logit is rounded by more
+            temperature = temperatures[tokens]
             x.div_(temperature)
         depth = x.gather(1, ids) if part else None
         torch.exp(x, out=p) if part else torch.softmax(x, -1, out=p)
