@@ -51,7 +51,7 @@ def read_rows(
     V, T, part, whole = logits.shape[2], inputs.ids.shape[1], stats is not None, stats if out is not None else None
     pieces = _pieces(logits, out, read, T, height := max(1, min(CHUNK_ELEMENTS // V, inputs.ids.numel())))
     cap = (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
-    buffers = torch.empty(3, height, V, device=logits.device)
+    buffers = torch.empty(1 + entropy + (cap is not None), height, V, device=logits.device)
     every_id = inputs.ids.reshape(-1, 1).long()
     temperatures = None if coefs.temperature == 1.0 else torch.full_like(every_id, coefs.temperature, dtype=torch.float)
     if inputs.temperature is not None:
@@ -73,7 +73,7 @@ def read_rows(
         if shifted or cap or x.dtype != torch.float32:
             x = (buffers[1, :n] if entropy else p).copy_(x)
         if cap:
-            slack = _soft_cap(x, *cap, None if out is None else buffers[2, :n])
+            slack = _soft_cap(x, *cap, None if out is None else buffers[-1, :n])
         if shifted:
             top = x.amax(-1, keepdim=True).clamp_(min=LOWEST) if whole is None else whole[tokens, :1]
             x.sub_(top)
