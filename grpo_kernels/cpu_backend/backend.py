@@ -31,8 +31,8 @@ def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) ->
 def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
     """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`.
 
-    (top, total, mean) of each row, see `objective.softmax`, and then the token's depth, NaN outside [0, V).
-    Rows that are not read have total −1 and depth 0, or NaN if they are unmasked.
+    (top, total, mean) of each row, see `objective.softmax`, total −1 if it is not read. Then the token's depth, NaN
+    outside [0, V); of a row that is not read 0, or NaN if it is unmasked.
     """
     part, n = absent_part(inputs, coefs, plan), inputs.ids.numel()
     stats, depths = part[: 3 * n].view(n, 3), part[3 * n :]

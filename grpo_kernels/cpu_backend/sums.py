@@ -62,8 +62,7 @@ def mismatch_sums(inputs: Inputs, coefs: Coefs, plan: Plan, logps: Tensor, live:
     heard = inputs.sampling == inputs.sampling
     rows = {_GAP: torch.where(heard, d.abs(), 0.0), f"{_GAP}/count": heard}
     correction = CORRECTIONS[plan.correction] if plan.correction else None
-    once = correction is not None and correction.per_sequence
-    size = torch.ones_like(d)
+    once, size = correction is not None and correction.per_sequence, torch.ones_like(d)
     if once:
         size = per_sequence(size if live is None else live, inputs)
         d = per_sequence(d if inputs.mask is None else torch.where(inputs.mask != 0, d, 0.0), inputs).float()

@@ -29,8 +29,8 @@ class Tokens(NamedTuple):
         """Of all tokens, for (B, T) log-probabilities."""
         given = (inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef)
         count, scale, words, coef = (1.0 if x is None else x.float() for x in given)
-        count = count[:, None] if isinstance(count, Tensor) and count.dim() else count
         w = on_torch(token.weight)(count, coefs.w_factor, scale)
+        w = w[:, None] if isinstance(w, Tensor) and w.dim() else w
         bonus = on_torch(token.weight)(words, coefs.h_factor * coef, scale) if plan.bonus else 0.0
         every = cls(advantages(inputs, coefs, plan), inputs.old, inputs.ref, inputs.is_weight, w, bonus)
         return every.each(lambda x: x.float() if inputs.cu is None else expand(x.float(), inputs))
@@ -46,8 +46,7 @@ def token_loss(
 
     ``level``: the log ratio that the sequence shares, ``own``: the term's statistic of it; None: there is none.
     """
-    term = TERMS[plan.term]
-    old = lp if tokens.old is None else tokens.old
+    term, old = TERMS[plan.term], lp if tokens.old is None else tokens.old
     level = on_torch(token.log_ratio)(lp, old) if level is None else level
     r, passes = on_torch(token.limited_ratio)(level, coefs.limits, plan.limited)
     policy, kl, *slopes = on_torch(token.token_objective)(
@@ -120,7 +119,6 @@ def objective(
     h = torch.zeros_like(lp)
     if plan.bonus:
         h = h - tokens.bonus if chosen is None else torch.where(chosen, h - tokens.bonus, 0.0)
-
     mismatch, once = mismatch_sums(inputs, coefs, plan, logps, live)
     once |= reward_sums(inputs, coefs, plan)
     if plan.clip_once:
