@@ -11,7 +11,7 @@ from grpo_kernels.objective.parts import LN2, LOWEST
 from grpo_kernels.objective.sequences import expand
 from grpo_kernels.objective.validation import validates
 
-CHUNK_ELEMENTS = 1 << 20  # of an fp32 buffer: 4 MiB
+CHUNK_ELEMENTS = 1 << 21  # of an fp32 buffer: 8 MiB
 _LEAST_LOGP = -69.0  # below it fp32 holds a probability with fewer digits, or as 0
 _FLOOR = -1e30  # stands for −inf where p·x is formed: 0·(−1e30) is 0, 0·(−inf) is NaN
 
