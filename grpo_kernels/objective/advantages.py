@@ -102,7 +102,9 @@ def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Ten
 
 
 def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
-    """The std of all rewards of a batch [], as `moments` has it."""
+    """The std of all rewards of a batch [], as `moments` has it; 0 without any."""
+    if rewards.numel() == 0:
+        return rewards.new_zeros((), dtype=torch.float32)
     return moments(rewards.float().view(1, -1), unbiased)[1].view(())
 
 
