@@ -12,12 +12,13 @@ from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
 CASE = Case(4, 64, 8000, torch.float32, hidden=32)
 ROW = CASE.vocab * 4
 CHUNK = 32  # of 256 rows
+SCRATCH = CHUNK * ROW  # the probabilities of a chunk
 SMALL = 1 << 19  # what is [N] or [N, H]; the logits of a chunk are 1 MB, of all rows 8 MB
 
 
 def peak_bytes(call):
     """The most that tensors held at a time, above what they held before; results included."""
-    call()  # what is kept for good (scratch memory of the rows) is there now
+    call()  # what is kept for good is there now
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -43,7 +44,7 @@ def test_a_chunk_and_the_gradients(inputs, loss_type):
     for frozen, gradients in (("", inputs.weight.nbytes), ("w", 0)):
         peak = peak_bytes(lambda frozen=frozen: ours(inputs, frozen, loss_type=loss_type))
         chunk = CHUNK * ROW  # sequences of two chunks, where whole ones count
-        assert chunk + gradients <= peak <= chunk + gradients + SMALL
+        assert chunk + gradients <= peak <= chunk + gradients + SCRATCH + SMALL
 
 
 def test_a_quarter_of_eager_pytorch(inputs):
@@ -56,4 +57,4 @@ def test_a_quarter_of_eager_pytorch(inputs):
 def test_log_probs_take_a_chunk(inputs):
     call = lambda: linear_token_logprobs(inputs.hidden, inputs.weight, inputs.completion_ids, chunk_bytes=CHUNK * ROW)  # noqa: E731
     with torch.no_grad():
-        assert peak_bytes(call) <= CHUNK * ROW + SMALL
+        assert peak_bytes(call) <= CHUNK * ROW + SCRATCH + SMALL

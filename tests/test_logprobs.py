@@ -69,3 +69,26 @@ def test_no_grad(backend):
         out = token_logprobs(case.logits.to(DEVICE).requires_grad_(), case.completion_ids.to(DEVICE),
                              mask=case.completion_mask.to(DEVICE), return_entropy=True, backend=backend)  # fmt: skip
     assert not out.logps.requires_grad and not out.entropy.requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("entropy", (False, True), ids=("logps", "both"))
+@pytest.mark.parametrize("per_row", (False, True), ids=("number", "tensor"))
+def test_large_logits_lose_nothing_to_a_temperature(per_row, entropy, backend):
+    """Logits near 2^20, a multiple of 1/8 apart: their differences are exact, and are what is divided."""
+    g = torch.Generator().manual_seed(4)
+    x = (torch.randn(2, 3, 50, generator=g) * 16).round() / 8
+    ids, mask = torch.randint(50, (2, 3), generator=g), torch.ones(2, 3, dtype=torch.bool)
+    temperature = torch.full((2, 3), 0.7, device=DEVICE) if per_row else 0.7
+    leaf = (x + 2.0**20).to(DEVICE).requires_grad_()
+    out = token_logprobs(leaf, ids.to(DEVICE), temperature=temperature, return_entropy=entropy, backend=backend)
+    (out.logps + (out.entropy if entropy else 0.0)).sum().backward()
+    wanted = x.double().requires_grad_()
+    lp, H = reference_logprobs(wanted, ids, mask, 0.7)
+    (lp + (H if entropy else 0.0)).sum().backward()
+    depth = (x.amax(-1) - x.amin(-1)).max() / 0.7 + 4.0  # the largest number that is rounded; log 50 < 4
+    allowed = 8 * torch.finfo(torch.float32).eps * depth.double()
+    assert_within(out.logps, lp, allowed, "logps")
+    if entropy:
+        assert_within(out.entropy, H, allowed, "entropy")
+    assert_within(leaf.grad, wanted.grad, allowed * depth / 0.7, "gradient")

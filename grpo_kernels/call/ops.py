@@ -13,10 +13,10 @@ from torch import Tensor
 
 from grpo_kernels.call import checks
 from grpo_kernels.call.library import fake, operator
-from grpo_kernels.cpu_backend.sharded import absent_part
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
+from grpo_kernels.objective.parts import absent_part
 from grpo_kernels.objective.plan import Plan
 
 _BACKENDS = {"torch": "grpo_kernels.cpu_backend.backend", "triton": "grpo_kernels.triton_backend.launch"}

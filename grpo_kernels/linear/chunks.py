@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import checks
-from grpo_kernels.cpu_backend.sequences import counted_rows
-from grpo_kernels.cpu_backend.tokens import advantages, expand
 from grpo_kernels.linear.head import ChunkedHead, Gradients
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.sequences import advantages, counted_rows, expand
 
 
 class Rows:

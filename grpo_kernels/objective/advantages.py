@@ -101,6 +101,13 @@ def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Ten
     return mean, on_torch(spread_of)(square, known, low, high, unbiased)
 
 
+def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
+    """The std of all rewards of a batch [], as `moments` has it; 0 without any."""
+    if rewards.numel() == 0:
+        return rewards.new_zeros((), dtype=torch.float32)
+    return moments(rewards.float().view(1, -1), unbiased)[1].view(())
+
+
 def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor | None:
     """The std of the rewards of all ranks [], as `moments` has it; None without a group."""
     if group is None:
