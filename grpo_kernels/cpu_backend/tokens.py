@@ -57,9 +57,7 @@ def token_loss(
     return policy + on_torch(token.scaled)(batch.beta, kl) if plan.kl else policy, kl, *slopes, r
 
 
-def objective(
-    logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan, weighted: bool
-) -> tuple[Tensor, ...]:
+def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan, weighted: bool) -> tuple[Tensor, ...]:
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h).
 
     ``local`` is ∂L/∂lp of a token itself. Where a ratio belongs to the whole sequence, ``spread`` is
