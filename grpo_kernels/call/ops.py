@@ -158,7 +158,8 @@ def objective_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], sums [S], metrics [M], ℓ, local, spread, share, ∂/∂H); see the backends.
 
-    Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ``spread`` and ``share`` are empty.
+    Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ℓ, ``spread`` and ``share`` are empty; ∂/∂H is where
+    there is no bonus.
     """
     inputs, plan = Inputs(*tensors), Plan.from_key(plan)
     run = backend_of(backend)
@@ -172,10 +173,10 @@ def objective_op(
 
 @objective_op.register_fake
 def _(logps, entropies, tensors, coefs, plan, weighted, backend):
-    losses, local, h = (torch.empty_like(logps) for _ in range(3))
-    apart = bool(Plan.from_key(plan).spread) and not weighted
-    spread, share = (torch.empty_like(logps) if apart else logps.new_empty(0) for _ in range(2))
-    return *fake_totals(logps), losses, local, spread, share, h
+    plan = Plan.from_key(plan)
+    apart = bool(plan.spread) and not weighted
+    found = (not weighted, True, apart, apart, plan.bonus)
+    return *fake_totals(logps), *(torch.empty_like(logps) if each else logps.new_empty(0) for each in found)
 
 
 @torch.library.custom_op("grpo_kernels::join", mutates_args=())
@@ -240,6 +241,17 @@ def groups_op(sizes: Tensor, B: int, backend: str) -> Tensor:
 @groups_op.register_fake
 def _(sizes, B, backend):
     return sizes.new_empty((2, B), dtype=torch.int32)
+
+
+@torch.library.custom_op("grpo_kernels::batch_std", mutates_args=())
+def batch_std_op(rewards: Tensor, unbiased: bool, backend: str) -> Tensor:
+    """The spread of the rewards [], fp32, see `grpo_kernels.objective.advantages.batch_spread`."""
+    return backend_of(backend).batch_std(rewards, unbiased)
+
+
+@batch_std_op.register_fake
+def _(rewards, unbiased, backend):
+    return rewards.new_empty((), dtype=torch.float32)
 
 
 @torch.library.custom_op("grpo_kernels::slope", mutates_args=())

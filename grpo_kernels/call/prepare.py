@@ -109,7 +109,7 @@ def prepare(
         loss_scale=scale_tensor,
         tokens=w_bonus.count,
         entropy_coef=bonus_tensor,
-        batch_std=_batch_std(args, config),
+        batch_std=_batch_std(args, config, backend),
         cu=cu,
         segments=segments,
         groups=_groups(args, layout, ids, backend),
@@ -208,9 +208,11 @@ def _groups(args: Arguments, layout: Layout, like: torch.Tensor, backend: str) -
     return None if sizes is None else call(ops.groups_op, sizes, layout.B, backend)
 
 
-def _batch_std(args: Arguments, config: LossConfig) -> torch.Tensor | None:
-    if args.rewards is None or config.scale_rewards != "batch" or args.data_group is None:
+def _batch_std(args: Arguments, config: LossConfig, backend: str) -> torch.Tensor | None:
+    if args.rewards is None or config.scale_rewards != "batch":
         return None
+    if args.data_group is None:
+        return call(ops.batch_std_op, _in_a_row(args.rewards), config.advantage_unbiased, backend)
     return batch_spread(args.rewards.float(), config.advantage_unbiased, args.data_group)
 
 

@@ -11,14 +11,15 @@ from grpo_kernels.cpu_backend.rows import run_rows
 from grpo_kernels.cpu_backend.sequences import correct, join, objective, rows_to_read, segments
 from grpo_kernels.cpu_backend.sharded import row_statistics, unite_parts, write_part
 from grpo_kernels.cpu_backend.tokens import Sums, Tokens, expand, judge, total_slope
+from grpo_kernels.objective.advantages import batch_spread
 from grpo_kernels.objective.advantages import group_rows as groups
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
 
 __all__ = [
-    "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope",
-    "threshold", "unite",
+    "batch_std", "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard",
+    "slope", "threshold", "totals", "unite",
 ]  # fmt: skip
 
 
@@ -75,6 +76,16 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
 def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``."""
     return loss(logits, out, inputs, coefs, plan, entropy)[:2]
+
+
+def totals(logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """(loss [], sums [S], metrics [M]) of an objective whose gradient is written already."""
+    return objective(logps, entropies, inputs, coefs, plan, True)[:3]
+
+
+def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
+    """`grpo_kernels.objective.advantages.batch_spread` in fp32."""
+    return batch_spread(rewards.float(), unbiased)
 
 
 def _temperature(inputs: Inputs, coefs: Coefs) -> float | torch.Tensor:

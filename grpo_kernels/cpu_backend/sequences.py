@@ -18,7 +18,8 @@ def objective(
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h).
 
     ``local`` is ∂L/∂lp of a token itself. Where a ratio belongs to the whole sequence, ``spread`` is
-    ∂L/∂r and ``share`` what each token moves it by, for `join`; else both are empty.
+    ∂L/∂r and ``share`` what each token moves it by, for `join`; else both are empty. So is ℓ where the loss is
+    weighted, and ``h`` without a bonus.
     """
     live, _ = rows_to_read(inputs, coefs, plan)
     tokens = Tokens(inputs, coefs, plan)
@@ -78,12 +79,13 @@ def objective(
         share = counted(own_slope * expand(inverse.float(), inputs)).contiguous()
     else:
         local = slope(said.d_term, said.d_ratio, said.d_lp)
-    h = torch.zeros_like(lp)
+    h = lp.new_empty(0)
     if plan.bonus:
-        h = h - tokens.at("bonus", None)
+        h = torch.zeros_like(lp) - tokens.at("bonus", None)
         h = h if chosen is None else torch.where(chosen, h, 0.0)
     totals = sums.finish(live, mismatch_sums(inputs, coefs, plan, logps, live), r_seq, statistic)
-    return *totals, counted(said.loss).contiguous(), local, spread, share, h
+    losses = lp.new_empty(0) if weighted else counted(said.loss).contiguous()
+    return *totals, losses, local, spread, share, h
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_kernels.objective.advantages import group_moments, is_known, moments, relative_advantages
+from grpo_kernels.objective.advantages import group_moments, is_known, relative_advantages
 from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.inputs import Coefs, Inputs
 from grpo_kernels.objective.language import on_numbers, on_torch
@@ -235,7 +235,7 @@ def _reward_sums(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, float]:
     if plan.scale_rewards != "batch":
         spread = group_moments(rewards, int(coefs.num_generations), inputs.groups, plan.unbiased)[1]
     else:
-        spread = moments(rewards.view(1, -1), plan.unbiased)[1] if inputs.batch_std is None else inputs.batch_std
+        spread = inputs.batch_std
     known = rewards[on_torch(is_known)(rewards)].double()
     return {
         "reward": known.sum().item(),

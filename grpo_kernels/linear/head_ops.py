@@ -37,7 +37,7 @@ def linear_loss_op(
     logps, entropies = through(run, head, rows, inputs, coefs, plan, entropy, into)
     if plan.late_correction:
         inputs = inputs._replace(is_weight=run.correct(logps, inputs, coefs, CORRECTIONS[plan.correction]))
-    totals = run.objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
+    totals = run.totals(logps, entropies if entropy else None, inputs, coefs, plan)
     return logps, entropies, *totals, into.hidden, into.weight, into.bias
 
 

@@ -86,7 +86,7 @@ def nonempty_sequence_sum(batch: Batch) -> Weight:
     lengths = batch.lengths()
     if lengths is None:
         return sequence_sum(batch)
-    return Weight((lengths > 0).sum(dtype=torch.float32), 1.0)
+    return Weight(torch.linalg.vector_norm(lengths, 0), 1.0)  # how many are not 0, in one launch
 
 
 def nonempty_sequence_mean(batch: Batch) -> Weight:

@@ -14,6 +14,11 @@ class Correction(NamedTuple):
     truncate: bool  # clamp to the bounds; else 0 beyond
     gated: bool  # token ratios, where the sequence's geometric mean lies within the bounds
 
+    @property
+    def of(self) -> str:
+        """What has a weight of its own: a "sequence", or a "token", "gated" by its sequence or not."""
+        return "sequence" if self.per_sequence else "gated" if self.gated else "token"
+
 
 CORRECTIONS = {
     "token_truncate": Correction(False, True, False),

@@ -53,11 +53,6 @@ class Plan(NamedTuple):
         """The term's statistic of the sequence, or None."""
         return TERMS[self.term].statistic
 
-    def trusts(self, inputs) -> bool:
-        """Whether the policy term has a factor: an importance weight, or a mask."""
-        weighted = inputs.is_weight is not None and self.own is None
-        return weighted or self.off_policy or inputs.threshold is not None
-
     @property
     def spread(self) -> str:
         """Which derivative goes to all tokens of the sequence: the "level"'s, the "term"'s own, or "" none."""

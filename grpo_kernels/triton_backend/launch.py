@@ -12,14 +12,20 @@ from grpo_kernels.objective.language import is_interpreted, triton
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import ways
-from grpo_kernels.triton_backend.groups import groups_kernel
-from grpo_kernels.triton_backend.mismatch import mismatch_kernel
+from grpo_kernels.triton_backend.groups import batch_std_kernel, groups_kernel
 from grpo_kernels.triton_backend.objective_kernels import sequence_kernel, total_kernel
 from grpo_kernels.triton_backend.quantile import threshold_kernel
 from grpo_kernels.triton_backend.row import Cap
 from grpo_kernels.triton_backend.row_kernels import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.triton_backend.sequence_kernels import correction_kernel, segments_kernel, spread_kernel
-from grpo_kernels.triton_backend.shapes import OPTIONS, block_shape, gradient_shape, line_bytes, logprob_shape
+from grpo_kernels.triton_backend.shapes import (
+    OPTIONS,
+    block_shape,
+    gradient_shape,
+    line_bytes,
+    logprob_shape,
+    sequence_parts,
+)
 from grpo_kernels.triton_backend.sharded import BLOCK, unite_kernel
 
 
@@ -87,8 +93,7 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
     Its gradient goes to ``out`` in the launch that reads the logits.
     """
     logps, entropies = gradient(logits, out, inputs, coefs, plan, entropy)
-    totals = objective(logps, entropies if entropy else None, inputs, coefs, plan, True)[:3]
-    return logps, entropies, *totals
+    return logps, entropies, *totals(logps, entropies if entropy else None, inputs, coefs, plan)
 
 
 def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,49 +154,51 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 def objective(
     logps: torch.Tensor, entropies: torch.Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
 ) -> tuple[torch.Tensor, ...]:
-    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`."""
-    B = inputs.sequences
-    losses, local, h = (torch.empty_like(logps) for _ in range(3))
-    spread, share = (torch.empty_like(logps) if plan.spread else logps.new_empty(0) for _ in range(2))
-    partial = logps.new_empty((B, len(SUM_NAMES)), dtype=torch.float64)
+    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`.
+
+    Empty is what has no reader: ℓ where the loss is weighted, ``spread`` and ``share`` where nothing is spread, ``h``
+    without a bonus.
+    """
+    wanted = (not weighted, True, bool(plan.spread), bool(plan.spread), plan.bonus)
+    out = [torch.empty_like(logps) if each else None for each in wanted]
+    totals = _totals(logps, entropies, inputs, coefs, plan, *out)
+    return *totals, *(logps.new_empty(0) if x is None else x for x in out)
+
+
+def totals(logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """(loss [], sums [S], metrics [M]) of an objective whose gradient is written already."""
+    return _totals(logps, entropies, inputs, coefs, plan, None, None, None, None, None)
+
+
+def _totals(
+    logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan, losses, local, spread, share, h
+) -> tuple[torch.Tensor, ...]:
+    B, T = inputs.sequences, inputs.ids.shape[1]
+    correction = CORRECTIONS[plan.correction] if plan.correction else None
+    parts = sequence_parts(B, T, plan.of_sequence or (correction is not None and correction.per_sequence))
+    partial = logps.new_empty((B * parts, len(SUM_NAMES)), dtype=torch.float64)
     sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
     term, own = TERMS[plan.term], plan.own
     with _on(logps):
-        _over(sequence_kernel, B)(
+        _over(sequence_kernel, B * parts)(
             logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
             inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
             inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef, inputs.threshold, inputs.groups,
             inputs.batch_std, inputs.cu,
             *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
             *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
-            _at(inputs), B, inputs.ids.shape[1], int(coefs.num_generations), coefs.beta, coefs.w_factor,
-            coefs.h_factor, coefs.adv_eps, coefs.drift, coefs.limits, term.kind(*coefs.term),
+            parts, B, T, int(coefs.num_generations), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps,
+            coefs.drift, coefs.correction_low, coefs.correction_high, coefs.limits, term.kind(*coefs.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
-            LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(inputs), SUMMARY=plan.of_sequence,
-            WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
-            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
-            **block_shape(),
+            LIMITED=plan.limited, CLAMPED=plan.clamped, WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
+            CORRECTED=correction.of if correction and inputs.sampling is not None else "",
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, **block_shape(),
         )  # fmt: skip
-        if inputs.sampling is not None:
-            _mismatch(logps, inputs, coefs, plan, partial)
-        total_kernel[(1,)](partial, sums, total, metrics, B, SAMPLED=inputs.sampling is not None, **block_shape())
-    return total, sums, metrics, losses, local, spread, share, h
-
-
-def _mismatch(logps, inputs: Inputs, coefs: Coefs, plan: Plan, partial: torch.Tensor) -> None:
-    """The columns of the partial sums that the sampler's log-probabilities are for."""
-    correction = CORRECTIONS[plan.correction] if plan.correction else None
-    B = inputs.sequences
-    mismatch_kernel[(B,)](
-        logps, inputs.mask, inputs.old, inputs.sampling, inputs.is_weight, partial, inputs.cu,
-        *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.sampling), *_strides(inputs.is_weight),
-        _at(inputs), B, inputs.ids.shape[1], coefs.correction_low, coefs.correction_high, SKIP=plan.skip,
-        CORRECTED=correction is not None, ONCE=correction is not None and correction.per_sequence,
-        GATED=correction is not None and correction.gated, **block_shape(),
-    )  # fmt: skip
+        total_kernel[(1,)](partial, sums, total, metrics, B, parts, **block_shape())
+    return total, sums, metrics
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:
@@ -201,8 +208,7 @@ def join(local, spread, share, up, cu) -> torch.Tensor:
     B = local.shape[0] if cu is None else cu.shape[0] - 1
     with _on(local):
         _over(spread_kernel, B)(
-            g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, B, local.shape[1],
-            **block_shape(),
+            g, local, spread, share, up, cu, *_strides(up), B, local.shape[1], **block_shape(),
         )  # fmt: skip
     return g
 
@@ -214,7 +220,7 @@ def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.
     with _on(old):
         _over(correction_kernel, B)(
             old, inputs.sampling, inputs.mask, out, inputs.cu, *_strides(old), *_strides(inputs.sampling),
-            *_strides(inputs.mask), _at(inputs), B, T, coefs.correction_low, coefs.correction_high,
+            *_strides(inputs.mask), B, T, coefs.correction_low, coefs.correction_high,
             PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
             **block_shape(),
         )  # fmt: skip
@@ -239,13 +245,22 @@ def groups(sizes: torch.Tensor, B: int) -> torch.Tensor:
     return out
 
 
+def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
+    """`grpo_kernels.objective.advantages.batch_spread` in fp32."""
+    std = rewards.new_empty((), dtype=torch.float32)
+    with _on(rewards):
+        batch_std_kernel[(1,)](rewards, std, rewards.shape[0], UNBIASED=unbiased, num_warps=1, **OPTIONS)
+    return std
+
+
 def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of packed input: the sequence of each token [N] int32, and the unmasked tokens of each sequence [B]."""
     B = cu.shape[0] - 1
-    numbers = torch.full((N,), B, dtype=torch.int32, device=cu.device)  # tokens of no sequence
-    lengths = torch.empty(B, device=cu.device)
+    if B == 0:
+        return torch.zeros(N, dtype=torch.int32, device=cu.device), torch.empty(0, device=cu.device)
+    numbers, lengths = torch.empty(N, dtype=torch.int32, device=cu.device), torch.empty(B, device=cu.device)
     with _on(cu):
-        _over(segments_kernel, B)(mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
+        segments_kernel[(B,)](mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
     return numbers, lengths
 
 
