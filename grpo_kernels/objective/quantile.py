@@ -27,8 +27,7 @@ def sorted_entropies(entropies: Tensor, mask: Tensor | None, data_group=None) ->
     """
     H = entropies.reshape(-1)
     if mask is not None:
-        mask = mask.reshape(-1)
-        H = torch.where(mask if mask.dtype == torch.bool else mask != 0, H, torch.inf)
+        H = H.masked_fill(mask.reshape(-1) == 0, torch.inf)
     ordered = H.sort().values
     return ordered, ordered if data_group is None else _gather(H, data_group).sort().values
 

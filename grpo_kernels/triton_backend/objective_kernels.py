@@ -33,7 +33,7 @@ _INF = tl.constexpr(float("inf"))
 _NAMES = list(SUM_NAMES)
 SUMS = tl.constexpr(len(_NAMES))
 COLUMNS = tl.constexpr(32)  # the next power of two
-SEQUENCES = tl.constexpr(64)  # whose sums are loaded at a time
+SEQUENCES = tl.constexpr(32)  # whose sums are loaded at a time
 # Columns of the table of sums; of those that are a minimum or a maximum, a bit each.
 LOW, HIGH, CLIPS = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low", "high", "count"))
 LOW_MIN, HIGH_MAX = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low_min", "high_max"))
@@ -83,9 +83,14 @@ def sequence_kernel(
     one value per "token" or "sequence", or are "gated" by the sequence's.
     """
     WHOLE: tl.constexpr = HOW != "" or OWN != "" or OFF_POLICY
+    ALONE: tl.constexpr = WHOLE or CORRECTED == "sequence"
     TRUST: tl.constexpr = (is_weight is not None and OWN == "") or OFF_POLICY or threshold is not None
     program = tl.program_id(0).to(tl.int64)
-    seq, part = program // parts, program % parts
+    seq = program
+    once = 1.0  # what belongs to the sequence is its first part's
+    if not ALONE:
+        seq = program // parts
+        once = tl.where(program % parts == 0, 1.0, 0.0)
     first, last, end = bounds(cu, seq, B, T)
     row = output_row(cu, seq, T)
     factor = load_or(loss_scale, 0, 1.0)
@@ -171,7 +176,9 @@ def sequence_kernel(
     gap_max = tl.zeros([BLOCK], tl.float32)
     drawn_min = tl.full([BLOCK], _INF, tl.float32)
     drawn_max = tl.full([BLOCK], -_INF, tl.float32)
-    begin, stop = share_of(first, end, part, parts)
+    begin, stop = first, end
+    if not ALONE:
+        begin, stop = share_of(first, end, program % parts, parts)
     for start in range(begin, stop, BLOCK):
         tok = start + tl.arange(0, BLOCK).to(tl.int64)
         at = row + tok
@@ -288,7 +295,6 @@ def sequence_kernel(
         n_low = total_of(s_low)
         n_high = total_of(s_high)
         n_cap = total_of(s_cap)
-    once = tl.where(part == 0, 1.0, 0.0)  # what belongs to the sequence is its first part's
     reward = 0.0
     scored = 0.0
     flat = 0.0
@@ -376,7 +382,7 @@ def total_kernel(partial, sums, loss, metrics, B, parts):
     tl.store(loss, entry(values, column, 0).to(tl.float32))
     every = ()
     for k in tl.static_range(1, SUMS):
-        every = every + (entry(values, column, k),)
+        every = every + (entry(values, column, k),)  # noqa: RUF005  Triton knows no (*every, x)
     found = summarise(*every)
     for k in tl.static_range(len(found)):
         tl.store(metrics + k, found[k].to(tl.float32))
