@@ -1,5 +1,7 @@
 """The [B, T] kernels: sequences in parts, and what is neither stored nor computed twice."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -122,7 +124,7 @@ def test_a_gradient_that_is_written_already_leaves_only_sums_to_store(loss_type)
         fused_linear_grpo_loss(hidden, weight, backend="triton", **kwargs)
         if loss_type == "dapo":
             fused_grpo_loss(case.logits.requires_grad_(), backend="triton", **kwargs)
-    last = [each for each, after in zip(seen, seen[1:]) if after.name == "total_kernel"]
+    last = [each for each, after in itertools.pairwise(seen) if after.name == "total_kernel"]
     assert {each.name for each in last} == {"sequence_kernel"} and len(last) == 2
     for each in last[1:] if loss_type == "gspo" else last:  # gspo's first is a chunk's own
         assert stored(each) == 3 * len(SUM_NAMES)
@@ -165,7 +167,7 @@ def test_every_packed_token_gets_a_number(bounds, numbers):
     assert ((found >= 0) & (found < len(bounds))).all()
     if numbers is not None:
         assert found.tolist() == numbers
-        assert lengths.tolist() == [mask[0, a:b].sum().item() for a, b in zip(bounds, bounds[1:])]
+        assert lengths.tolist() == [mask[0, a:b].sum().item() for a, b in itertools.pairwise(bounds)]
 
 
 def test_without_a_sequence_there_is_no_launch():

@@ -45,4 +45,4 @@ def within(ratio, low, high, TRUNCATE: tl.constexpr):
     if TRUNCATE:
         return tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
     else:
-        return tl.where((ratio > high) | (ratio < low), 0.0, ratio)
+        return tl.where(outside(ratio, low, high), 0.0, ratio)
