@@ -13,7 +13,7 @@ from grpo_kernels.cpu_backend.sharded import row_statistics, unite_parts, write_
 from grpo_kernels.cpu_backend.tokens import Sums, Tokens, expand, judge, total_slope
 from grpo_kernels.objective.advantages import batch_spread
 from grpo_kernels.objective.advantages import group_rows as groups
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
 
@@ -23,37 +23,37 @@ __all__ = [
 ]  # fmt: skip
 
 
-def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+def logprobs(logits, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats is empty: `slope` makes the probabilities anew, unless `unite` has made some."""
-    read, unread = rows_to_read(inputs, coefs, plan)
-    logps, entropies = run_rows(logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs))
+    read, unread = rows_to_read(batch, plan)
+    logps, entropies = run_rows(logits, batch.ids, read, _temperature(batch), entropy=entropy, cap=batch.cap)
     return *_mark_unread(unread, logps, entropies), logps.new_empty(0)
 
 
-def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
+def shard(logits, batch: Batch, plan: Plan, entropy: bool) -> torch.Tensor:
     """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`."""
-    read, unread = rows_to_read(inputs, coefs, plan)
-    stats, depths = row_statistics(logits, inputs.ids, read, _temperature(inputs, coefs))
-    (depths,) = _mark_unread(unread, depths.view(inputs.ids.shape))
+    read, unread = rows_to_read(batch, plan)
+    stats, depths = row_statistics(logits, batch.ids, read, _temperature(batch))
+    (depths,) = _mark_unread(unread, depths.view(batch.ids.shape))
     return torch.cat([stats.view(-1), depths.view(-1)])
 
 
-def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
+def unite(parts, batch: Batch, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats), from what `shard` gave on every rank, [ranks, 4·B·T]; stats [B·T, 3] for `slope`."""
-    logps, entropies, stats = unite_parts(parts, _temperature(inputs, coefs))
-    shape = inputs.ids.shape
+    logps, entropies, stats = unite_parts(parts, _temperature(batch))
+    shape = batch.ids.shape
     return logps.view(shape), entropies.view(shape) if entropy else logps.new_empty(0), stats
 
 
-def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+def loss(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, loss [], sums [S], metrics [M]) of an objective of single tokens.
 
     Its gradient goes to ``out`` in the same pass.
     """
-    read, unread = rows_to_read(inputs, coefs, plan)
-    tokens = Tokens(inputs, coefs, plan)
+    read, unread = rows_to_read(batch, plan)
+    tokens = Tokens(batch, plan)
     sums = Sums(tokens)
-    shape = inputs.ids.shape
+    shape = batch.ids.shape
 
     def slopes(
         at: torch.Tensor | slice, lp: torch.Tensor, H: torch.Tensor | None
@@ -67,20 +67,20 @@ def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -
         return g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
 
     logps, entropies = run_rows(
-        logits, inputs.ids, read, _temperature(inputs, coefs), entropy=entropy, cap=_cap(coefs), out=out, slopes=slopes
+        logits, batch.ids, read, _temperature(batch), entropy=entropy, cap=batch.cap, out=out, slopes=slopes
     )
-    totals = sums.finish(read, mismatch_sums(inputs, coefs, plan, logps, read))
+    totals = sums.finish(read, mismatch_sums(batch, plan, logps, read))
     return *_mark_unread(unread, logps, entropies), *totals
 
 
-def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``."""
-    return loss(logits, out, inputs, coefs, plan, entropy)[:2]
+    return loss(logits, out, batch, plan, entropy)[:2]
 
 
-def totals(logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, ...]:
+def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(loss [], sums [S], metrics [M]) of an objective whose gradient is written already."""
-    return objective(logps, entropies, inputs, coefs, plan, True)[:3]
+    return objective(logps, entropies, batch, plan, True)[:3]
 
 
 def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
@@ -88,15 +88,15 @@ def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
     return batch_spread(rewards.float(), unbiased)
 
 
-def _temperature(inputs: Inputs, coefs: Coefs) -> float | torch.Tensor:
+def _temperature(batch: Batch) -> float | torch.Tensor:
     """A number, or one per token."""
-    if inputs.temperature is None:
-        return coefs.temperature
-    return expand(inputs.temperature.float(), inputs).reshape(-1)
+    if batch.temperature is None:
+        return batch.one_temperature
+    return expand(batch.temperature.float(), batch).reshape(-1)
 
 
-def _cap(coefs: Coefs) -> tuple[float, float] | None:
-    return (coefs.softcap, coefs.logit_scale / coefs.softcap) if coefs.softcap < torch.inf else None
+def _cap(batch: Batch) -> tuple[float, float] | None:
+    return (batch.softcap, batch.logit_scale / batch.softcap) if batch.softcap < torch.inf else None
 
 
 def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -106,11 +106,11 @@ def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[to
     return tuple(x.masked_fill_(unread, torch.nan) if x.numel() else x for x in values)
 
 
-def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
+def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
     """out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], both factors times ``up``; stats as `unite` has them."""
     read = (g if h is None else g.abs() + h.abs()) != 0.0
-    if inputs.mask is not None:
-        read &= inputs.mask != 0
+    if batch.mask is not None:
+        read &= batch.mask != 0
     read = None if bool(read.all()) else read
     if up is not None:
         up = up.float()
@@ -120,11 +120,11 @@ def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
     def slopes(at: torch.Tensor | slice, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         return g[at], None if h is None else h[at]
 
-    heat = _temperature(inputs, coefs)
+    heat = _temperature(batch)
     if stats.numel():
-        write_part(logits, inputs.ids, read, heat, stats, g, h, out)
+        write_part(logits, batch.ids, read, heat, stats, g, h, out)
     else:
-        run_rows(logits, inputs.ids, read, heat, entropy=h is not None, cap=_cap(coefs), out=out, slopes=slopes)
+        run_rows(logits, batch.ids, read, heat, entropy=h is not None, cap=batch.cap, out=out, slopes=slopes)
 
 
 def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:

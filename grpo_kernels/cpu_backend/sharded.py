@@ -6,7 +6,7 @@ import torch
 
 from grpo_kernels.cpu_backend.rows import CHUNK_ELEMENTS, FLOOR, Row, chunks, clear, dot, heat_of, scratch, write_slope
 from grpo_kernels.cpu_backend.sequences import counted_rows
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.softmax import entropy_of, fold, logp_of
@@ -43,12 +43,12 @@ def row_statistics(
     return stats, depths
 
 
-def absent_part(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
+def absent_part(batch: Batch, plan: Plan) -> torch.Tensor:
     """What a rank without an entry of the vocabulary has to say, [4·B·T], as ``shard`` of the backends."""
-    read, unread = counted_rows(inputs, coefs, plan)
-    shape = inputs.ids.shape
+    read, unread = counted_rows(batch, plan)
+    shape = batch.ids.shape
     if read is None:
-        read = torch.ones(shape, dtype=torch.bool, device=inputs.ids.device)
+        read = torch.ones(shape, dtype=torch.bool, device=batch.ids.device)
     zeros = torch.zeros(shape, device=read.device)
     top, total = torch.where(read, _LOWEST, zeros), torch.where(read, zeros, -1.0)
     depths = torch.where(read if unread is None else read | unread, torch.nan, zeros)

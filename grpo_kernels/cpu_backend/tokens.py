@@ -12,44 +12,44 @@ import torch
 
 from grpo_kernels.objective.advantages import group_moments, is_known, relative_advantages
 from grpo_kernels.objective.catalogue import TERMS
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.language import on_numbers, on_torch
 from grpo_kernels.objective.metrics import SUM_NAMES, summarise
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.token import limited_ratio, log_ratio, scaled, token_objective, weight
 
 
-def expand(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def expand(x: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Something per token, per sequence (B, 1), or one number, as one per token."""
-    shape = inputs.ids.shape
+    shape = batch.ids.shape
     if shape.numel() == 0:
         return x.new_empty(shape)
-    if inputs.cu is not None and x.dim() and x.shape[0] > 1:  # packed: a row per sequence
-        x = torch.cat([x, x.new_zeros(1, 1)])[inputs.segments.long(), 0]
+    if batch.cu is not None and x.dim() and x.shape[0] > 1:  # packed: a row per sequence
+        x = torch.cat([x, x.new_zeros(1, 1)])[batch.segments.long(), 0]
     return x.expand(shape)
 
 
-def per_sequence(x: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+def per_sequence(x: torch.Tensor, batch: Batch) -> torch.Tensor:
     """Sums (..., B) in fp64 over the tokens of each sequence, of (..., B, T) or packed (..., 1, N)."""
-    if inputs.cu is None:
+    if batch.cu is None:
         return x.sum(-1, dtype=torch.float64)
     if x.shape[-1] == 0:
-        return x.new_zeros((*x.shape[:-2], inputs.sequences), dtype=torch.float64)
+        return x.new_zeros((*x.shape[:-2], batch.sequences), dtype=torch.float64)
     flat = x.double().reshape(-1, x.shape[-1])  # [K, N]
-    sums = torch.segment_reduce(flat.T.contiguous(), "sum", offsets=inputs.cu.long(), initial=0.0, unsafe=True)
+    sums = torch.segment_reduce(flat.T.contiguous(), "sum", offsets=batch.cu.long(), initial=0.0, unsafe=True)
     return sums.T.reshape(*x.shape[:-2], -1)
 
 
 class Tokens:
     """What tokens bring to their objective besides their log-probabilities."""
 
-    def __init__(self, inputs: Inputs, coefs: Coefs, plan: Plan):
-        self.inputs, self.coefs, self.plan = inputs, coefs, plan
+    def __init__(self, batch: Batch, plan: Plan):
+        self.batch, self.batch, self.plan = batch, plan
         self.term = TERMS[plan.term]
-        self.c = self.term.kind(*coefs.term)
-        w, bonus = weights(inputs, coefs, plan)
-        self._given = {"adv": advantages(inputs, coefs, plan), "old": inputs.old, "ref": inputs.ref,
-                       "trust": inputs.is_weight, "w": w, "bonus": bonus}  # fmt: skip
+        self.c = self.term.kind(*batch.term)
+        w, bonus = weights(batch, plan)
+        self._given = {"adv": advantages(batch, plan), "old": batch.old, "ref": batch.ref,
+                       "trust": batch.is_weight, "w": w, "bonus": bonus}  # fmt: skip
         self._flat: dict[str, torch.Tensor] = {}
 
     def at(self, name: str, at: torch.Tensor | slice | None) -> torch.Tensor | float | None:
@@ -57,11 +57,11 @@ class Tokens:
         x = self._given[name]
         if x is None or isinstance(x, float):
             return x
-        if at is None and self.inputs.cu is None:
+        if at is None and self.batch.cu is None:
             return x.float()
         if name not in self._flat:
-            self._flat[name] = expand(x.float(), self.inputs).reshape(-1)
-        return self._flat[name].view(self.inputs.ids.shape) if at is None else self._flat[name][at]
+            self._flat[name] = expand(x.float(), self.batch).reshape(-1)
+        return self._flat[name].view(self.batch.ids.shape) if at is None else self._flat[name][at]
 
 
 class Verdict(NamedTuple):
@@ -81,18 +81,18 @@ def judge(
     level: torch.Tensor | None = None, own: torch.Tensor | None = None,
 ) -> Verdict:  # fmt: skip
     """The objective of the tokens ``at``, whose ratio is ``level`` where it is not their own."""
-    plan, coefs, term, c = tokens.plan, tokens.coefs, tokens.term, tokens.c
+    plan, coefs, term, c = tokens.plan, tokens.batch, tokens.term, tokens.c
     A, old, ref = tokens.at("adv", at), tokens.at("old", at), tokens.at("ref", at)
     old = lp if old is None else old
     r = on_torch(log_ratio)(lp, old) if level is None else level
-    r, passes = on_torch(limited_ratio)(r, coefs.limits, plan.limited)
+    r, passes = on_torch(limited_ratio)(r, batch.limits, plan.limited)
     r_term = r if own is None else own
     policy, kl, *slopes = on_torch(token_objective)(
-        r, passes, r_term, lp, old, ref, A, trust, coefs.beta, coefs.limits, c, on_torch(term.function),
+        r, passes, r_term, lp, old, ref, A, trust, batch.beta, batch.limits, c, on_torch(term.function),
         on_torch(plan.kl_function) if plan.kl else None, plan.bias, own is not None, trust is not None, plan.limited,
         plan.clamped,
     )  # fmt: skip
-    loss = policy + on_torch(scaled)(coefs.beta, kl) if plan.kl else policy
+    loss = policy + on_torch(scaled)(batch.beta, kl) if plan.kl else policy
     marks = (0.0, 0.0, 0.0) if plan.clip_once else on_torch(term.region)(r, r_term, lp, old, A, c)
     return Verdict(loss, kl, *slopes, r, marks)
 
@@ -133,7 +133,7 @@ class Sums:
             self.table = part
         else:
             if self.table is None:
-                self.table = part.new_zeros(len(rows), self.tokens.inputs.ids.numel())
+                self.table = part.new_zeros(len(rows), self.tokens.batch.ids.numel())
             self.table[:, at] = part
         self.names = tuple(rows)
 
@@ -158,17 +158,17 @@ class Sums:
             r_seq: (B, 1), the level's log ratio, for clip metrics with one value per sequence.
             statistic: (B, 1), the term's own, for the same.
         """
-        inputs, plan = self.tokens.inputs, self.tokens.plan
-        shape, device = inputs.ids.shape, inputs.ids.device
+        batch, plan = self.tokens.batch, self.tokens.plan
+        shape, device = batch.ids.shape, batch.ids.device
         table = torch.zeros(1, *shape, device=device)
         if self.table is not None:
             table = self.table.view(len(self.names), *shape)
-        rows = dict(zip(self.names, per_sequence(table, inputs).tolist()))  # name -> [B]
+        rows = dict(zip(self.names, per_sequence(table, batch).tolist()))  # name -> [B]
         values = dict.fromkeys(SUM_NAMES, 0.0) | {name: sum(row) for name, row in rows.items()}
-        if live is None and inputs.cu is None:
-            sizes = [float(shape[1])] * inputs.sequences
+        if live is None and batch.cu is None:
+            sizes = [float(shape[1])] * batch.sequences
         else:
-            sizes = per_sequence(torch.ones(shape, device=device) if live is None else live, inputs).tolist()
+            sizes = per_sequence(torch.ones(shape, device=device) if live is None else live, batch).tolist()
         values["tokens"] = sum(sizes)
         if plan.clip_once:
             rows, sizes = self._marks_of_sequences(r_seq, statistic)
@@ -182,7 +182,7 @@ class Sums:
         values["approx_kl"] = values["ratio"] - values["tokens"] - values.pop("r", 0.0)
         values["ratio/min"], values["ratio/max"] = self.low, self.high
         values |= mismatch
-        values |= _reward_sums(inputs, self.tokens.coefs, plan)
+        values |= _reward_sums(batch, self.tokens.batch, plan)
         row = [values[name] for name in SUM_NAMES]
         sums = torch.tensor(row, dtype=torch.float64, device=device)
         loss = torch.tensor(row[0], dtype=torch.float32, device=device)
@@ -190,9 +190,9 @@ class Sums:
 
     def _marks_of_sequences(self, r_seq, statistic) -> tuple[dict[str, list[float]], list[float]]:
         """The term's region with one value per sequence, those without tokens included: (marks, 1 where it counts)."""
-        tokens, plan, coefs = self.tokens, self.tokens.plan, self.tokens.coefs
-        A = advantages(tokens.inputs, coefs, plan)
-        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, coefs.limits, plan.limited)[0]
+        tokens, plan, coefs = self.tokens, self.tokens.plan, self.tokens.batch
+        A = advantages(tokens.batch, plan)
+        r = torch.zeros_like(A) if r_seq is None else on_torch(limited_ratio)(r_seq, batch.limits, plan.limited)[0]
         values = on_torch(tokens.term.region)(r, r if statistic is None else statistic, r, r, A, tokens.c)
         count = (A != 0.0).float() if plan.skip else torch.ones_like(A)
         return {name: (x * count)[:, 0].tolist() for name, x in zip(_MARKS, values)}, count[:, 0].tolist()
@@ -201,20 +201,20 @@ class Sums:
 _MARKS = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual")
 
 
-def advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> torch.Tensor:
+def advantages(batch: Batch, plan: Plan) -> torch.Tensor:
     """As given, or (B, 1) from the rewards; fp32."""
-    if inputs.rewards is None:
-        return inputs.adv.float()
+    if batch.rewards is None:
+        return batch.adv.float()
     return relative_advantages(
-        inputs.rewards.float(), int(coefs.num_generations), inputs.groups, plan.scale_rewards, plan.unbiased,
-        coefs.adv_eps, inputs.batch_std,
+        batch.rewards.float(), int(batch.num_generations), batch.groups, plan.scale_rewards, plan.unbiased,
+        batch.adv_eps, batch.batch_std,
     )[:, None]  # fmt: skip
 
 
-def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | float, torch.Tensor | float]:
+def weights(batch: Batch, plan: Plan) -> tuple[torch.Tensor | float, torch.Tensor | float]:
     """(w, w_H), each a number or (B, 1)."""
 
-    scale = 1.0 if inputs.loss_scale is None else inputs.loss_scale.item()
+    scale = 1.0 if batch.loss_scale is None else batch.loss_scale.item()
 
     def of(count: torch.Tensor | None, factor: float) -> torch.Tensor | float:
         if count is None or count.dim() == 0:
@@ -222,20 +222,20 @@ def weights(inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor | fl
         w = [on_numbers(weight)(n, factor, scale) for n in count.tolist()]
         return torch.tensor(w, dtype=torch.float32, device=count.device)[:, None]
 
-    coef = 1.0 if inputs.entropy_coef is None else inputs.entropy_coef.item()
-    return of(inputs.count, coefs.w_factor), of(inputs.tokens, coefs.h_factor * coef) if plan.bonus else 0.0
+    coef = 1.0 if batch.entropy_coef is None else batch.entropy_coef.item()
+    return of(batch.count, batch.w_factor), of(batch.tokens, batch.h_factor * coef) if plan.bonus else 0.0
 
 
-def _reward_sums(inputs: Inputs, coefs: Coefs, plan: Plan) -> dict[str, float]:
+def _reward_sums(batch: Batch, plan: Plan) -> dict[str, float]:
     """Σ R, Σ R², how many are finite, and how many not, how many sequences lie in a group without spread, and B."""
-    size = float(inputs.sequences)
-    if inputs.rewards is None or not size:
+    size = float(batch.sequences)
+    if batch.rewards is None or not size:
         return {"sequences": size}
-    rewards = inputs.rewards.float()
+    rewards = batch.rewards.float()
     if plan.scale_rewards != "batch":
-        spread = group_moments(rewards, int(coefs.num_generations), inputs.groups, plan.unbiased)[1]
+        spread = group_moments(rewards, int(batch.num_generations), batch.groups, plan.unbiased)[1]
     else:
-        spread = inputs.batch_std
+        spread = batch.batch_std
     known = rewards[on_torch(is_known)(rewards)].double()
     return {
         "reward": known.sum().item(),

@@ -7,7 +7,7 @@ import torch
 
 from grpo_kernels.objective.catalogue import LEVELS, TERMS
 from grpo_kernels.objective.corrections import CORRECTIONS, Correction
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.language import is_interpreted, triton
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.objective.plan import Plan
@@ -40,104 +40,104 @@ def require_available(device: torch.device) -> None:
         )
 
 
-def logprobs(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+def logprobs(logits, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats [B·T, 3] keeps what `slope` needs of each row."""
-    logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
+    logps = logits.new_empty(batch.ids.shape, dtype=torch.float32)
     entropies, stats = _entropy_like(logps, entropy), logps.new_empty((logps.numel(), 3))
-    _score(logits, inputs, coefs, plan, entropy, logps, entropies, stats, part=False)
+    _score(logits, batch, plan, entropy, logps, entropies, stats, part=False)
     return logps, entropies, stats
 
 
 def _score(
-    logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool, logps, entropies, stats, part: bool
+    logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, stats, part: bool
 ) -> None:
-    ids, gate = inputs.ids, inputs.adv if inputs.gate is None else inputs.gate
-    rewards = inputs.rewards if inputs.gate is None else None
+    ids, gate = batch.ids, batch.adv if batch.gate is None else batch.gate
+    rewards = batch.rewards if batch.gate is None else None
     V = logits.shape[2]
     with _on(logits):
         _over(logprob_kernel, ids.numel())(
-            logits, ids, inputs.mask, gate, rewards, inputs.temperature, inputs.groups, inputs.batch_std,
-            inputs.segments, logps, entropies, stats,
-            *_strides(logits), *_strides(ids), *_strides(inputs.mask), *_strides(gate), *_strides(inputs.temperature),
-            inputs.sequences, ids.shape[1], V, int(coefs.num_generations), 1.0 / coefs.temperature, _cap(coefs),
-            coefs.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            PART=part, **_tile(logprob_shape, V, logits, capped=_cap(coefs) is not None),
+            logits, ids, batch.mask, gate, rewards, batch.temperature, batch.groups, batch.batch_std,
+            batch.segments, logps, entropies, stats,
+            *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(gate), *_strides(batch.temperature),
+            batch.sequences, ids.shape[1], V, int(batch.num_generations), 1.0 / batch.one_temperature, batch.cap,
+            batch.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
+            PART=part, **_tile(logprob_shape, V, logits, capped=batch.cap is not None),
         )  # fmt: skip
 
 
-def shard(logits, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> torch.Tensor:
+def shard(logits, batch: Batch, plan: Plan, entropy: bool) -> torch.Tensor:
     """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start: see `unite_kernel`."""
-    n = inputs.ids.numel()
+    n = batch.ids.numel()
     part = logits.new_empty(4 * n, dtype=torch.float32)
-    depths, stats = part[3 * n :].view(inputs.ids.shape), part[: 3 * n].view(n, 3)
-    _score(logits, inputs, coefs, plan, entropy, depths, depths.new_empty(0), stats, part=True)
+    depths, stats = part[3 * n :].view(batch.ids.shape), part[: 3 * n].view(n, 3)
+    _score(logits, batch, plan, entropy, depths, depths.new_empty(0), stats, part=True)
     return part
 
 
-def unite(parts, inputs: Inputs, coefs: Coefs, entropy: bool) -> tuple[torch.Tensor, ...]:
+def unite(parts, batch: Batch, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats) as `logprobs`, from what `shard` gave on every rank, [ranks, 4·B·T]."""
-    ranks, n = parts.shape[0], inputs.ids.numel()
-    logps = parts.new_empty(inputs.ids.shape)
+    ranks, n = parts.shape[0], batch.ids.numel()
+    logps = parts.new_empty(batch.ids.shape)
     entropies, stats = _entropy_like(logps, entropy), parts.new_empty(n, 3)
     with _on(parts):
         _over(unite_kernel, triton.cdiv(n, BLOCK))(
-            parts, inputs.temperature, inputs.segments, logps, entropies, stats, *_strides(inputs.temperature), ranks,
-            n, inputs.ids.shape[1], 1.0 / coefs.temperature, ENTROPY=entropy, BLOCK=BLOCK, **block_shape(),
+            parts, batch.temperature, batch.segments, logps, entropies, stats, *_strides(batch.temperature), ranks,
+            n, batch.ids.shape[1], 1.0 / batch.one_temperature, ENTROPY=entropy, BLOCK=BLOCK, **block_shape(),
         )  # fmt: skip
     return logps, entropies, stats
 
 
-def loss(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
+def loss(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, loss [], sums [S], metrics [M]) of an objective of single tokens.
 
     Its gradient goes to ``out`` in the launch that reads the logits.
     """
-    logps, entropies = gradient(logits, out, inputs, coefs, plan, entropy)
-    return logps, entropies, *totals(logps, entropies if entropy else None, inputs, coefs, plan)
+    logps, entropies = gradient(logits, out, batch, plan, entropy)
+    return logps, entropies, *totals(logps, entropies if entropy else None, batch, plan)
 
 
-def gradient(logits, out, inputs: Inputs, coefs: Coefs, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """(logps, entropies) of an objective of single tokens, whose gradient goes to ``out``, in one launch."""
     B, rows, V = logits.shape
-    logps = logits.new_empty(inputs.ids.shape, dtype=torch.float32)
+    logps = logits.new_empty(batch.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
     term = TERMS[plan.term]
-    chip = ways.on_chip(logits, out, inputs, coefs)
+    chip = ways.on_chip(logits, out, batch)
     with _on(logits):
         if chip is None:
             run = _over(loss_kernel, B * rows)
-            tile = _tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None)
+            tile = _tile(gradient_shape, V, logits, out, capped=batch.cap is not None)
         else:
-            inputs = chip.with_advantages(inputs, coefs, plan)
-            run, tile = chip.launcher(logits, inputs, entropy)
+            batch = chip.with_advantages(batch, plan)
+            run, tile = chip.launcher(logits, batch, entropy)
         run(
-            logits, out, inputs.ids, inputs.mask, inputs.old, inputs.ref, inputs.adv, inputs.rewards,
-            inputs.is_weight, inputs.temperature, inputs.groups, inputs.batch_std, inputs.segments, logps, entropies,
-            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef,
-            *_strides(logits), *_strides(out), *_strides(inputs.ids), *_strides(inputs.mask),
-            *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.adv), *_strides(inputs.is_weight),
-            *_strides(inputs.temperature), _stride(inputs.count), _at(inputs),
-            inputs.sequences, inputs.ids.shape[1], rows, V, int(coefs.num_generations), 1.0 / coefs.temperature,
-            _cap(coefs), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps, coefs.limits,
-            term.kind(*coefs.term),
+            logits, out, batch.ids, batch.mask, batch.old, batch.ref, batch.adv, batch.rewards,
+            batch.is_weight, batch.temperature, batch.groups, batch.batch_std, batch.segments, logps, entropies,
+            batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef,
+            *_strides(logits), *_strides(out), *_strides(batch.ids), *_strides(batch.mask),
+            *_strides(batch.old), *_strides(batch.ref), *_strides(batch.adv), *_strides(batch.is_weight),
+            *_strides(batch.temperature), _stride(batch.count), _at(batch),
+            batch.sequences, batch.ids.shape[1], rows, V, int(batch.num_generations), 1.0 / batch.one_temperature,
+            batch.cap, batch.beta, batch.w_factor, batch.h_factor, batch.adv_eps, batch.limits,
+            term.kind(*batch.term),
             TERM=term.function, KL=plan.kl_function, BIAS=plan.bias, LIMITED=plan.limited, CLAMPED=plan.clamped,
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy, BONUS=plan.bonus, **tile,
         )  # fmt: skip
     return logps, entropies
 
 
-def slope(logits, out, inputs: Inputs, stats, g, h, up, coefs: Coefs) -> None:
+def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
     """out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], both factors times ``up``."""
     B, rows, V = logits.shape
-    ids = inputs.ids
+    ids = batch.ids
     up = None if up is None else up.expand(ids.shape)
     with _on(logits):
         _over(slope_kernel, B * rows)(
-            logits, out, ids, inputs.mask, inputs.temperature, inputs.segments, stats, g, h, up,
-            *_strides(logits), *_strides(out), *_strides(ids), *_strides(inputs.mask),
-            *_strides(inputs.temperature), *_strides(up), _at(inputs),
-            inputs.sequences, ids.shape[1], rows, V, 1.0 / coefs.temperature, _cap(coefs),
-            **_tile(gradient_shape, V, logits, out, capped=_cap(coefs) is not None),
+            logits, out, ids, batch.mask, batch.temperature, batch.segments, stats, g, h, up,
+            *_strides(logits), *_strides(out), *_strides(ids), *_strides(batch.mask),
+            *_strides(batch.temperature), *_strides(up), _at(batch),
+            batch.sequences, ids.shape[1], rows, V, 1.0 / batch.one_temperature, batch.cap,
+            **_tile(gradient_shape, V, logits, out, capped=batch.cap is not None),
         )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 
 
 def objective(
-    logps: torch.Tensor, entropies: torch.Tensor | None, inputs: Inputs, coefs: Coefs, plan: Plan, weighted: bool
+    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan, weighted: bool
 ) -> tuple[torch.Tensor, ...]:
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`.
 
@@ -161,19 +161,19 @@ def objective(
     """
     wanted = (not weighted, True, bool(plan.spread), bool(plan.spread), plan.bonus)
     out = [torch.empty_like(logps) if each else None for each in wanted]
-    totals = _totals(logps, entropies, inputs, coefs, plan, *out)
+    totals = _totals(logps, entropies, batch, plan, *out)
     return *totals, *(logps.new_empty(0) if x is None else x for x in out)
 
 
-def totals(logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan) -> tuple[torch.Tensor, ...]:
+def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(loss [], sums [S], metrics [M]) of an objective whose gradient is written already."""
-    return _totals(logps, entropies, inputs, coefs, plan, None, None, None, None, None)
+    return _totals(logps, entropies, batch, plan, None, None, None, None, None)
 
 
 def _totals(
-    logps, entropies, inputs: Inputs, coefs: Coefs, plan: Plan, losses, local, spread, share, h
+    logps, entropies, batch: Batch, plan: Plan, losses, local, spread, share, h
 ) -> tuple[torch.Tensor, ...]:
-    B, T = inputs.sequences, inputs.ids.shape[1]
+    B, T = batch.sequences, batch.ids.shape[1]
     correction = CORRECTIONS[plan.correction] if plan.correction else None
     parts = sequence_parts(B, T, plan.of_sequence or (correction is not None and correction.per_sequence))
     partial = logps.new_empty((B * parts, len(SUM_NAMES)), dtype=torch.float64)
@@ -182,19 +182,19 @@ def _totals(
     term, own = TERMS[plan.term], plan.own
     with _on(logps):
         _over(sequence_kernel, B * parts)(
-            logps, entropies, inputs.mask, inputs.old, inputs.ref, inputs.sampling, inputs.adv, inputs.rewards,
-            inputs.gate, inputs.is_weight, losses, local, spread, share, h, partial,
-            inputs.count, inputs.loss_scale, inputs.tokens, inputs.entropy_coef, inputs.threshold, inputs.groups,
-            inputs.batch_std, inputs.cu,
-            *_strides(inputs.mask), *_strides(inputs.old), *_strides(inputs.ref), *_strides(inputs.sampling),
-            *_strides(inputs.adv), *_strides(inputs.gate), *_strides(inputs.is_weight), _stride(inputs.count),
-            parts, B, T, int(coefs.num_generations), coefs.beta, coefs.w_factor, coefs.h_factor, coefs.adv_eps,
-            coefs.drift, coefs.correction_low, coefs.correction_high, coefs.limits, term.kind(*coefs.term),
+            logps, entropies, batch.mask, batch.old, batch.ref, batch.sampling, batch.adv, batch.rewards,
+            batch.gate, batch.is_weight, losses, local, spread, share, h, partial,
+            batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef, batch.threshold, batch.groups,
+            batch.batch_std, batch.cu,
+            *_strides(batch.mask), *_strides(batch.old), *_strides(batch.ref), *_strides(batch.sampling),
+            *_strides(batch.adv), *_strides(batch.gate), *_strides(batch.is_weight), _stride(batch.count),
+            parts, B, T, int(batch.num_generations), batch.beta, batch.w_factor, batch.h_factor, batch.adv_eps,
+            batch.drift, batch.correction_low, batch.correction_high, batch.limits, term.kind(*batch.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
             LIMITED=plan.limited, CLAMPED=plan.clamped, WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
-            CORRECTED=correction.of if correction and inputs.sampling is not None else "",
+            CORRECTED=correction.of if correction and batch.sampling is not None else "",
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, **block_shape(),
         )  # fmt: skip
         total_kernel[(1,)](partial, sums, total, metrics, B, parts, **block_shape())
@@ -213,14 +213,14 @@ def join(local, spread, share, up, cu) -> torch.Tensor:
     return g
 
 
-def correct(old, inputs: Inputs, coefs: Coefs, correction: Correction) -> torch.Tensor:
+def correct(old, batch: Batch, correction: Correction) -> torch.Tensor:
     """Importance weights, (B, T) or (B, 1), from the sampler's log-probabilities."""
-    B, T = inputs.sequences, old.shape[1]
+    B, T = batch.sequences, old.shape[1]
     out = old.new_empty((B, 1) if correction.per_sequence else old.shape, dtype=torch.float32)
     with _on(old):
         _over(correction_kernel, B)(
-            old, inputs.sampling, inputs.mask, out, inputs.cu, *_strides(old), *_strides(inputs.sampling),
-            *_strides(inputs.mask), B, T, coefs.correction_low, coefs.correction_high,
+            old, batch.sampling, batch.mask, out, batch.cu, *_strides(old), *_strides(batch.sampling),
+            *_strides(batch.mask), B, T, batch.correction_low, batch.correction_high,
             PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
             **block_shape(),
         )  # fmt: skip
@@ -291,9 +291,9 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, capped)}
 
 
-def _cap(coefs: Coefs) -> Cap | None:
-    bound = coefs.softcap
-    return Cap(bound, coefs.logit_scale / bound, 1.0 / bound) if bound < torch.inf else None
+def _cap(batch: Batch) -> Cap | None:
+    bound = batch.softcap
+    return Cap(bound, batch.logit_scale / bound, 1.0 / bound) if bound < torch.inf else None
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:
@@ -303,9 +303,9 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:2], x.stride()[:2]))
 
 
-def _at(inputs: Inputs) -> int:
+def _at(batch: Batch) -> int:
     """How far apart sequences lie in the outputs, 0 for packed input, where a token's place is its own."""
-    return inputs.ids.shape[1] if inputs.cu is None else 0
+    return batch.ids.shape[1] if batch.cu is None else 0
 
 
 def _stride(count: torch.Tensor | None) -> int:

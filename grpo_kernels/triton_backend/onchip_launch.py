@@ -2,7 +2,7 @@
 
 import torch
 
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.language import tl
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend.onchip import onchip_kernel
@@ -27,9 +27,9 @@ def onchip_shape(V: int, crowded: bool = False) -> dict[str, int]:
     return _shape(V, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1)
 
 
-def crowded(inputs: Inputs, entropy: bool) -> bool:
+def crowded(batch: Batch, entropy: bool) -> bool:
     """Whether a call has entropies, or more numbers per row than most."""
-    more = (inputs.ref, inputs.is_weight, inputs.temperature, inputs.segments)
+    more = (batch.ref, batch.is_weight, batch.temperature, batch.segments)
     return entropy or sum(x is not None for x in more) > 2
 
 
@@ -60,22 +60,22 @@ def advantages_kernel(rewards, groups, batch_std, adv, B, G, adv_eps: tl.float32
     tl.store(adv + seq, A)
 
 
-def with_advantages(inputs: Inputs, coefs: Coefs, plan: Plan) -> Inputs:
+def with_advantages(batch: Batch, plan: Plan) -> Batch:
     """Advantages in place of rewards, in a small launch: a persistent program would wait for them at every row."""
-    if inputs.rewards is None:
-        return inputs
-    B = inputs.sequences
-    adv = torch.empty((B, 1), dtype=torch.float32, device=inputs.rewards.device)
+    if batch.rewards is None:
+        return batch
+    B = batch.sequences
+    adv = torch.empty((B, 1), dtype=torch.float32, device=batch.rewards.device)
     advantages_kernel[(B,)](
-        inputs.rewards, inputs.groups, inputs.batch_std, adv, B, int(coefs.num_generations), coefs.adv_eps,
+        batch.rewards, batch.groups, batch.batch_std, adv, B, int(batch.num_generations), batch.adv_eps,
         SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, num_warps=1, **OPTIONS,
     )  # fmt: skip
-    return inputs._replace(adv=adv, rewards=None, groups=None, batch_std=None)
+    return batch._replace(adv=adv, rewards=None, groups=None, batch_std=None)
 
 
-def launcher(logits: torch.Tensor, inputs: Inputs, entropy: bool):
+def launcher(logits: torch.Tensor, batch: Batch, entropy: bool):
     """(kernel over its programs, shape): persistent ones, at most one per row."""
     B, rows, V = logits.shape
-    shape = onchip_shape(V, crowded(inputs, entropy))
+    shape = onchip_shape(V, crowded(batch, entropy))
     processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
     return onchip_kernel[(min(processors * shape.pop("programs"), B * rows),)], shape

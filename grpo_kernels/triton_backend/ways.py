@@ -8,7 +8,7 @@ import os
 
 import torch
 
-from grpo_kernels.objective.inputs import Coefs, Inputs
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.triton_backend.onchip_record import FASTER
 
 VARIABLE, WAYS = "GRPO_KERNELS_ROWS", ("auto", "triton", "onchip")
@@ -28,7 +28,7 @@ def setting() -> str:
     return found
 
 
-def on_chip(logits: torch.Tensor, out: torch.Tensor, inputs: Inputs, coefs: Coefs):
+def on_chip(logits: torch.Tensor, out: torch.Tensor, batch: Batch):
     """The module that launches the on-chip kernel, or None where the Triton kernel is to run.
 
     Raises:
@@ -37,7 +37,7 @@ def on_chip(logits: torch.Tensor, out: torch.Tensor, inputs: Inputs, coefs: Coef
     way = setting()
     if way == "triton" or (way == "auto" and not _recorded(logits)):
         return None
-    reason = obstacle(logits, out, inputs, coefs) or device_obstacle(logits)
+    reason = obstacle(logits, out, batch) or device_obstacle(logits)
     if reason is None:
         from grpo_kernels.triton_backend import onchip_launch  # needs Gluon, which few calls do
 
@@ -54,7 +54,7 @@ def _recorded(logits: torch.Tensor) -> bool:
     return (logits.shape[2], dtype, torch.cuda.get_device_capability(logits.device)) in FASTER
 
 
-def obstacle(logits: torch.Tensor, out: torch.Tensor, inputs: Inputs, coefs: Coefs) -> str | None:
+def obstacle(logits: torch.Tensor, out: torch.Tensor, batch: Batch) -> str | None:
     """Why the kernel cannot run a call, wherever it is, or None."""
     V = logits.shape[2]
     if logits.dtype != torch.bfloat16:
@@ -66,9 +66,9 @@ def obstacle(logits: torch.Tensor, out: torch.Tensor, inputs: Inputs, coefs: Coe
     for x in (logits, out):
         if x.data_ptr() % 16 or any(size > 1 and stride % 8 for size, stride in zip(x.shape[:2], x.stride()[:2])):
             return f"rows must start at multiples of 16 bytes, got strides {tuple(x.stride())}"
-    if coefs.softcap < torch.inf:
+    if batch.softcap < torch.inf:
         return "a logit softcap is not supported"
-    if inputs.ids.numel() == 0 or inputs.sequences == 0:
+    if batch.ids.numel() == 0 or batch.sequences == 0:
         return "there are no tokens"
     return None
 
