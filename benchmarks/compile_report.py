@@ -50,7 +50,7 @@ TARGETS = {
 }
 KERNELS = (
     "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "correction_kernel", "segments_kernel", "groups_kernel", "mismatch_kernel", "threshold_kernel", "unite_kernel",
+    "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel", "unite_kernel",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Which passes over a row a kernel makes; how many exponentials per element they may take together; and
@@ -116,7 +116,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     lean = Batch(ids, adv=column)
     weighted = lean._replace(mask=ids, old=token, count=sequence)
     full = weighted._replace(ref=token, adv=None, rewards=sequence, is_weight=column, temperature=column,
-                             loss_scale=one, tokens=one)  # fmt: skip
+                             loss_scale=one, tokens=one, batch_std=one)  # fmt: skip
     tokens = torch.zeros(1, B * T)
     row, flat_ids = logits.reshape(1, B * T, V), ids.reshape(1, B * T)
     cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
@@ -135,6 +135,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
             logps = torch.zeros(batch.ids.shape)
             entropies = logps if entropy else None
             launch.objective(logps, entropies, batch, plan, gradient)
+            launch.totals(logps, entropies, batch, plan)
             launch.slope(x, x, batch, torch.zeros(logps.numel(), 3), logps, entropies, one)
 
     for name in TERMS:
@@ -166,6 +167,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
             launch.correct(token, full._replace(sampling=token), correction)
         launch.segments(flat_ids, cu, B * T)
         launch.groups(cu, B)
+        launch.batch_std(sequence, True)
         for batch in (lean, full, packed._replace(temperature=column)):
             for entropy in (False, True):
                 launch.unite(torch.zeros(2, 4 * B * T), batch, entropy)

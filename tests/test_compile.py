@@ -252,7 +252,9 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
         ).loss.sum().backward()  # fmt: skip
     x = (hidden @ weight.T).requires_grad_()
     sizes = torch.tensor([2], device=DEVICE)
-    fused_grpo_loss(x, inputs["completion_ids"], rewards=inputs["advantages"], num_generations=sizes, backend=backend)
+    for scale in ("group", "batch"):
+        fused_grpo_loss(x, inputs["completion_ids"], rewards=inputs["advantages"], num_generations=sizes,
+                        scale_rewards=scale, backend=backend)  # fmt: skip
     loss = fused_grpo_loss(x, inputs["completion_ids"], inputs["advantages"], backend=backend).loss
     for keep in (True, False):
         torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=keep)

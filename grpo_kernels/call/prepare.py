@@ -92,7 +92,7 @@ def prepare(
         loss_scale=scale_tensor,
         tokens=tokens,
         entropy_coef=bonus_tensor,
-        batch_std=None if rewards is None else _batch_std(rewards, config, data_group),
+        batch_std=None if rewards is None else _batch_std(rewards, config, data_group, backend),
         cu=cu,
         segments=segments,
         groups=None if sizes_of_groups is None else ops.groups_op(sizes_of_groups, layout.B, backend),
@@ -190,10 +190,12 @@ def _is_per_sequence(x: torch.Tensor | None, layout: Layout) -> bool:
     return tuple(x.shape) != (layout.B, layout.T)
 
 
-def _batch_std(rewards: torch.Tensor, config: LossConfig, data_group: object) -> torch.Tensor | None:
-    if config.scale_rewards != "batch" or data_group is None:
+def _batch_std(rewards: torch.Tensor, config: LossConfig, data_group: object, backend: str) -> torch.Tensor | None:
+    if config.scale_rewards != "batch":
         return None
-    return batch_spread(rewards.float(), config.advantage_unbiased, data_group)
+    if data_group is None:
+        return ops.batch_std_op(rewards.contiguous(), config.advantage_unbiased, backend)
+    return batch_spread(rewards, config.advantage_unbiased, data_group)
 
 
 def _gate(

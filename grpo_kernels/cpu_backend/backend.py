@@ -4,7 +4,7 @@ import torch
 
 from grpo_kernels.cpu_backend.rows import read_rows, write_gradient
 from grpo_kernels.cpu_backend.tokens import Tokens, objective, token_loss
-from grpo_kernels.objective.advantages import batch_std
+from grpo_kernels.objective.advantages import batch_spread as batch_std
 from grpo_kernels.objective.advantages import group_rows as groups
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import correct

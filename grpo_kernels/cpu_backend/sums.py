@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grpo_kernels.objective.advantages import batch_std, group_moments, is_known
+from grpo_kernels.objective.advantages import group_moments, is_known
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS, mismatch, outside
 from grpo_kernels.objective.language import on_torch
@@ -85,8 +85,6 @@ def reward_sums(batch: Batch, plan: Plan) -> Named:
     rewards, spread = batch.rewards.float(), batch.batch_std
     if plan.scale_rewards != "batch":
         spread = group_moments(rewards, int(batch.num_generations), batch.groups, plan.unbiased)[1]
-    elif spread is None:
-        spread = batch_std(rewards, plan.unbiased)
     known = on_torch(is_known)(rewards)
     R = torch.where(known, rewards, 0.0).double()
     return {"reward": R, "reward_squared": R.square(), "rewards": known, "reward_not_finite": ~known,

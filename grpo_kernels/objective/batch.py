@@ -37,7 +37,7 @@ class Batch(NamedTuple):
     tokens: torch.Tensor | None = None  # (): unmasked tokens, which the entropy bonus divides by
     entropy_coef: torch.Tensor | None = None  # (): factor of the entropy bonus
     threshold: torch.Tensor | None = None  # (): tokens of lower entropy are masked out
-    batch_std: torch.Tensor | None = None  # (): spread of the rewards of the batch, or of all ranks'
+    batch_std: torch.Tensor | None = None  # (): spread of all rewards, those of other ranks too; for that scale alone
     cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input
     segments: torch.Tensor | None = None  # (N,) int32: the sequence of each packed token
     groups: torch.Tensor | None = None  # (2, B) int32: first row and size of each sequence's group; None: all the same

@@ -19,6 +19,11 @@ class Correction(NamedTuple):
     truncate: bool  # clamp to the bounds; else 0 beyond
     gated: bool  # token ratios, where the sequence's geometric mean lies within the bounds
 
+    @property
+    def of(self) -> str:
+        """What has a weight of its own: a "sequence", or a "token", "gated" by its sequence or not."""
+        return "sequence" if self.per_sequence else "gated" if self.gated else "token"
+
 
 CORRECTIONS = {
     "token_truncate": Correction(False, True, False),
@@ -45,7 +50,7 @@ def within(ratio, low, high, TRUNCATE: tl.constexpr):
     if TRUNCATE:
         return tl.where(ratio > high, high, tl.where(ratio < low, low, ratio))
     else:
-        return tl.where((ratio > high) | (ratio < low), 0.0, ratio)
+        return tl.where(outside(ratio, low, high), 0.0, ratio)
 
 
 def correct(old, batch: Batch, correction: Correction) -> Tensor:

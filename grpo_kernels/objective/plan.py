@@ -59,11 +59,6 @@ class Plan(NamedTuple):
     def needs_entropy(self) -> bool:
         return self.bonus or self.quantile
 
-    def trusts(self, batch) -> bool:
-        """Whether the policy term has a factor: an importance weight, or a mask."""
-        weighted = batch.is_weight is not None and self.own is None
-        return weighted or self.off_policy or batch.threshold is not None
-
     @property
     def spread(self) -> str:
         """Which derivative goes to all tokens of the sequence: the "level"'s, the "term"'s own, or "" none."""

@@ -56,6 +56,18 @@ def line_bytes(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 128
 
 
+def sequence_parts(B: int, T: int, whole: bool) -> int:
+    """How many programs share a sequence; one where it is needed ``whole``. T: packed, the tokens of all sequences.
+
+    A sequence of T tokens gives each eight blocks or more to go through. More than 512 programs hardly run at once, and
+    what they have found is added up by a single one, part after part: hence 16 at most.
+    """
+    return 1 if whole or B == 0 else max(1, min(16, 512 // B, T // 2048))
+
+
 def block_shape(wave: int = WAVE) -> dict[str, int]:
-    """Options of the [B, T] kernels. Left to itself ptxas aims at an occupancy they do not need, and spills."""
-    return {"num_warps": 4, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}
+    """Options of the [B, T] kernels, which hold a token per thread and what is added up of it.
+
+    Left to itself ptxas aims at an occupancy they do not need, and spills.
+    """
+    return {"num_warps": 256 // wave, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}
