@@ -125,7 +125,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     own = {name: bool(term.statistic) for name, term in TERMS.items()}
     launches: list[Launch] = []
 
-    def run(label, batch, plan, entropy=False, gradient=True, softcap=torch.inf):
+    def run(label, batch, plan, entropy=False, softcap=torch.inf):
         batch = batch._replace(term=(1.0,) * len(TERMS[plan.term].kind._fields), softcap=softcap)
         x = logits if batch.cu is None else row
         with recording(launches, f"{plan.term} {label} {dtype}", wave):
@@ -134,7 +134,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
             launch.logprobs(x, batch, plan, entropy)
             logps = torch.zeros(batch.ids.shape)
             entropies = logps if entropy else None
-            launch.objective(logps, entropies, batch, plan, gradient)
+            launch.objective(logps, entropies, batch, plan)
             launch.totals(logps, entropies, batch, plan)
             launch.slope(x, x, batch, torch.zeros(logps.numel(), 3), logps, entropies, one)
 
@@ -147,7 +147,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         run(f"KL {name}", full, Plan(term="clipped", kl=name, bias=True, scale_rewards="batch"))
     full_plan = Plan(term="clipped", kl="k3", bias=True, scale_rewards="batch", bonus=True)
     run("full", full, full_plan, entropy=True)
-    run("full sequence", full._replace(sampling=token, threshold=one, gate=token),
+    run("full sequence", full._replace(sampling=token, threshold=one, wanted=token),
         full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
     for name in CORRECTIONS:
         run(f"full {name}", full._replace(sampling=token, threshold=one),

@@ -163,9 +163,7 @@ def objective_op(
     """
     batch, plan = Batch.unpack(tensors, numbers), Plan.from_key(plan)
     run = backend_of(backend)
-    *totals, losses, local, spread, share, h = run.objective(
-        logps, entropies, batch, plan, plan.weighted
-    )
+    *totals, losses, local, spread, share, h = run.objective(logps, entropies, batch, plan)
     if plan.weighted and plan.spread:
         local, spread, share = run.join(local, spread, share, None, batch.cu), spread.new_empty(0), share.new_empty(0)
     return *totals, losses, local, spread, share, h

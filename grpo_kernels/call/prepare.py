@@ -85,7 +85,7 @@ def prepare(
         adv=adv,
         rewards=_in_a_row(rewards),
         # A row is skipped for its own advantage, or where one decides for all of a sequence for that; else:
-        gate=None if not plan.skip or plan.row_gate or one_advantage else _gate(adv, mask, cu, layout, backend),
+        wanted=None if not plan.skip or plan.skips_alone or one_advantage else _wanted(adv, mask, cu, layout, backend),
         is_weight=layout.rows(importance_weights),
         temperature=layout.rows(temperature) if per_token_temperature else None,
         count=count,
@@ -198,7 +198,7 @@ def _batch_std(rewards: torch.Tensor, config: LossConfig, data_group: object, ba
     return batch_spread(rewards, config.advantage_unbiased, data_group)
 
 
-def _gate(
+def _wanted(
     adv: torch.Tensor, mask: torch.Tensor | None, cu: torch.Tensor | None, layout: Layout, backend: str
 ) -> torch.Tensor:
     """(B, 1), 0 for a sequence whose unmasked tokens all have advantage 0."""

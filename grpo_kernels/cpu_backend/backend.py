@@ -53,7 +53,7 @@ def loss(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Te
     H, tokens, sums = entropies if entropy else None, None, None
     for rows in read_rows(logits, batch, read, entropy=entropy, into=found, out=out):
         if rows.alone:  # the objective of the whole batch has the slopes of its tokens
-            *sums, _, g, _, _, h = objective(logps, H, batch, plan, True)
+            *sums, _, g, _, _, h = objective(logps, H, batch, plan)
             g, h = g.view(-1, 1)[rows.tokens], h.view(-1, 1)[rows.tokens] if plan.bonus else None
         else:
             tokens = tokens or Tokens.of(batch, plan).each(lambda x: expand(x, batch).reshape(-1, 1))
@@ -71,7 +71,7 @@ def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torc
 
 def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(loss [], sums [S], metrics [M]) of an objective whose gradient has been written."""
-    return objective(logps, entropies, batch, plan, True)[:3]
+    return objective(logps, entropies, batch, plan)[:3]
 
 
 def slope(logits, out, batch: Batch, stats, g, h, up) -> None:

@@ -57,7 +57,7 @@ def token_loss(
     return policy + on_torch(token.scaled)(batch.beta, kl) if plan.kl else policy, kl, *slopes, r
 
 
-def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan, weighted: bool) -> tuple[Tensor, ...]:
+def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan) -> tuple[Tensor, ...]:
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h).
 
     ``local`` is ∂L/∂lp of a token itself. Where a ratio belongs to the whole sequence, ``spread`` is
@@ -103,7 +103,7 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan,
     loss, kl, d_term, d_ratio, d_lp, r = token_loss(tokens, lp, batch, plan, r_shared, own_shared)
 
     def slope(d: Tensor | float) -> Tensor:
-        d = tokens.w * d if weighted else d
+        d = tokens.w * d if plan.weighted else d
         return counted(d if isinstance(d, Tensor) and d.shape == lp.shape else d + torch.zeros_like(lp))
 
     spread, share = lp.new_empty(0), lp.new_empty(0)
@@ -133,4 +133,5 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan,
     rows = {"loss": policy + torch.where(h == 0.0, 0.0, h * entropies) if plan.bonus else policy,
             "policy_loss": policy, "kl": kl, "entropy": entropies, "tokens": torch.ones_like(lp), "ratio": ratio,
             "approx_kl": torch.expm1(r) - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
-    return *totals_of(rows, once, live, batch), counted(loss), local, spread, share, h
+    losses, h = (x if there else lp.new_empty(0) for x, there in ((counted(loss), not plan.weighted), (h, plan.bonus)))
+    return *totals_of(rows, once, live, batch), losses, local, spread, share, h

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
     sampling: torch.Tensor | None = None  # as ids
     adv: torch.Tensor | None = None  # *, or rewards
     rewards: torch.Tensor | None = None  # (B,)
-    gate: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
+    wanted: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
     is_weight: torch.Tensor | None = None  # *
     temperature: torch.Tensor | None = None  # *, in place of `one_temperature`
     count: torch.Tensor | None = None  # (B,) or (): what the weight divides by

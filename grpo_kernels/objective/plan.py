@@ -43,10 +43,10 @@ class Plan(NamedTuple):
     @property
     def one_launch(self) -> bool:
         """Whether a row's gradient follows from the row alone, given the weights."""
-        return self.row_gate and not self.quantile
+        return self.skips_alone and not self.quantile
 
     @property
-    def row_gate(self) -> bool:
+    def skips_alone(self) -> bool:
         """Whether a row of advantage 0 can be skipped by itself, not only with its whole sequence."""
         return not (self.of_sequence or self.late_correction)
 

@@ -73,7 +73,7 @@ def counted_rows(batch: Batch, plan: Plan) -> tuple[Tensor | None, Tensor | None
         live = inside[None] if live is None else live & inside
     if not plan.skip:
         return live, None
-    idle = expand(advantages(batch, plan) if batch.gate is None else batch.gate, batch) == 0.0
+    idle = expand(advantages(batch, plan) if batch.wanted is None else batch.wanted, batch) == 0.0
     return (~idle, idle) if live is None else (live & ~idle, live & idle)
 
 

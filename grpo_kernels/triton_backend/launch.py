@@ -48,17 +48,15 @@ def logprobs(logits, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Ten
     return logps, entropies, stats
 
 
-def _score(
-    logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, stats, part: bool
-) -> None:
-    ids, gate = batch.ids, batch.adv if batch.gate is None else batch.gate
-    rewards = batch.rewards if batch.gate is None else None
+def _score(logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, stats, part: bool) -> None:
+    ids, wanted = batch.ids, batch.adv if batch.wanted is None else batch.wanted
+    rewards = batch.rewards if batch.wanted is None else None
     V = logits.shape[2]
     with _on(logits):
         _over(logprob_kernel, ids.numel())(
-            logits, ids, batch.mask, gate, rewards, batch.temperature, batch.groups, batch.batch_std,
+            logits, ids, batch.mask, wanted, rewards, batch.temperature, batch.groups, batch.batch_std,
             batch.segments, logps, entropies, stats,
-            *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(gate), *_strides(batch.temperature),
+            *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(wanted), *_strides(batch.temperature),
             batch.sequences, ids.shape[1], V, int(batch.num_generations), 1.0 / batch.one_temperature, batch.cap,
             batch.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
             PART=part, **_tile(logprob_shape, V, logits, capped=batch.cap is not None),
@@ -152,14 +150,14 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 
 
 def objective(
-    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan, weighted: bool
+    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan
 ) -> tuple[torch.Tensor, ...]:
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`.
 
     Empty is what has no reader: ℓ where the loss is weighted, ``spread`` and ``share`` where nothing is spread, ``h``
     without a bonus.
     """
-    wanted = (not weighted, True, bool(plan.spread), bool(plan.spread), plan.bonus)
+    wanted = (not plan.weighted, True, bool(plan.spread), bool(plan.spread), plan.bonus)
     out = [torch.empty_like(logps) if each else None for each in wanted]
     totals = _totals(logps, entropies, batch, plan, *out)
     return *totals, *(logps.new_empty(0) if x is None else x for x in out)
@@ -170,9 +168,7 @@ def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ..
     return _totals(logps, entropies, batch, plan, None, None, None, None, None)
 
 
-def _totals(
-    logps, entropies, batch: Batch, plan: Plan, losses, local, spread, share, h
-) -> tuple[torch.Tensor, ...]:
+def _totals(logps, entropies, batch: Batch, plan: Plan, losses, local, spread, share, h) -> tuple[torch.Tensor, ...]:
     B, T = batch.sequences, batch.ids.shape[1]
     correction = CORRECTIONS[plan.correction] if plan.correction else None
     parts = sequence_parts(B, T, plan.of_sequence or (correction is not None and correction.per_sequence))
@@ -183,11 +179,11 @@ def _totals(
     with _on(logps):
         _over(sequence_kernel, B * parts)(
             logps, entropies, batch.mask, batch.old, batch.ref, batch.sampling, batch.adv, batch.rewards,
-            batch.gate, batch.is_weight, losses, local, spread, share, h, partial,
+            batch.wanted, batch.is_weight, losses, local, spread, share, h, partial,
             batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef, batch.threshold, batch.groups,
             batch.batch_std, batch.cu,
             *_strides(batch.mask), *_strides(batch.old), *_strides(batch.ref), *_strides(batch.sampling),
-            *_strides(batch.adv), *_strides(batch.gate), *_strides(batch.is_weight), _stride(batch.count),
+            *_strides(batch.adv), *_strides(batch.wanted), *_strides(batch.is_weight), _stride(batch.count),
             parts, B, T, int(batch.num_generations), batch.beta, batch.w_factor, batch.h_factor, batch.adv_eps,
             batch.drift, batch.correction_low, batch.correction_high, batch.limits, term.kind(*batch.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,

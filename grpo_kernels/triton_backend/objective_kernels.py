@@ -60,10 +60,10 @@ def share_of(first, end, part, parts):
 
 @kernel
 def sequence_kernel(
-    logps, entropy, mask, old, ref, sampling, adv, rewards, gate, is_weight,  # [B, T] ×7, [B], [B, T] ×2
+    logps, entropy, mask, old, ref, sampling, adv, rewards, wanted, is_weight,  # [B, T] ×7, [B], [B, T] ×2
     losses, local, spread, share, h, partial,  # out: [B, T] ×5, None where nobody reads it; [B·parts, SUMS] fp64
     count, loss_scale, tokens, entropy_coef, threshold, groups, batch_std, cu,
-    mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, gate_b, gate_t, is_b, is_t, count_b,
+    mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, wanted_b, wanted_t, is_b, is_t, count_b,
     parts, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
     drift_limit: tl.float32, correction_low: tl.float32, correction_high: tl.float32, limits, c,
     TERM: tl.constexpr, REGION: tl.constexpr, STATISTIC: tl.constexpr, CORRECTION: tl.constexpr, OWN: tl.constexpr,
@@ -121,7 +121,7 @@ def sequence_kernel(
             live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
             A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
             if SKIP:
-                live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
+                live = live & (load_row(wanted, seq * wanted_b + tok * wanted_t, live, A) != 0.0)
             lp = tl.load(logps + row + tok, mask=live, other=0.0)
             lp_old = load_row(old, seq * old_b + tok * old_t, live, lp)
             r = log_ratio(lp, lp_old)
@@ -187,7 +187,7 @@ def sequence_kernel(
         A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, there)
         live = there
         if SKIP:
-            live = there & (load_row(gate, seq * gate_b + tok * gate_t, there, A) != 0.0)
+            live = there & (load_row(wanted, seq * wanted_b + tok * wanted_t, there, A) != 0.0)
         lp = tl.load(logps + at, mask=live, other=0.0)
         lp_old = load_row(old, seq * old_b + tok * old_t, there, lp)
         w_token = load_row(is_weight, seq * is_b + tok * is_t, live, 1.0)
