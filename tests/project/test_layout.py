@@ -6,7 +6,7 @@ import pytest
 
 import layout
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_package_keeps_the_rules(capsys):

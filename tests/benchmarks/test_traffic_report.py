@@ -166,7 +166,7 @@ def test_an_unknown_case_names_the_others(capsys):
 
 
 def test_the_documented_table_is_what_the_report_prints(report):
-    page = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
+    page = Path(__file__).resolve().parents[2] / "docs" / "performance.md"
     for word, rows_ in (("iss B", "rows"), ("waits\nhead", "heads")):
         documented = next(block for block in page.read_text().split("```") if word in block).splitlines()[1:]
         assert len(documented) == len(report[1][rows_]) + 1

@@ -56,13 +56,13 @@ def coefficients(term: str, **knobs) -> tuple:
     return TERMS[term].coefficients(LossConfig(policy_term=term, **knobs))
 
 
-# --- every term, by tests/term_table.py ----------------------------------------------------------
+# --- every term, by tests/helpers/term_table.py --------------------------------------------------
 
 
 @pytest.mark.parametrize("term", TERMS)
 def test_the_table_knows_the_terms_knobs(term):
     known, entry = facts(term), TERMS[term]
-    assert set(known.knobs) == set(entry.knobs), f"settings of {term!r} in tests/term_table.py"
+    assert set(known.knobs) == set(entry.knobs), f"settings of {term!r} in tests/helpers/term_table.py"
     assert bool(known.slopes) != bool(known.of_sequence) and bool(known.of_sequence) == bool(entry.statistic)
     assert known.levels == entry.levels
 
@@ -104,7 +104,9 @@ def test_the_numbers_by_hand_notice_what_could_be_wrong(term):
         has_one = any(right(row)[place] for row in around if row.A == sign)
         if has_one and not any(row.want[place] for row in known.by_hand if row.A * sign > 0):
             unseen.append(f"{name} of the wrong sign where A is {sign:+.0f}")
-    assert not unseen, f"the numbers by hand of {term!r} in tests/term_table.py do not notice: {', '.join(unseen)}"
+    assert not unseen, (
+        f"the numbers by hand of {term!r} in tests/helpers/term_table.py do not notice: {', '.join(unseen)}"
+    )
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -205,7 +207,7 @@ numbers = st.floats(-3, 3, allow_nan=False).map(lambda x: round(x, 3))
 
 
 def drawn(term: str) -> st.SearchStrategy[dict]:
-    """Each knob of a term at its default, or at one of the values that tests/term_table.py has."""
+    """Each knob of a term at its default, or at one of the values that tests/helpers/term_table.py has."""
     return st.fixed_dictionaries(
         {knob: st.sampled_from((getattr(LossConfig(), knob), *values)) for knob, values in facts(term).knobs.items()}
     )

@@ -292,7 +292,7 @@ def test_it_compiles_for_gpus_that_need_not_be_there():
     """Once, without spills; the report has all of its forms."""
     command = ["-m", "benchmarks.onchip_report", "--vocab", "32000", "--target", "sm_90", "--only", "full$"]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "onchip clipped full" in done.stdout and "0 of them spill" in done.stdout

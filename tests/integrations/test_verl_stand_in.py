@@ -141,7 +141,7 @@ def test_another_verl(verl):
 
 def test_entry_point():
     """What verl looks for in installed packages."""
-    text = (Path(__file__).resolve().parents[1] / "pyproject.toml").read_text(encoding="utf-8")
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text(encoding="utf-8")
     assert f'[project.entry-points."verl.plugins"]\ngrpo_kernels = "{PLUGIN}"\n' in text
 
 

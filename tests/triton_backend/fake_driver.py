@@ -1,6 +1,6 @@
 """How often Triton would compile each kernel, counted without a GPU. Run by test_laws.py.
 
-    python tests/fake_driver.py        prints JSON, one entry per kernel and call structure
+    python tests/triton_backend/fake_driver.py        prints JSON, one entry per kernel and call structure
 
 Triton's own launcher binds the arguments of every launch and derives the key of its specialisation.
 Where it would compile, the key is noted instead, and nothing runs. Every key is a compilation.

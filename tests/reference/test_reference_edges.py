@@ -271,4 +271,4 @@ def test_levels_that_a_term_has(term: str, level: str):
 def test_reference_stands_alone():
     """It is the second statement of the mathematics only as long as it does not use the first."""
     code = "import sys; sys.modules['grpo_kernels'] = sys.modules['triton'] = None; import reference"
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=True)

@@ -15,7 +15,7 @@ from term_table import facts, facts_of_kl, unnoticed
 
 # --- ∂loss/∂lp: every term at every level -------------------------------------------------------------------
 #
-# Closed forms, token by token in plain numbers: those of tests/term_table.py.
+# Closed forms, token by token in plain numbers: those of tests/helpers/term_table.py.
 
 
 def closed_gradient(batch: dict, k: Knobs, w: Tensor, weights: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ PAIRS = [(term, level) for term, levels in TERM_LEVELS.items() for level in leve
 
 
 def rare_tokens(**kwargs) -> dict[str, Tensor]:
-    """`random_logps` of probabilities around 0.004, which the settings of tests/term_table.py are for."""
+    """`random_logps` of probabilities around 0.004, which the settings of tests/helpers/term_table.py are for."""
     batch = random_logps(**kwargs)
     lower = {name: batch[name].detach() - 4 for name in ("logps", "old_logps", "ref_logps")}
     return {**batch, **lower, "logps": lower["logps"].requires_grad_()}
@@ -85,7 +85,7 @@ def test_the_settings_bite(term: str):
         loss = policy_loss(**batch, policy_term=term, **knobs).loss
         return grad(loss, batch["logps"]).flatten().tolist()
 
-    assert not (unseen := unnoticed(term, evaluate)), f"settings of {term!r} in tests/term_table.py: {unseen}"
+    assert not (unseen := unnoticed(term, evaluate)), f"settings of {term!r} in tests/helpers/term_table.py: {unseen}"
 
 
 @pytest.mark.parametrize("estimator", KL_ESTIMATORS)

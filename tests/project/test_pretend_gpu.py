@@ -17,7 +17,7 @@ from pretend_gpu import DeviceMismatch, pretended, pretended_gpu
 from tolerance import assert_within, bounds
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -147,7 +147,7 @@ def test_a_bad_test_fails_and_a_good_one_passes(tmp_path):
     )
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "conftest", "--rootdir",
                str(tmp_path), str(test)]  # fmt: skip
-    path = os.pathsep.join(str(ROOT / each) for each in (".", "tests"))
+    path = os.pathsep.join(str(ROOT / each) for each in (".", "tests", "tests/helpers"))
     env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     for arguments, status, says in (([], 0, "2 passed"), (["--pretend-gpu"], 1, "1 failed, 1 passed")):
         done = subprocess.run([*command, *arguments], cwd=tmp_path, capture_output=True, text=True, env=env)

@@ -341,13 +341,15 @@ KL_TABLE = {
 
 def facts(term: str) -> Facts:
     if term not in TERM_TABLE:
-        pytest.fail(f"TERM_TABLE in tests/term_table.py has no entry for the term {term!r}", pytrace=False)
+        pytest.fail(f"TERM_TABLE in tests/helpers/term_table.py has no entry for the term {term!r}", pytrace=False)
     return TERM_TABLE[term]
 
 
 def facts_of_kl(estimator: str) -> KlFacts:
     if estimator not in KL_TABLE:
-        pytest.fail(f"KL_TABLE in tests/term_table.py has no entry for the estimator {estimator!r}", pytrace=False)
+        pytest.fail(
+            f"KL_TABLE in tests/helpers/term_table.py has no entry for the estimator {estimator!r}", pytrace=False
+        )
     return KL_TABLE[estimator]
 
 

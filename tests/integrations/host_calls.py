@@ -9,7 +9,7 @@ import torch
 
 from tolerance import assert_within, bounds_of, written
 
-HOSTS = Path(__file__).resolve().parents[1] / "examples" / "hosts"
+HOSTS = Path(__file__).resolve().parents[2] / "examples" / "hosts"
 V = 29
 
 

@@ -25,7 +25,7 @@ from trainer_cases import rows_of, run, saved_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"batch_size": 2, "num_generations": 4, "num_minibatches": 2, "learning_rate": 0.02, "samples_every": 0,
             "reward": ("trainer_cases:starts_even",)}  # fmt: skip
 
@@ -71,8 +71,8 @@ def stop_after(monkeypatch, step, *, at=checkpoint.RunSaver):
 
 def test_killed_at_any_moment_and_resumed(tmp_path, model):
     """SIGKILL in the middle of saves: the same weights, moments, random states and metrics as without it."""
-    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, str(ROOT / "tests" / "trainer_faults.py"), model, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TOKENIZERS_PARALLELISM": "false"}
+    command = [sys.executable, str(ROOT / "tests" / "trainer" / "trainer_faults.py"), model, str(tmp_path)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "report.json").read_text())

@@ -1,4 +1,4 @@
-"""The rules of the package's house: `make layout`, or `python tests/layout.py [PACKAGE]`.
+"""The rules of the package's house: `make layout`, or `python tests/project/layout.py [PACKAGE]`.
 
 The package has floors. A module imports from its own floor and from those below it. There is no circle
 of imports; those inside of functions and for type checkers count here. Five modules stand in the root at
@@ -60,7 +60,7 @@ def floor(name: str) -> int:
     for number, row in enumerate(FLOORS):
         if folder in row:
             return number
-    raise LookupError(f"{name}: its folder has no floor, see FLOORS in tests/layout.py")
+    raise LookupError(f"{name}: its folder has no floor, see FLOORS in tests/project/layout.py")
 
 
 def circle(graph: dict[str, set[str]]) -> list[str] | None:
@@ -105,7 +105,7 @@ def breaches(package: Path, files: list[Path]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     package = Path(argv[0]) if argv else root / PACKAGE
     try:
         command = ["git", "-C", str(root), "ls-files", "*.py"]

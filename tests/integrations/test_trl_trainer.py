@@ -193,7 +193,7 @@ def ranks(saved, tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((".", "tests")), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2",
            "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     pipes = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     command = [sys.executable, "-m", "trl_runs", saved("llama"), str(tmp_path_factory.mktemp("ranks"))]

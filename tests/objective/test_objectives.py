@@ -60,7 +60,7 @@ def test_the_settings_bite(term):
                              advantages=case.token_advantages)  # fmt: skip
         return [out.loss.item(), *grad.flatten().tolist()]
 
-    assert not (unseen := unnoticed(term, evaluate)), f"settings of {term!r} in tests/term_table.py: {unseen}"
+    assert not (unseen := unnoticed(term, evaluate)), f"settings of {term!r} in tests/helpers/term_table.py: {unseen}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

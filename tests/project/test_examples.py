@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM
 
 from tolerance import U, assert_within, steps
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.fixture(autouse=True)
