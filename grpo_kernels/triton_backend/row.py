@@ -111,7 +111,7 @@ def per_thread_sum(x):
 
 @jit
 def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr):
-    """(top, total, moment), each [N]: the first thread starts out with what the edges come to."""
+    """`absorb_tile`'s accumulators as a row begins: the first thread has taken in the edges, the others nothing."""
     at, mask = edges_at(head, length, V, EDGE)
     x = capped(load_edges(row, at, mask), cap)
     top = tl.maximum(tl.max(x, axis=0), LOWEST)
