@@ -114,9 +114,10 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan)
         share = counted(own_slope * expand(inverse.float(), batch))
     else:
         local = slope(d_ratio + d_lp if own is None else d_term + d_ratio + d_lp)
-    h = torch.zeros_like(lp)
+    h = spread.new_empty(0)
     if plan.bonus:
-        h = h - tokens.bonus if chosen is None else torch.where(chosen, h - tokens.bonus, 0.0)
+        h = torch.zeros_like(lp) - tokens.bonus
+        h = h if chosen is None else torch.where(chosen, h, 0.0)
     mismatch, once = mismatch_sums(batch, plan, logps, live)
     once |= reward_sums(batch, plan)
     if plan.clip_once:
@@ -133,5 +134,5 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan)
     rows = {"loss": policy + torch.where(h == 0.0, 0.0, h * entropies) if plan.bonus else policy,
             "policy_loss": policy, "kl": kl, "entropy": entropies, "tokens": torch.ones_like(lp), "ratio": ratio,
             "approx_kl": torch.expm1(r) - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
-    losses, h = (x if there else lp.new_empty(0) for x, there in ((counted(loss), not plan.weighted), (h, plan.bonus)))
+    losses = h.new_empty(0) if plan.weighted else counted(loss)
     return *totals_of(rows, once, live, batch), losses, local, spread, share, h

@@ -63,6 +63,8 @@ def _where(condition, a, b):
     """``torch.where``; a condition on coefficients, which are numbers here, costs no operation."""
     if isinstance(condition, bool):
         return a if condition else b
+    if isinstance(a, float) and isinstance(b, torch.Tensor) and b.is_floating_point():
+        return b.masked_fill(condition, a)  # one operation; torch.where first makes a tensor of the number
     return torch.where(condition, a, b)
 
 

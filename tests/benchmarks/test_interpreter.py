@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -18,9 +19,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reaso
 @pytest.fixture(scope="module")
 def plain():
     """name -> digest, from a process that has Triton's interpreter as it is."""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((".", "tests", os.environ.get("PYTHONPATH", "")))}
-    command = [sys.executable, "-m", "interpreter_bits", "--plain"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    program = Path(__file__).with_name("interpreter_bits.py")
+    done = subprocess.run([sys.executable, program, "--plain"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return dict(line.split(": ") for line in done.stdout.splitlines())
 

@@ -94,7 +94,7 @@ class _Storages(TorchDispatchMode):
     def _own(self, func, args, kwargs):
         """An operation of the package. Coefficients are numbers, and stay on the CPU."""
         named = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
-        given = _tensors([value for name, value in named.items() if name != "coefs"])
+        given = _tensors([value for name, value in named.items() if name != "numbers"])
         if named.get("backend") == "triton":
             for x in given:
                 _check_argument(func.name(), x)
