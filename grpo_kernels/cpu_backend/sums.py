@@ -13,6 +13,7 @@ from grpo_kernels.objective.sequences import expand, per_sequence
 
 Named = dict[str, Tensor]  # by names in SUM_NAMES
 REGION = ("clip_ratio/low", "clip_ratio/high", "clip_ratio/dual")
+_CLIPS = (*REGION[:2], "clip_ratio/count")
 _GAP, _DRAWN = "sampling/sampling_logp_difference", "sampling/importance_sampling_ratio"
 
 
@@ -31,10 +32,11 @@ def totals_of(rows: Named, once: Named, live: Tensor | None, batch: Batch) -> tu
     values |= {"clip_ratio/count": values["tokens"], "sequences": float(batch.sequences)}
     if once:
         values |= dict(zip(once, torch.stack([*once.values()]).sum(-1, dtype=torch.float64).tolist()))
-    sums = dict(zip(rows, of_sequences.unbind())) | once
-    size = sums.get("clip_ratio/count", sums["tokens"])
-    low, high = ((sums[name] if name in sums else torch.zeros_like(size)) / size for name in REGION[:2])
-    values["clip_ratio/low_min"], values["clip_ratio/high_max"] = _ends(low)[0], _ends(high)[1]
+    sums = dict(zip(rows, of_sequences.tolist())) | {name: once[name].tolist() for name in _CLIPS if name in once}
+    sizes = sums.get("clip_ratio/count", sums["tokens"])
+    low, high = ([x / n for x, n in zip(sums.get(name, [0.0] * len(sizes)), sizes) if n] for name in REGION[:2])
+    values["clip_ratio/low_min"] = min(low, default=torch.inf)
+    values["clip_ratio/high_max"] = max(high, default=-torch.inf)
     values["ratio/min"], values["ratio/max"] = _ends(rows["ratio"], live)
     if batch.sampling is not None:
         values[f"{_GAP}/max"] = max(0.0, _ends(rows[_GAP], live)[1])

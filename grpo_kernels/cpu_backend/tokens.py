@@ -29,7 +29,8 @@ class Tokens(NamedTuple):
         """Of all tokens, for (B, T) log-probabilities."""
         given = (batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef)
         count, scale, words, coef = (1.0 if x is None else x.float() for x in given)
-        w = on_torch(token.weight)(count, batch.w_factor, scale)
+        factor = count.new_full((), batch.w_factor) if isinstance(count, Tensor) else batch.w_factor
+        w = on_torch(token.weight)(count, factor, scale)
         w = w[:, None] if isinstance(w, Tensor) and w.dim() else w
         bonus = on_torch(token.weight)(words, batch.h_factor * coef, scale) if plan.bonus else 0.0
         every = cls(advantages(batch, plan), batch.old, batch.ref, batch.is_weight, w, bonus)

@@ -61,9 +61,9 @@ def is_interpreted(kernel: object) -> bool:
 # tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
 def _where(condition, a, b):
     """``torch.where``; a condition on coefficients, which are numbers here, costs no operation."""
-    if isinstance(condition, bool):
+    if condition is True or condition is False:
         return a if condition else b
-    if isinstance(a, float) and isinstance(b, torch.Tensor) and b.is_floating_point():
+    if type(a) is float and isinstance(b, torch.Tensor) and b.is_floating_point():
         return b.masked_fill(condition, a)  # one operation; torch.where first makes a tensor of the number
     return torch.where(condition, a, b)
 
