@@ -1,6 +1,6 @@
-"""What the tests know of each policy term and of each KL estimator; a new one gets its entry here.
+"""What the tests know of each policy term; a new one gets its entry here.
 
-`facts` and `facts_of_kl` look an entry up, and fail by name where there is none. The tests hold an entry to be strong
+`facts` looks an entry up, and fails by name where there is none. The tests hold an entry to be strong
 enough: its numbers by hand, and its settings on the data of the tests, must notice two knobs that are swapped, a knob
 that is dropped, and a derivative of the wrong sign (`unnoticed`).
 """
@@ -312,30 +312,6 @@ TERM_TABLE = {
 }
 
 
-# --- KL estimators ----------------------------------------------------------------------------------------------
-
-
-class KlFacts(NamedTuple):
-    by_hand: tuple[tuple[float, float, float], ...]  # u = log π_ref − log π_θ, value, slope by log π_θ
-    closed: Callable[[float], tuple[float, float]]  # u -> value, slope
-
-
-KL_TABLE = {
-    "k1": KlFacts(((0.5, -0.5, 1.0), (-2.0, 2.0, 1.0)), lambda u: (-u, 1.0)),
-    "abs": KlFacts(
-        ((0.5, 0.5, -1.0), (-0.5, 0.5, 1.0), (0.0, 0.0, 0.0)), lambda u: (abs(u), -math.copysign(1, u) if u else 0.0)
-    ),
-    "k2": KlFacts(((0.5, 0.125, -0.5), (-2.0, 2.0, 2.0)), lambda u: (u * u / 2, -u)),
-    "k3": KlFacts(
-        ((0.5, math.exp(0.5) - 1.5, 1 - math.exp(0.5)), (0.0, 0.0, 0.0), (-1.0, math.exp(-1), 1 - math.exp(-1))),
-        lambda u: (math.exp(u) - u - 1, 1 - math.exp(u)),
-    ),
-    # k1 and k3 with the gradient of k2
-    "k1+": KlFacts(((0.5, -0.5, -0.5), (-2.0, 2.0, 2.0)), lambda u: (-u, -u)),
-    "k3+": KlFacts(((-1.0, math.exp(-1), 1.0), (0.5, math.exp(0.5) - 1.5, -0.5)), lambda u: (math.exp(u) - u - 1, -u)),
-}
-
-
 # --- looking them up --------------------------------------------------------------------------------------------
 
 
@@ -343,14 +319,6 @@ def facts(term: str) -> Facts:
     if term not in TERM_TABLE:
         pytest.fail(f"TERM_TABLE in tests/helpers/term_table.py has no entry for the term {term!r}", pytrace=False)
     return TERM_TABLE[term]
-
-
-def facts_of_kl(estimator: str) -> KlFacts:
-    if estimator not in KL_TABLE:
-        pytest.fail(
-            f"KL_TABLE in tests/helpers/term_table.py has no entry for the estimator {estimator!r}", pytrace=False
-        )
-    return KL_TABLE[estimator]
 
 
 def rows_by_hand() -> list:

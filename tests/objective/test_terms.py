@@ -1,5 +1,6 @@
 """Terms and KL estimators: hand-worked numbers, and both derivatives against float64 autograd."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -10,15 +11,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cases import DEVICE
 from grpo_kernels import LossConfig
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
-from grpo_kernels.objective.language import on_torch
+from grpo_kernels.objective.language import jit, on_torch, tl
 from grpo_kernels.objective.terms import Clip, Gmpo, Vespo, clipped, clipped_region, gmpo_statistic, vespo_phi
 from grpo_kernels.objective.token import Limits, limited_ratio, log_ratio, token_objective, weight
+from kl_table import facts_of_kl
+from pretend_gpu import pretended
 from reference.kl import estimate_kl
-from reference.knobs import Knobs
+from reference.knobs import TERM_LEVELS, Knobs
+from reference.terms import TERMS as REFERENCE_TERMS
 from reference.terms import Tokens, policy_term
-from term_table import Row, facts, facts_of_kl, rows_by_hand
+from term_table import Row, facts, rows_by_hand
 
 INF, E = math.inf, math.e
 NONE = Limits(-INF, INF, INF, INF)
@@ -57,6 +62,15 @@ def coefficients(term: str, **knobs) -> tuple:
 
 
 # --- every term, by tests/helpers/term_table.py --------------------------------------------------
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_the_reference_has_the_term_and_its_knobs(term):
+    where = {"TERMS in reference/terms.py": REFERENCE_TERMS, "TERM_LEVELS in reference/knobs.py": TERM_LEVELS}
+    missing = [f"{term!r} in {table}" for table, entries in where.items() if term not in entries]
+    known = {field.name for field in dataclasses.fields(Knobs)}
+    missing += [f"the field {knob!r} of Knobs in reference/knobs.py" for knob in TERMS[term].knobs if knob not in known]
+    assert not missing, f"the reference of {term!r} lacks {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("term", TERMS)
@@ -147,6 +161,49 @@ def test_advantage_zero_is_zero_whatever_the_ratio(term):
     for r in (1e4, -1e4, INF, 0.0):
         got = on_torch(TERMS[term].function)(f64(r), f64(-1.0), f64(-1.0), f64(0.0), c)
         assert [float(x) for x in got] == [0.0, 0.0, 0.0]
+
+
+def at_infinite_ratios(term: str):
+    """(r, A, lp, old, coefficients) of tokens whose ratio is infinite, with the term's default knobs and its settings.
+
+    exp(1000) overflows in both precisions. With r = ∞ the old probability is 0.
+    """
+    for knobs, r, A in itertools.product(({}, *facts(term).settings), (1e3, INF), (-1.0, 0.0, 1.0)):
+        yield r, A, -1.0, -1.0 - r, coefficients(term, **knobs)
+
+
+@pytest.mark.parametrize("term", TERMS)
+def test_nothing_is_nan_where_the_ratio_is_infinite(term):
+    """The statistic, ℓ, its slopes and the region; infinite they may be."""
+    entry = TERMS[term]
+    for r, A, lp, old, c in at_infinite_ratios(term):
+        x, slope = f64(r), 0.0
+        if entry.statistic is not None:
+            x, slope = on_torch(entry.statistic.function)(f64(r), f64(A), c)
+        for seen in (f64(r), x):
+            got = on_torch(entry.function)(seen, f64(lp), f64(old), f64(A), c)
+            region = on_torch(entry.region)(f64(r), seen, f64(lp), f64(old), f64(A), c)
+            found = [float(y) for y in (x, slope, *got, *region)]
+            assert not any(map(math.isnan, found)), f"r = {r}, A = {A}, {c}: {found}"
+
+
+@jit
+def term_kernel(values, out, c, TERM: tl.constexpr):
+    """values: r, A, lp, old; out: ℓ, ∂ℓ/∂r, ∂ℓ/∂lp."""
+    loss, d_r, d_lp = TERM(tl.load(values), tl.load(values + 2), tl.load(values + 3), tl.load(values + 1), c)
+    tl.store(out, loss)
+    tl.store(out + 1, d_r)
+    tl.store(out + 2, d_lp)
+
+
+@pytest.mark.skipif(pretended(), reason="a pretended GPU runs no kernels")
+@pytest.mark.parametrize("term", TERMS)
+def test_no_kernel_makes_nan_where_the_ratio_is_infinite(term):
+    for r, A, lp, old, c in at_infinite_ratios(term):
+        out = torch.full((3,), math.nan, dtype=torch.float32, device=DEVICE)
+        values = torch.tensor((r, A, lp, old), dtype=torch.float32, device=DEVICE)
+        term_kernel[(1,)](values, out, c, TERMS[term].function)
+        assert not out.isnan().any(), f"r = {r}, A = {A}, {c}: {out.tolist()}"
 
 
 @pytest.mark.parametrize("A", (1.0, -1.0))

@@ -61,6 +61,13 @@ def test_a_stale_table_shows():
             generate.filled(wrong)
 
 
+def test_a_marker_in_code_marks_nothing():
+    text = "Write `<!-- catalogue:loss-types NAME -->`, closed by `<!-- /catalogue -->`.\n"
+    assert generate.filled(text) == text
+    with pytest.raises(ValueError, match="no partner"):
+        generate.filled("<!-- catalogue:loss-types grpo -->\n" + text)
+
+
 def test_check_writes_nothing(monkeypatch, tmp_path, capsys):
     page = tmp_path / "page.md"
     page.write_text("<!-- catalogue:kl -->\nold\n<!-- /catalogue -->\n", encoding="utf-8")

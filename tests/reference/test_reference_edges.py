@@ -182,7 +182,7 @@ PACKED = {
     [
         ({"loss_type": "gpro"}, ValueError, "loss_type='gpro'.*'dapo'"),
         ({"policy_term": "ppo"}, ValueError, "policy_term='ppo'.*'clipped'"),
-        ({"kl_estimator": "k4"}, ValueError, "kl_estimator='k4'.*'k3'"),
+        ({"kl_estimator": "no_such"}, ValueError, "kl_estimator='no_such'.*'k3'"),
         ({"kl_estimator": "k2+"}, ValueError, "kl_estimator"),
         ({"importance_sampling_level": "word"}, ValueError, "importance_sampling_level"),
         ({"loss_agg_mode": "mean"}, ValueError, "loss_agg_mode='mean'.*'token-mean'"),

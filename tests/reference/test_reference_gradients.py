@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kl_table import facts_of_kl
 from reference import LOSS_TYPES, Knobs, grpo_loss, policy_loss, token_logprobs
 from reference.kl import KL_ESTIMATORS
 from reference.knobs import TERM_LEVELS
 from reference.weights import WEIGHTS
 from reference_cases import TIGHT, f64, grad, noise, random_batch, random_logps
-from term_table import facts, facts_of_kl, unnoticed
+from term_table import facts, unnoticed
 
 # --- ∂loss/∂lp: every term at every level -------------------------------------------------------------------
 #
@@ -185,8 +186,13 @@ def test_micro_batches_add_up(agg: str, level: str):
             "global-tokens": {"num_items_in_batch": N},
             "token-mean": {"num_items_in_batch": N},
             "token-sum": {},
-        }.get(agg, {"global_batch_size": nonempty})
-        pieces.append(grads(policy_loss(**part, **knobs, **extra).loss, part))
+            "seq-mean-token-sum": {"global_batch_size": nonempty},
+            "seq-mean-token-mean": {"global_batch_size": nonempty},
+            "seq-mean-token-sum-norm": {"global_batch_size": nonempty},
+        }
+        if agg not in extra:
+            pytest.fail(f"test_micro_batches_add_up does not know what makes parts of {agg!r} add up", pytrace=False)
+        pieces.append(grads(policy_loss(**part, **knobs, **extra[agg]).loss, part))
     for got, want in zip(zip(*pieces), expected):
         torch.testing.assert_close(torch.cat(got), want, **TIGHT)
 

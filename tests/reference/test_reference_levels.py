@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from kl_table import facts_of_kl
 from reference import policy_loss
 from reference.kl import KL_ESTIMATORS, estimate_kl
 from reference.levels import LEVELS
 from reference_cases import F64, INF, NAN, TIGHT, f64, grad
-from term_table import facts_of_kl
 
 # --- Levels -------------------------------------------------------------------------------------------------
 
