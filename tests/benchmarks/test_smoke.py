@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import smoke
-from benchmarks.smoke_cases import all_cases, case
+from benchmarks.smoke_cases import all_cases, case, on_chip_cases
 from benchmarks.smoke_job import ROUNDING, Job, errors
 from grpo_kernels.triton_backend import launch
 
@@ -44,6 +44,9 @@ def test_the_command():
     assert lines[0].startswith("No GPU: a small part, interpreted")
     assert sum(line.endswith(" ok") for line in lines) == sum(each.small for each in all_cases()) >= 5
     assert "commit" in lines[-2] and "no faults" in lines[-1]
+    on_chip = [line for line in lines if line.startswith("on chip")]
+    assert all(line.endswith(" not run") for line in on_chip) and f"{len(on_chip)} not run" in lines[-1]
+    assert sum("needs an NVIDIA GPU" in line for line in lines) == len(on_chip) == len(on_chip_cases())
     assert max(map(len, lines[2:-2])) <= 80
 
 
@@ -144,6 +147,13 @@ def test_what_users_meet_is_there():
         *((151936, torch.bfloat16, kind, "padded") for kind in ("logps", "parts", "head", "head logps")),
     ):  # fmt: skip
         assert wanted in {(each.V, each.dtype, each.kind, each.layout) for each in all_cases()}
+
+
+def test_on_chip_cases_have_more_rows_than_there_are_programs():
+    """132 multiprocessors; three programs on each at V = 32000."""
+    for each in on_chip_cases():
+        assert each.rows == "onchip" and 4 * each.tokens > 132 * (3 if each.V == 32000 else 1)
+    assert {each.V for each in on_chip_cases()} == {151936, 128256, 32000}
 
 
 def test_workers_compile_in_parallel():

@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 from benchmarks import linear_traffic, traffic_report
+from benchmarks.counting import in_part
 from counting import HostSync, interpreted
 from grpo_kernels.linear import chunks, head
 from grpo_kernels.objective.catalogue import LOSS_TYPES
@@ -60,6 +62,24 @@ def test_bytes_are_those_of_the_dtype(report):
         assert (only["kernel"], only["read"], only["write"]) == ("loss_kernel", 1, 1)
 
 
+def test_lines_in_part_are_those_at_the_ends_of_rows(report):
+    """None where rows start at lines; else few, and the launch as a whole leaves those at its own two ends."""
+    rows = {row["case"]: row for row in report[1]["rows"]}
+    for name in ("grpo", "gspo"):
+        assert rows[f"{name}, rows on lines"]["part"] == 0 < rows[name]["part"] <= 3
+        assert sum(each["part_of_launch"] for each in rows[name]["launches"]) <= 2
+    assert rows["log-probs only"]["part"] == rows["  and without gradient"]["part"] == 0
+
+
+def test_what_a_warp_writes_of_a_line():
+    """512 bytes, of bf16: at a line, 16 bytes behind it, with lanes left out, and two warps that share a line."""
+    lanes, every = 2 * np.arange(512, dtype=np.uint64), np.ones(512, bool)
+    assert len(in_part(lanes + 1024, every, 2)) == 0
+    assert sorted(in_part(lanes + 1040, every, 2) // 128) == [8, 12, 12, 16]
+    assert sorted(in_part(lanes + 1024, lanes < 200, 2) // 128) == [9]
+    assert sorted(in_part(lanes + 1024, lanes % 128 == 0, 2) // 128) == list(range(8, 16))
+
+
 # --- a broken law shows ----------------------------------------------------------------------------
 
 
@@ -98,6 +118,11 @@ def writes_twice(monkeypatch):
 
 def leaves_rows_unwritten(monkeypatch):
     monkeypatch.setattr(row_kernels, "write_zeros", lambda *_: None)
+
+
+def starts_at_16_bytes(monkeypatch):
+    tile = launch._tile_of
+    monkeypatch.setattr(launch, "_tile_of", lambda shape, V, size, line, *rest: tile(shape, V, size, 16, *rest))
 
 
 def copies_logits(monkeypatch):
@@ -140,6 +165,7 @@ def test_a_host_that_asks_once_more_is_noticed(monkeypatch):
         ("grpo, half masked", reads_masked_rows, ["read 1.000, law 0.5"]),
         ("grpo, half masked", writes_twice, ["issued writes 1.5"]),
         ("grpo, half masked", leaves_rows_unwritten, ["write 0.500, law 1"]),
+        ("grpo", starts_at_16_bytes, ["110.8 lines of memory written in part per row, law 3"]),
         ("grpo", copies_logits, ["aten.clone.default on a tensor of the logits' size"]),
         ("grpo", launches_many_small_ones, ["10 small launches, law 8"]),
     ],

@@ -17,6 +17,8 @@ what larger terms leave: its bound is that of the terms.
 **The objective**, which makes (loss, g, h, metrics) of the rows' log-probs and entropies, is known to the tests as a
 function, `reference.policy_loss`, whose terms have different sizes in every variant. It is evaluated in float64 at
 inputs moved by their own errors (δlp, δH; some roundings of each other input), and what it moves by is carried on.
+Advantages of rewards move as inputs do: R − mean is off by the rounding of the mean, which is that of the rewards
+themselves, however near to each other they lie.
 A bound near which a ratio lies to within its rounding widens what is allowed in the same way. What a sum or a
 KL estimate loses of its own terms is added: u·steps(N)·Σ|w·ℓ|, u·(e^u + |u| + 1).
 
@@ -34,11 +36,13 @@ import torch
 from torch import Tensor
 
 import reference
+from reference.metrics import reward_metrics
 from variation import unshifted
 
 U = 2.0**-24  # unit roundoff of fp32
 DRAWS, SAFETY = 8, 2  # the largest of eight uniform draws is below half of the worst case once in 256
 KL_METRICS = ("kl", "approx_kl")
+ADVANTAGES = ("scale_rewards", "advantage_eps", "advantage_unbiased")  # knobs of `reference.group_advantages`
 RUN_ONLY = ("inplace", "skip_zero_advantage", "return_entropy", "backend")  # do not change the numbers
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 TINY = 2.0**-120  # fp32 makes 0 of what is smaller, and of factors of it
@@ -143,11 +147,27 @@ def gradient_error(r: Rows, g: Tensor, h: Tensor, d_g: Tensor, d_h: Tensor) -> T
 # --- the objective -------------------------------------------------------------------------------
 
 
-def tail(fixed: dict, up, logps: Tensor, entropy: Tensor, **floats: Tensor) -> dict[str, Tensor]:
-    """Everything that the reference's objective makes of log-probs and entropies, and ∂/∂ of both."""
+def tail(fixed: dict, up, logps: Tensor, entropy: Tensor, rewards=None, **floats: Tensor) -> dict[str, Tensor]:
+    """Everything that the reference's objective makes of log-probs and entropies, and ∂/∂ of both.
+
+    Rewards are here for their metrics alone: the advantages come with them, as they have errors of their own.
+    """
     out = reference.policy_loss(logps, entropy=entropy, **fixed, **{k: v.detach() for k, v in floats.items()})
+    metrics = out.metrics
+    if rewards is not None:
+        scale_rewards = fixed.get("scale_rewards", "group")
+        metrics = metrics | reward_metrics(rewards.detach(), fixed["num_generations"], scale_rewards)
     g, h = slopes((out.loss * up).sum(), logps, entropy)
-    return {"loss": out.loss.detach(), "g": g, "h": h, **{f"metric {k}": v.double() for k, v in out.metrics.items()}}
+    return {"loss": out.loss.detach(), "g": g, "h": h, **{f"metric {k}": v.double() for k, v in metrics.items()}}
+
+
+def of_rewards(rewards: Tensor, knobs: dict) -> tuple[Tensor, Tensor]:
+    """(advantages in float64, their errors): a mean that is off moves a whole group, and no reward does so."""
+    given = {name.removeprefix("advantage_"): knobs[name] for name in ADVANTAGES if name in knobs}
+    sizes = knobs["num_generations"]
+    wanted = reference.group_advantages(rewards, sizes, **given)
+    centred = reference.group_advantages(rewards, sizes, **given | {"scale_rewards": "none"})
+    return wanted, advantage_error(rewards, wanted, torch.where(wanted == 0, 1.0, centred / wanted))
 
 
 def slopes(total: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
@@ -236,6 +256,7 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     sizes = {k: 4 * U * v.nan_to_num(0, 0, 0).abs() for k, v in floats.items()}
     if "rewards" in sizes:
         sizes["rewards"] = sizes["rewards"].amax()  # a mean is subtracted
+        floats["advantages"], sizes["advantages"] = of_rewards(floats["rewards"], kwargs)
     evaluate = functools.partial(tail, fixed, up)
     exact, errors = carried(
         evaluate, {"logps": logps, "entropy": entropy, **floats}, {"logps": drift, "entropy": d_entropy, **sizes}

@@ -8,7 +8,9 @@ Where it would compile, the key is noted instead, and nothing runs. Every key is
 
 import itertools
 import json
+import os
 from collections import defaultdict
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -17,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 
 from counting import bare_ops
 from grpo_kernels import fused_grpo_loss, token_logprobs
-from grpo_kernels.triton_backend import launch
+from grpo_kernels.triton_backend import launch, ways
 
 
 class FakeDriver:
@@ -72,6 +74,7 @@ STRUCTURES = {
     "full, fp16": {"dtype": torch.float16, "mask": True, "token": True, "tensors": True, "beta": 0.1,
                    "entropy_coef": 0.1},
 }  # fmt: skip
+ON_CHIP = {name: {**STRUCTURES[name], "dtype": torch.bfloat16} for name in ("lean", "skip", "rewards", "full")}
 
 # And what no kernel may be compiled for anew.
 VALUES = [
@@ -137,9 +140,9 @@ def call(structure: dict, value: dict, V: int) -> None:
         torch.autograd.grad(loss, x, torch.full_like(loss, 0.5))
 
 
-def count(V: int) -> list[dict]:
+def count(V: int, structures: dict = STRUCTURES) -> list[dict]:
     found = []
-    for (name, structure), (logits, values) in itertools.product(STRUCTURES.items(), groups(V)):
+    for (name, structure), (logits, values) in itertools.product(structures.items(), groups(V)):
         keys.clear()
         launches.clear()
         for value in values:
@@ -150,6 +153,14 @@ def count(V: int) -> list[dict]:
             for kernel in keys
         ]  # fmt: skip
     return found
+
+
+def count_on_chip() -> list[dict]:
+    """The same of the on-chip kernel, which Gluon's launcher binds with Triton's."""
+    os.environ[ways.VARIABLE] = "onchip"
+    ways.device_obstacle = lambda logits: None
+    torch.cuda.get_device_properties = lambda device: SimpleNamespace(multi_processor_count=132)
+    return [each for V in (32000, 151936) for each in count(V, ON_CHIP)]
 
 
 @triton.jit
@@ -181,7 +192,8 @@ def main() -> None:
     triton.runtime.JITFunction._do_compile = note
     launch.require_available = lambda device: None  # there is no GPU, and nothing will run
     with bare_ops():
-        print(json.dumps({"control": control(), "counts": [each for V in (128, 50257) for each in count(V)]}))
+        counts = [each for V in (128, 50257) for each in count(V)] + count_on_chip()
+        print(json.dumps({"control": control(), "counts": counts}))
 
 
 if __name__ == "__main__":

@@ -258,7 +258,9 @@ def test_no_kernel_recompiles_for_new_values():
     found = json.loads(run.stdout)
     assert all(len(each["keys"]) == each["launches"] for each in found["control"]), found["control"]
     counts = found["counts"]
-    assert len({each["kernel"] for each in counts}) == 7
+    assert len({each["kernel"] for each in counts}) == 9  # the on-chip kernel and its advantages among them
+    on_chip = {(each["V"], each["structure"]) for each in counts if each["kernel"] == "onchip_kernel"}
+    assert len(on_chip) == 8
     assert min(each["launches"] for each in counts if each["logits"] == "whole") > 100
     again = [each for each in counts if len(each["keys"]) != 1]
     assert not again, "\n".join(f"{each['structure']}, {each['kernel']}: {each['keys']}" for each in again)

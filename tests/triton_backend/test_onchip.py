@@ -1,5 +1,6 @@
 """The on-chip kernel: its body on CPU tensors against the reference, and on a GPU itself."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.smoke_cases import on_chip_cases
+from benchmarks.smoke_job import Job, errors
 from cases import check, expected, make_case, ours
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton 3.6")
@@ -197,6 +200,17 @@ def test_temperatures_of_tokens_and_packed_rows(chip, bonus):
     given["cu_seqlens"] = torch.tensor([0, 4, 4, 7, 11], dtype=torch.int32)
     given["advantages"] = torch.tensor([1.0, 0.3, -1.0, 0.5])
     check(case.logits[0], "triton", **given, temperature=torch.linspace(0.5, 2.0, 11), entropy_coef=bonus)
+
+
+@body
+@pytest.mark.parametrize("case", [each for each in on_chip_cases() if each.V == 151936], ids=lambda each: each.what)
+def test_smoke_cases(chip, case):
+    """What `benchmarks.smoke` runs on a GPU, at a small vocabulary; that it is the on-chip kernel which runs."""
+    monkeypatch, small = chip.monkeypatch, dataclasses.replace(case, V=3 * LINE + 40, tokens=8)
+    monkeypatch.delenv(ways.VARIABLE)
+    job = Job(small, torch.device("cpu"))
+    assert max(errors(job.run(job.fresh()), job.truth()))[0] <= 1
+    assert chip.kernel.accesses and ways.VARIABLE not in os.environ
 
 
 ODD_ROWS = {  # what the row is like, and what its gradient must be
