@@ -53,8 +53,8 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 FIELDS = (
     "device", "capability", "torch", "triton", "commit", "vocab", "dtype", "rows", "masked", "mode", "implementation",
-    "status", "detail", "error_over_tolerance", "median_ms", "p20_ms", "p80_ms", "repetitions", "copy_ms",
-    "copy_multiple",
+    "status", "detail", "error_over_tolerance", "median_ms", "p20_ms", "p80_ms", "repetitions", "host_ms",
+    "copy_ms", "copy_multiple",
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def line(row: Row) -> str:
         return f"{what} {row.implementation:15} {row.status}: {row.detail}"
     return (
         f"{what} {row.implementation:15} {row.copy_multiple:6.3f} x copy  {row.median_ms:8.3f} ms "
-        f"{row.p20_ms:.3f}-{row.p80_ms:.3f}  error {row.error_over_tolerance:.2f}"
+        f"{row.p20_ms:.3f}-{row.p80_ms:.3f}  host {row.host_ms:.2f}  error {row.error_over_tolerance:.2f}"
     )
 
 

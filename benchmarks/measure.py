@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
-HOLD_CYCLES = 4_000_000  # about 2 ms: the launches of a few calls
+HOLD_CYCLES, MOST_CYCLES = 4_000_000, 256_000_000  # about 2 and 130 ms: the host's time for the calls of a round
 SHORT_MS, CALLS_PER_ROUND = 8.0, 4  # what is longer is called once a round
 
 
@@ -33,6 +34,15 @@ class Timing:
     p20: float
     p80: float
     repetitions: int
+    host: float  # median time until the call returned; on a CPU that is all of its time
+
+
+class Round(NamedTuple):
+    """One subject's calls in one round."""
+
+    ms: list[float]
+    host_ms: list[float]
+    late: bool = False  # the GPU began before the host had queued all: `ms` may be the host's
 
 
 class Failed(NamedTuple):
@@ -49,55 +59,66 @@ def time_all(
 
     The subjects take turns, so that whatever disturbs the machine disturbs all of them. A subject that
     runs out of memory drops out and gets the allocator's message instead of a time. A short one is called
-    several times in a round.
+    several times in a round. On a GPU a round in which the host was late is not counted, and the subject's next
+    rounds hold the GPU up for four times as long, up to `MOST_CYCLES`.
 
     Args:
         subjects: name → what to time.
         seconds: time budget per subject; at least `min_rounds` rounds are made however long they take.
     """
-    measure = _cuda_ms if device.type == "cuda" else _cpu_ms
-    calls = dict.fromkeys(subjects, 1)
-    times: dict[str, list[float]] = {name: [] for name in subjects}
+    measure = _cuda_round if device.type == "cuda" else _cpu_round
+    calls, hold = dict.fromkeys(subjects, 1), dict.fromkeys(subjects, HOLD_CYCLES)
+    rounds: dict[str, list[Round]] = {name: [] for name in subjects}
     failed: dict[str, Failed] = {}
     deadline = float("inf")
     for round_ in range(-1, max_rounds):  # round −1 warms up: compilation, allocator, page faults
         for name, subject in subjects.items():
             if name in failed:
                 continue
-            ms, problem = unless_out_of_memory(lambda s=subject, n=calls[name]: measure(s, device, n))
+            found, problem = unless_out_of_memory(
+                lambda s=subject, n=calls[name], cycles=hold[name]: measure(s, device, n, cycles)
+            )
             if problem is not None:
                 failed[name] = Failed("out of memory", problem)
-                continue
-            if round_ >= 0:
-                times[name] += ms
-            elif device.type == "cuda" and ms[0] < SHORT_MS:
-                calls[name] = CALLS_PER_ROUND
+            elif round_ < 0:
+                if device.type == "cuda" and found.ms[0] < SHORT_MS:
+                    calls[name] = CALLS_PER_ROUND
+            elif found.late and hold[name] < MOST_CYCLES:
+                hold[name] *= 4
+            else:
+                rounds[name].append(found)
+        done = min(len(rounds[name]) for name in subjects if name not in failed) if len(failed) < len(subjects) else 0
         if round_ < 0:
             deadline = time.perf_counter() + seconds * len(subjects)
-        elif round_ + 1 >= min_rounds and time.perf_counter() > deadline:
+        elif done >= min_rounds and time.perf_counter() > deadline:
             break
-    return {name: failed[name] if name in failed else _summary(times[name]) for name in subjects}
+    return {name: failed[name] if name in failed else _summary(rounds[name]) for name in subjects}
 
 
-def _cuda_ms(subject: Timed, device: torch.device, calls: int) -> list[float]:
+def _cuda_round(subject: Timed, device: torch.device, calls: int, cycles: int) -> Round:
     """The GPU's time, as of a call in the middle of a training step.
 
     The GPU is held up while the calls are queued, so that a short one is not charged for its launch, and
     reads a buffer larger than its L2 cache before each, so that none finds there what another left.
     """
-    events = []
-    torch.cuda._sleep(HOLD_CYCLES)
+    events, host_ms = [], []
+    torch.cuda._sleep(cycles)
+    held = torch.cuda.Event(enable_timing=True)
+    held.record()
     for _ in range(calls):
         if subject.prepare is not None:
             subject.prepare()
         _sweep_l2(device)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
+        began = time.perf_counter()
         subject.call()
+        host_ms.append((time.perf_counter() - began) * 1e3)
         end.record()
         events.append((start, end))
+    late = held.query()
     torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) for start, end in events]
+    return Round([start.elapsed_time(end) for start, end in events], host_ms, late)
 
 
 def _sweep_l2(device: torch.device) -> None:
@@ -111,7 +132,7 @@ def _l2_buffer(device: torch.device) -> torch.Tensor:
     return torch.zeros(2 * l2 // 4, device=device)
 
 
-def _cpu_ms(subject: Timed, device: torch.device, calls: int) -> list[float]:
+def _cpu_round(subject: Timed, device: torch.device, calls: int, cycles: int) -> Round:
     times = []
     for _ in range(calls):
         if subject.prepare is not None:
@@ -119,7 +140,7 @@ def _cpu_ms(subject: Timed, device: torch.device, calls: int) -> list[float]:
         start = time.perf_counter()
         subject.call()
         times.append((time.perf_counter() - start) * 1e3)
-    return times
+    return Round(times, times)
 
 
 def do_bench_ms(call: Callable[[], object], device: torch.device) -> float | None:
@@ -134,10 +155,11 @@ def do_bench_ms(call: Callable[[], object], device: torch.device) -> float | Non
     return unless_out_of_memory(lambda: do_bench(call, warmup=10, rep=60, return_mode="median"))[0]
 
 
-def _summary(times: list[float]) -> Timing:
+def _summary(rounds: Sequence[Round]) -> Timing:
     at = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    times = [ms for each in rounds for ms in each.ms]
     p20, median, p80 = torch.tensor(times, dtype=torch.float64).quantile(at).tolist()
-    return Timing(median, p20, p80, len(times))
+    return Timing(median, p20, p80, len(times), statistics.median(ms for each in rounds for ms in each.host_ms))
 
 
 def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | None:

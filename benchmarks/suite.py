@@ -56,6 +56,7 @@ class Row:
     p20_ms: float | None = None
     p80_ms: float | None = None
     repetitions: int | None = None
+    host_ms: float | None = None  # median time until a call returned, the GPU held up meanwhile
     copy_ms: float | None = None  # median of a copy of the logits, in the same rounds
     copy_multiple: float | None = None  # median_ms / copy_ms
     gigabytes_per_second: float | None = None  # minimum_bytes over median_ms
@@ -211,7 +212,7 @@ def run_mode(
 
 def fill(row: Row, timing: Timing, yard: Timing) -> None:
     row.median_ms, row.p20_ms, row.p80_ms = timing.median, timing.p20, timing.p80
-    row.repetitions = timing.repetitions
+    row.repetitions, row.host_ms = timing.repetitions, timing.host
     if row.mode == "linear":
         row.products_ms, row.products_multiple = yard.median, timing.median / yard.median
         return

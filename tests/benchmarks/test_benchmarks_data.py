@@ -13,7 +13,7 @@ from benchmarks.baselines import eager, eager_logprobs, ours, ours_inplace
 from benchmarks.baselines_peers import EAGER, OURS, Compiled, implementations
 from benchmarks.cases import SUITES, Case, make_inputs, suite
 from benchmarks.linear_data import LinearOracle, make_linear_inputs
-from benchmarks.measure import Timed, peak_extra_bytes, time_all
+from benchmarks.measure import Round, Timed, Timing, peak_extra_bytes, time_all
 from benchmarks.oracle import Oracle
 from benchmarks.suite import ERROR, MISSING, OK, missing, run_suite
 from reference import grpo_loss
@@ -129,9 +129,9 @@ def test_suites_are_sound():
 
 def test_percentiles(monkeypatch):
     times = iter([99.0, *map(float, range(1, 12))])  # the first is the warm-up
-    monkeypatch.setattr("benchmarks.measure._cpu_ms", lambda subject, device, calls: [next(times)])
+    monkeypatch.setattr("benchmarks.measure._cpu_round", lambda *_: Round([next(times)], [0.5]))
     timing = time_all({"x": Timed(lambda: None)}, CPU, 0.0, min_rounds=11)["x"]
-    assert (timing.p20, timing.median, timing.p80, timing.repetitions) == (3.0, 6.0, 9.0, 11)
+    assert timing == Timing(6.0, 3.0, 9.0, 11, host=0.5)
 
 
 def test_subjects_take_turns_and_one_without_memory_drops_out():
@@ -161,7 +161,7 @@ def test_peak_memory_counts_what_a_call_allocates_and_frees():
 
 def test_cuda_clock(monkeypatch):
     """The order of what is queued, with a stand-in for the GPU."""
-    log = []
+    log, late = [], []
 
     class Event:
         def __init__(self, enable_timing):
@@ -173,7 +173,10 @@ def test_cuda_clock(monkeypatch):
         def elapsed_time(self, end):
             return 2.5
 
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append("hold"))
+        def query(self):
+            return bool(late) and late.pop(0)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: log.append(f"hold {cycles // measure.HOLD_CYCLES}"))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     monkeypatch.setattr(measure, "_sweep_l2", lambda device: log.append("sweep"))
@@ -181,7 +184,18 @@ def test_cuda_clock(monkeypatch):
     timing = time_all({"x": subject}, CUDA, 0.0, min_rounds=1)["x"]
     assert (timing.median, timing.repetitions) == (2.5, 4)
     call = ["prepare", "sweep", "event", "call", "event"]
-    assert log == ["hold", *call, "wait", "hold", *call * 4, "wait"]  # the first round warms up
+    first = ["hold 1", "event", *call, "wait"]  # this round warms up
+    assert log == [*first, "hold 1", "event", *call * 4, "wait"]
+
+    log.clear()
+    late += [True, True, True, False]  # where the host was late the GPU is held up longer, and the round does not count
+    timing = time_all({"x": subject}, CUDA, 0.0, min_rounds=1)["x"]
+    assert timing.repetitions == 4
+    assert [each for each in log if each.startswith("hold")] == ["hold 1", "hold 1", "hold 4", "hold 16"]
+
+    late += [True] * 8  # a call that waits for the GPU is always late
+    timing = time_all({"x": subject}, CUDA, 0.0, min_rounds=3)["x"]
+    assert timing.repetitions == 12
 
     monkeypatch.setattr(Event, "elapsed_time", lambda self, end: 500.0)
     timing = time_all({"x": subject}, CUDA, 0.0, min_rounds=2)["x"]

@@ -71,7 +71,7 @@ def test_the_products_are_three():
 
 def test_derived_numbers_by_hand(monkeypatch):
     milliseconds = {"products": 2.0, "grpo_kernels": 3.0, "eager PyTorch": 12.0}
-    timings = {name: Timing(ms, 1.0, 20.0, 7) for name, ms in milliseconds.items()}
+    timings = {name: Timing(ms, 1.0, 20.0, 7, 0.5) for name, ms in milliseconds.items()}
     monkeypatch.setattr(suite, "time_all", lambda *_: timings)
     monkeypatch.setattr(suite, "peak_extra_bytes", lambda *_: CASE.gradient_bytes + 5 * 2**20)
     ((ours, eager),) = run_suite([CASE], ["linear"], [OURS, EAGER], CPU, seconds=0.0)

@@ -214,7 +214,7 @@ def test_spent_budget_leaves_rows_with_a_reason(monkeypatch):
 
 def test_derived_numbers_by_hand(monkeypatch):
     milliseconds = {"copy": 2.0, "peer": 4.0, "eager PyTorch": 12.0}
-    timings = {name: Timing(ms, 1.0, 20.0, 7) for name, ms in milliseconds.items()}
+    timings = {name: Timing(ms, 1.0, 20.0, 7, 0.5) for name, ms in milliseconds.items()}
     monkeypatch.setattr(suite, "time_all", lambda *_: timings)
     case = Case(2, 10, 100, torch.float32)  # 8000 bytes to read, 8800 to write, of 8800
     row = row_of("loss", eager, case)
