@@ -273,5 +273,5 @@ def test_packed_errors():
 
 
 def test_the_triton_backend_says_what_to_do():
-    with pytest.raises(ValueError, match="not supported by the Triton backend.*-inf"):
+    with pytest.raises(ValueError, match=r"not supported by the Triton backend.*-inf"):
         token_logprobs(torch.zeros(1, 5, 4), torch.zeros(1, 5, dtype=torch.int64), support=SHORT, backend="triton")
