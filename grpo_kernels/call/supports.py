@@ -9,7 +9,7 @@ from grpo_kernels.objective.supports import REPEATED, Support
 
 
 def check_support(
-    support: Support | torch.Tensor | None, logits: torch.Tensor, layout: Layout, vocab_group: object, backend: str
+    support: Support | torch.Tensor | None, logits: torch.Tensor, layout: Layout, vocab_group: object
 ) -> dict[str, torch.Tensor]:
     """The fields of `Batch` that a support comes to; none without one.
 
@@ -24,8 +24,6 @@ def check_support(
             "support is not supported with vocab_group. Set the logits outside of the support, the sampled token's "
             "excepted, to -inf before the call, on each rank those that it has."
         )
-    if backend == "triton":
-        raise ValueError("support is not supported by the Triton backend yet. Set the logits outside of it to -inf.")
     if isinstance(support, torch.Tensor):
         return {"support_mask": layout.tokens(_checked_mask(support, logits, layout))}
     if not isinstance(support, Support):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import reference
-from cases import DEVICE, assert_outputs, expected, make_case, ours
+from cases import BACKENDS, DEVICE, assert_outputs, expected, make_case, ours
 from grpo_kernels import Support, fused_grpo_loss, token_logprobs
 from grpo_kernels.objective.catalogue import TERMS
 from support_cases import make_rows, make_support, restricted
@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = ("Support", "mask")
 INPUTS = ("completion_ids", "completion_mask", "advantages", "old_logps", "ref_logps")
 
-each_backend = pytest.mark.parametrize("backend", ("torch",))
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 each_form = pytest.mark.parametrize("form", FORMS)
 
 
@@ -270,8 +270,3 @@ def test_packed_errors():
     ids, bounds_ = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6])
     with pytest.raises(ValueError, match="row per token, N = 6, got 5"):
         fused_grpo_loss(torch.zeros(6, 4), ids, torch.ones(1), cu_seqlens=bounds_, support=SHORT)
-
-
-def test_the_triton_backend_says_what_to_do():
-    with pytest.raises(ValueError, match=r"not supported by the Triton backend.*-inf"):
-        token_logprobs(torch.zeros(1, 5, 4), torch.zeros(1, 5, dtype=torch.int64), support=SHORT, backend="triton")
