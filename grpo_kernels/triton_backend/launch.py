@@ -272,11 +272,11 @@ def _support(batch: Batch, *logits_and_out: torch.Tensor) -> dict:
         "keep": None if mask is None else mask.view(torch.uint8), "M": 0 if ids is None else ids.shape[0],
         **dict(zip(("support_b", "support_t"), _strides(batch.support_first))),
         **dict(zip(("keep_b", "keep_t"), _strides(mask))),
-        "KEEP_ALIGNED": mask is not None and not any(x % 16 for x in (mask.data_ptr(), *_strides(mask))),
+        "KEEP_ALIGNED": mask is not None and not any(x % 16 for x in (mask.data_ptr(), mask.shape[2], *_strides(mask))),
     }  # fmt: skip
     if logits_and_out:
         logits, out = logits_and_out
-        over = ids is not None and logits.data_ptr() == out.data_ptr()
+        over = ids is not None and logits.untyped_storage()._cdata == out.untyped_storage()._cdata
         found["scratch"] = ids.new_empty(ids.shape, dtype=torch.float32) if over else None
     return found
 
