@@ -9,9 +9,9 @@ from grpo_kernels.objective.supports import REPEATED, Support
 
 
 def check_support(
-    support: Support | torch.Tensor | None, logits: torch.Tensor, layout: Layout, vocab_group: object
+    support: Support | torch.Tensor | None, layout: Layout, V: int, like: torch.Tensor, vocab_group: object = None
 ) -> dict[str, torch.Tensor]:
-    """The fields of `Batch` that a support comes to; none without one.
+    """The fields of `Batch` that a support comes to; none without one. ``like`` lies on the device that it must.
 
     Raises:
         ValueError: wrong number of rows, shape, stride or device; with ``vocab_group``. TypeError: it is neither a
@@ -25,7 +25,7 @@ def check_support(
             "excepted, to -inf before the call, on each rank those that it has."
         )
     if isinstance(support, torch.Tensor):
-        return {"support_mask": layout.tokens(_checked_mask(support, logits, layout))}
+        return {"support_mask": layout.tokens(_checked_mask(support, layout, V, like))}
     if not isinstance(support, Support):
         raise TypeError(
             f"support must be a Support or a bool tensor, got {type(support).__name__}. From a list of token ids per "
@@ -38,18 +38,17 @@ def check_support(
             f"support must have a row per token, {'N' if layout.packed else 'B·T'} = {rows}, got {len(support)}. "
             "Tokens that were not restricted, padding too, have rows without ids."
         )
-    checks.check_device("support", support.ids, logits)
+    checks.check_device("support", support.ids, like)
     first, last = (layout.tokens(x.reshape(shape)) for x in (support.first, support.last))
     return {"support": support.ids, "support_first": first, "support_last": last}
 
 
-def _checked_mask(mask: torch.Tensor, logits: torch.Tensor, layout: Layout) -> torch.Tensor:
+def _checked_mask(mask: torch.Tensor, layout: Layout, V: int, like: torch.Tensor) -> torch.Tensor:
     if mask.dtype != torch.bool:
         raise TypeError(f"support as a tensor must be bool, got {mask.dtype}. Ids go into a Support.from_padded(ids).")
-    V = logits.shape[-1]
     shapes = {"(N, V)": (layout.T, V)} if layout.packed else {"(B, T, V)": (layout.B, layout.T, V)}
     checks.check_shape("support", mask, shapes)
-    checks.check_device("support", mask, logits)
+    checks.check_device("support", mask, like)
     if mask.stride(-1) != 1 and V > 1:
         raise ValueError(f"support must be contiguous in the vocabulary, got strides {mask.stride()}.")
     return mask
