@@ -292,11 +292,10 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
 
 
 def _crowding(batch: Batch) -> int:
-    """How many times fewer lines a row's pass can hold: under a soft cap, or beside a mask, by bytes if need be."""
-    mask = batch.support_mask
-    if mask is not None and not _is_aligned(mask):
+    """How many times fewer lines a row's pass can hold: under a soft cap, or beside a mask."""
+    if batch.support_mask is not None:
         return 4
-    return 1 if batch.cap is None and mask is None else 2
+    return 1 if batch.cap is None else 2
 
 
 def _is_aligned(mask: torch.Tensor) -> bool:
