@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import ops, overwritten, sharded
-from grpo_kernels.objective.batch import Batch, exchange
+from grpo_kernels.objective.batch import SUPPORT, Batch, exchange
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import sorted_entropies
+
+_OF_ROWS = ("temperature", "cu", "segments", *SUPPORT)  # what a gradient needs besides the ids
 
 
 def refuse_double_backward() -> None:
@@ -109,9 +111,9 @@ class _TwoLaunches(torch.autograd.Function):
         logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
         it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, backend, data_group)
         ctx.inplace, saved = inplace, it.save(ctx)
-        batch = Batch(*tensors)
-        rows = (ids, batch.temperature, batch.cu, batch.segments)
-        ctx.save_for_backward(logits, numbers, stats, *saved, *rows)
+        # masked rows will have g = h = 0, which says as much as the mask
+        rows = {name: getattr(Batch(*tensors), name) for name in _OF_ROWS}
+        ctx.save_for_backward(logits, numbers, stats, *saved, *Batch(ids, **rows).tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -120,10 +122,8 @@ class _TwoLaunches(torch.autograd.Function):
     def backward(ctx, up, *_):
         refuse_double_backward()
         logits, numbers, stats, *rest = ctx.saved_tensors
-        saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
-        g, h, up = slopes_of(ctx, saved, up, cu)
-        # masked rows have g = h = 0, which says as much as the mask
-        tensors = Batch(ids=ids, temperature=temperature, cu=cu, segments=segments).tensors
+        saved, tensors = rest[:4], rest[4:]
+        g, h, up = slopes_of(ctx, saved, up, Batch(*tensors).cu)
         grad = write_gradient(logits, tensors, numbers, stats, g, h, up, ctx.backend, ctx.inplace)
         return grad, *(None,) * 8
 
