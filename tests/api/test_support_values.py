@@ -6,7 +6,11 @@ import torch
 import reference
 from cases import BACKENDS, DEVICE, assert_outputs, expected, make_case, ours
 from grpo_kernels import Support, fused_grpo_loss, token_logprobs
+from grpo_kernels.call.checks import Layout
+from grpo_kernels.call.supports import check_support
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
+from grpo_kernels.triton_backend import ways
 from support_cases import make_rows, make_support, restricted
 from term_table import facts
 from tolerance import assert_within, bounds, logprob_bounds
@@ -270,3 +274,15 @@ def test_packed_errors():
     ids, bounds_ = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6])
     with pytest.raises(ValueError, match="row per token, N = 6, got 5"):
         fused_grpo_loss(torch.zeros(6, 4), ids, torch.ones(1), cu_seqlens=bounds_, support=SHORT)
+
+
+@pytest.mark.parametrize("support", (Support.from_lists([[0]] * 6), torch.ones(2, 3, 4).bool()), ids=str)
+def test_a_vocabulary_over_ranks_says_what_to_do(support):
+    with pytest.raises(ValueError, match=r"not supported with vocab_group.*-inf before the call"):
+        check_support(support, Layout(2, 3, False), 4, torch.zeros(2, 3, 4), object())
+
+
+def test_the_on_chip_kernel_says_no():
+    batch = Batch(torch.zeros(1, 1, dtype=torch.int64), support_mask=torch.ones(1, 1, 32768).bool())
+    x = torch.zeros(1, 1, 32768, dtype=torch.bfloat16)
+    assert ways.obstacle(x, x, batch) == "a support is not supported"
