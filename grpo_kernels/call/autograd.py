@@ -161,8 +161,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
     def forward(ctx, logits, tensors, numbers, plan, entropy, backend, vocab_group):
         logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
         ctx.backend, ctx.entropy = backend, entropy
-        batch = Batch(*tensors)
-        ctx.save_for_backward(logits, numbers, stats, ids, batch.mask, batch.temperature)
+        ctx.save_for_backward(logits, numbers, stats, *exchange(tensors, ids=ids))
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -171,9 +170,8 @@ class TokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        logits, numbers, stats, ids, mask, temperature = ctx.saved_tensors
-        g, h = given_slopes(g, h if ctx.entropy else None, ids)
-        tensors = Batch(ids, mask, temperature=temperature).tensors
+        logits, numbers, stats, *tensors = ctx.saved_tensors
+        g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
         grad = write_gradient(logits, tensors, numbers, stats, g, h, None, ctx.backend, False)
         return grad, *(None,) * 6
 
