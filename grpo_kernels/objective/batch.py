@@ -97,10 +97,8 @@ class Batch(NamedTuple):
         return self.tensors, torch.tensor(values, dtype=torch.float32, device="cpu")
 
     @classmethod
-    def unpack(cls, tensors: tuple | list, numbers: torch.Tensor | None = None) -> "Batch":
+    def unpack(cls, tensors: tuple | list, numbers: torch.Tensor) -> "Batch":
         """From what `pack` gave; reads host memory, so no device is waited for."""
-        if numbers is None:
-            return cls(*tensors)
         values = numbers.tolist()
         fixed = len(cls._fields) - 1 - _TENSORS
         return cls(*tensors, *values[:fixed], tuple(values[fixed:]))

@@ -328,7 +328,9 @@ def calls(draw):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=15, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(call=calls())
 def test_any_combination(call, backend):
     case, kwargs = call
