@@ -6,12 +6,14 @@ from grpo_kernels.api.logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
 from grpo_kernels.api.microbatch import microbatch
 from grpo_kernels.objective.config import LossConfig
+from grpo_kernels.objective.supports import Support
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LossConfig",
     "LossOutput",
+    "Support",
     "TokenLogprobs",
     "fused_grpo_loss",
     "fused_linear_grpo_loss",

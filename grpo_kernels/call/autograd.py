@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import ops, overwritten, sharded
-from grpo_kernels.objective.batch import Batch, exchange
+from grpo_kernels.objective.batch import SUPPORT, Batch, exchange
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import sorted_entropies
+
+_OF_ROWS = ("temperature", "cu", "segments", *SUPPORT)  # what a gradient needs besides the ids
 
 
 def refuse_double_backward() -> None:
@@ -109,9 +111,9 @@ class _TwoLaunches(torch.autograd.Function):
         logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
         it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, backend, data_group)
         ctx.inplace, saved = inplace, it.save(ctx)
-        batch = Batch(*tensors)
-        rows = (ids, batch.temperature, batch.cu, batch.segments)
-        ctx.save_for_backward(logits, numbers, stats, *saved, *rows)
+        # masked rows will have g = h = 0, which says as much as the mask
+        rows = {name: getattr(Batch(*tensors), name) for name in _OF_ROWS}
+        ctx.save_for_backward(logits, numbers, stats, *saved, *Batch(ids, **rows).tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -120,10 +122,8 @@ class _TwoLaunches(torch.autograd.Function):
     def backward(ctx, up, *_):
         refuse_double_backward()
         logits, numbers, stats, *rest = ctx.saved_tensors
-        saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
-        g, h, up = slopes_of(ctx, saved, up, cu)
-        # masked rows have g = h = 0, which says as much as the mask
-        tensors = Batch(ids=ids, temperature=temperature, cu=cu, segments=segments).tensors
+        saved, tensors = rest[:4], rest[4:]
+        g, h, up = slopes_of(ctx, saved, up, Batch(*tensors).cu)
         grad = write_gradient(logits, tensors, numbers, stats, g, h, up, ctx.backend, ctx.inplace)
         return grad, *(None,) * 8
 
@@ -161,8 +161,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
     def forward(ctx, logits, tensors, numbers, plan, entropy, backend, vocab_group):
         logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
         ctx.backend, ctx.entropy = backend, entropy
-        batch = Batch(*tensors)
-        ctx.save_for_backward(logits, numbers, stats, ids, batch.mask, batch.temperature)
+        ctx.save_for_backward(logits, numbers, stats, *exchange(tensors, ids=ids))
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)
@@ -171,9 +170,8 @@ class TokenLogprobsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        logits, numbers, stats, ids, mask, temperature = ctx.saved_tensors
-        g, h = given_slopes(g, h if ctx.entropy else None, ids)
-        tensors = Batch(ids, mask, temperature=temperature).tensors
+        logits, numbers, stats, *tensors = ctx.saved_tensors
+        g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
         grad = write_gradient(logits, tensors, numbers, stats, g, h, None, ctx.backend, False)
         return grad, *(None,) * 6
 

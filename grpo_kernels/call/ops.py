@@ -13,6 +13,7 @@ from torch import Tensor
 
 from grpo_kernels.call import checks
 from grpo_kernels.call.library import fake, operator
+from grpo_kernels.call.supports import check_support_values
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
@@ -41,6 +42,7 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
 def check_values(batch: Batch, V: int) -> None:
     if checks.validates(batch.ids.device):
         checks.check_values(batch.ids, batch.mask, V)
+        check_support_values(batch, V)
 
 
 def stats_shape(rows: int, backend: str) -> tuple[int, ...]:

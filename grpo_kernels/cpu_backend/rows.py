@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_kernels.cpu_backend.supports import left_out
 from grpo_kernels.objective.batch import Batch, Cap
 from grpo_kernels.objective.parts import LN2, LOWEST
 from grpo_kernels.objective.sequences import expand
@@ -69,13 +70,18 @@ def read_rows(
         if not checked:
             known = (ids >= 0) & (ids < V)
             ids = torch.where(known, ids, 0)
+        out_of, wrong = left_out(batch, tokens, ids, V)
+        if wrong is not None and not checked:
+            known = known & ~wrong
         there = direct and isinstance(place, slice)
         gradient = target[place] if there else buffers[0, :n]
         p = buffers[0, :n] if inplace else gradient
-        if shifted or cap or x.dtype != torch.float32:
+        if shifted or cap or out_of is not None or x.dtype != torch.float32:
             x = (buffers[1, :n] if entropy else p).copy_(x)
         if cap:
             slack = _soft_cap(x, cap, None if out is None else buffers[-1, :n])
+        if out_of is not None:
+            x.masked_fill_(out_of, -torch.inf)
         if shifted:
             top = x.amax(-1, keepdim=True).clamp_(min=LOWEST) if whole is None else whole[tokens, :1]
             x.sub_(top)
@@ -93,6 +99,8 @@ def read_rows(
             x_small = source[place][small].float()
             if cap:
                 _soft_cap(x_small, cap, None)
+            if out_of is not None:
+                x_small.masked_fill_(out_of[small], -torch.inf)
             x_small -= x_small.amax(-1, keepdim=True)
             x_small /= 1.0 if temperature is None else temperature[small]
             logps[small] = x_small.log_softmax(-1).gather(1, ids[small])
@@ -109,7 +117,7 @@ def read_rows(
             stats[tokens] = torch.cat([top, mass, mean / LN2], dim=1)
         yield Rows(tokens, len(pieces) == 1, logps, gradient, ids, known, temperature, x, p, p_token, mass, mean)
         if slack is not None:
-            gradient.mul_(slack)
+            gradient.mul_(slack if out_of is None else slack.masked_fill_(out_of, 0.0))
         if out is not None and not there:
             target[place] = gradient.to(target.dtype)
 

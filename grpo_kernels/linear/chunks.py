@@ -8,6 +8,7 @@
 Rows that do not count are left out before the products.
 """
 
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -49,6 +50,22 @@ class Rows:
         flat = expand(x, self.batch).reshape(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
 
+    @functools.cached_property
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        return self.per_token(self.batch.support_first), self.per_token(self.batch.support_last)
+
+    def restricted(self, start: int, end: int, each: bool = False) -> dict[str, Tensor]:
+        """What so many of them are restricted to, as fields of a batch (1, n), or of one sequence ``each`` (n, 1)."""
+        batch, place = self.batch, (slice(None), None) if each else (None,)
+        if batch.support is not None:
+            first, last = (x[start:end][place] for x in self._ranges)
+            return {"support": batch.support, "support_first": first, "support_last": last}
+        if batch.support_mask is None:
+            return {}
+        places = torch.arange(start, end, device=batch.ids.device) if self.index is None else self.index[start:end]
+        T = batch.ids.shape[1]
+        return {"support_mask": batch.support_mask[places // T, places % T][place]}
+
     def spread_out(self, x: Tensor) -> Tensor:
         """(B, T) of (n,): 0 where a token was not read, NaN where it was left unread."""
         shape = self.batch.ids.shape
@@ -88,7 +105,7 @@ def row_chunks(
         part = batch.with_only(
             **{name: None if x is None else x[start:end, None] for name, x in of_tokens.items()},
             count=count[start:end] if of_rows else count, loss_scale=batch.loss_scale, tokens=batch.tokens,
-            entropy_coef=batch.entropy_coef,
+            entropy_coef=batch.entropy_coef, **rows.restricted(start, end, each=True),
         )  # fmt: skip
         lp, H = run.gradient(z, z, part, plan, entropy)
         logps[start:end] = lp[:, 0]
@@ -129,7 +146,8 @@ def sequence_chunks(
         for a, b in pieces:
             h = head.rows(a, b)
             z = head.logits(h)[None]
-            lp, H, stat = run.logprobs(z, _tokens_of(part, a - start, b - start), plan, entropy)
+            tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
+            lp, H, stat = run.logprobs(z, tokens, plan, entropy)
             stats.append(stat)
             logps[a:b] = lp[0]
             if entropy:
@@ -145,7 +163,7 @@ def sequence_chunks(
                 z = head.logits(h)[None]
             here = slice(a - start, b - start)
             slope_h = slope_H[:, here].contiguous() if plan.bonus else None
-            tokens = _tokens_of(part, a - start, b - start)
+            tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
             run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None)
             head.add(into, a, b, h, z[0], a == 0)
     _finish(head, into)
@@ -161,7 +179,8 @@ def score(
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         z = head.logits(head.rows(start, end))[None]
-        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
+        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
+                               **rows.restricted(start, end))  # fmt: skip
         lp, H, stat = run.logprobs(z, part, plan, entropy)
         stats[start:end] = stat
         logps[start:end] = lp[0]
@@ -183,7 +202,8 @@ def pull_back(
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         x = head.rows(start, end)
         z = head.logits(x)[None]
-        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
+        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
+                               **rows.restricted(start, end))  # fmt: skip
         run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))
         head.add(into, start, end, x, z[0], start == 0)
     _finish(head, into)

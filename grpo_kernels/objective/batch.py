@@ -40,6 +40,10 @@ class Batch(NamedTuple):
     batch_std: torch.Tensor | None = None  # (): spread of all rewards, those of other ranks too; for that scale alone
     cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input
     segments: torch.Tensor | None = None  # (N,) int32: the sequence of each packed token
+    support: torch.Tensor | None = None  # (M,) int32: ids that rows are restricted to, see `Support`
+    support_first: torch.Tensor | None = None  # as ids: of those the place of a row's first, and
+    support_last: torch.Tensor | None = None  # as ids: that behind its last; the same: not restricted
+    support_mask: torch.Tensor | None = None  # (*ids, V) bool, in place of these; False throughout: not restricted
     groups: torch.Tensor | None = None  # (2, B) int32: first row and size of each sequence's group; None: all the same
     # From here on numbers.
     one_temperature: float = 1.0
@@ -101,6 +105,7 @@ class Batch(NamedTuple):
 
 
 _TENSORS = Batch._fields.index("one_temperature")
+SUPPORT = ("support", "support_first", "support_last", "support_mask")
 _NO_TENSORS = dict.fromkeys(Batch._fields[:_TENSORS])
 
 

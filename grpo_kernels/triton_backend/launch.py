@@ -59,7 +59,7 @@ def _score(logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, st
             *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(wanted), *_strides(batch.temperature),
             batch.sequences, ids.shape[1], V, int(batch.num_generations), 1.0 / batch.one_temperature, batch.cap,
             batch.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            PART=part, **_tile(logprob_shape, V, logits, capped=batch.cap is not None),
+            PART=part, **_support(batch), **_tile(logprob_shape, V, logits, crowding=_crowding(batch)),
         )  # fmt: skip
 
 
@@ -104,7 +104,8 @@ def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torc
     with _on(logits):
         if chip is None:
             run = _over(loss_kernel, B * rows)
-            tile = _tile(gradient_shape, V, logits, out, capped=batch.cap is not None)
+            tile = _tile(gradient_shape, V, logits, out, crowding=_crowding(batch))
+            tile = {**tile, **_support(batch, logits, out)}
         else:
             batch = chip.with_advantages(batch, plan)
             run, tile = chip.launcher(logits, batch, entropy)
@@ -135,7 +136,7 @@ def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(batch.mask),
             *_strides(batch.temperature), *_strides(up), _at(batch),
             batch.sequences, ids.shape[1], rows, V, 1.0 / batch.one_temperature, batch.cap,
-            **_tile(gradient_shape, V, logits, out, capped=batch.cap is not None),
+            **_support(batch, logits, out), **_tile(gradient_shape, V, logits, out, crowding=_crowding(batch)),
         )  # fmt: skip
 
 
@@ -260,6 +261,26 @@ def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch
     return numbers, lengths
 
 
+def _support(batch: Batch, *logits_and_out: torch.Tensor) -> dict:
+    """What rows are restricted to, for their kernels; with the logits and ``out``, for those that write a gradient.
+
+    Where it takes the place of the logits, there is room for the entries of all ids.
+    """
+    ids, mask = batch.support, batch.support_mask
+    found = {
+        "support": ids, "support_first": batch.support_first, "support_last": batch.support_last,
+        "keep": None if mask is None else mask.view(torch.uint8), "M": 0 if ids is None else ids.shape[0],
+        **dict(zip(("support_b", "support_t"), _strides(batch.support_first))),
+        **dict(zip(("keep_b", "keep_t"), _strides(mask))),
+        "KEEP_ALIGNED": mask is not None and _is_aligned(mask),
+    }  # fmt: skip
+    if logits_and_out:
+        logits, out = logits_and_out
+        over = ids is not None and logits.untyped_storage()._cdata == out.untyped_storage()._cdata
+        found["scratch"] = ids.new_empty(ids.shape, dtype=torch.float32) if over else None
+    return found
+
+
 def _over(kernel, programs: int):
     """The kernel, to be called over so many programs; over none there is nothing to launch, and CUDA refuses."""
     return kernel[(programs,)] if programs else lambda *args, **kwargs: None
@@ -270,7 +291,19 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int]:
+def _crowding(batch: Batch) -> int:
+    """How many times fewer lines a row's pass can hold: under a soft cap, or beside a mask."""
+    if batch.support_mask is not None:
+        return 4
+    return 1 if batch.cap is None else 2
+
+
+def _is_aligned(mask: torch.Tensor) -> bool:
+    """Whether each row of it starts at a multiple of 16 bytes, and its length is one."""
+    return not any(x % 16 for x in (mask.data_ptr(), mask.shape[2], *_strides(mask)))
+
+
+def _tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int = 1) -> dict[str, int]:
     """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
 
     ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
@@ -282,18 +315,18 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     for x in tensors:
         seq, tok = _strides(x)
         off.append((x.data_ptr() % line, seq * size % line, tok * size % line))
-    return _tile_of(shape, V, size, line, tuple(off), capped)
+    return _tile_of(shape, V, size, line, tuple(off), crowding)
 
 
 @functools.lru_cache(maxsize=256)
 def _tile_of(
-    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], capped: bool
+    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], crowding: int
 ) -> dict[str, int]:
     places = {boundary: {tuple(at % boundary for at in each) for each in off} for boundary in (line, 16)}
     wide = next((boundary for boundary, each in places.items() if len(each) == 1), size)
     aligned = places[16] == {(0, 0, 0)} and V % 16 == 0
     wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
-    return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, capped)}
+    return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, crowding)}
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:

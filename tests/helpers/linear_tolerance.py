@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import reference
+from reference.supports import restrict
 from tolerance import EPS, RUN_ONLY, Bounds, U, assert_within, bounds, logprob_bounds, steps, written
 
 LINEAR_ONLY = (*RUN_ONLY, "chunk_bytes", "num_rows", "accumulate_in_fp32")
@@ -24,6 +25,7 @@ def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_s
     """(bounds of the outputs; of the gradients of hidden, weight, bias, as far as they exist and are not frozen).
 
     Args: as of `linear_cases.expected`.
+        support: of padded input, as lists of ids.
         roundings: how often a gradient is rounded on its way out, once more for an upstream gradient.
     """
     dtype = head["hidden"].dtype
@@ -31,8 +33,13 @@ def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_s
     h, W, b = (x if x is None else x.detach().cpu().double() for x in given)
     kwargs = {k: v for k, v in {**inputs, **kwargs}.items() if k not in LINEAR_ONLY}
     kwargs = {k: v.cpu() if torch.is_tensor(v) else v for k, v in kwargs.items()}
+    support = kwargs.pop("support", None)
     z, d_z = product(h, W, b, dtype)
     z, slope, d_z, d_slope = capped(z, d_z, logit_scale, softcap)
+    if support is not None:
+        ids, mask = kwargs["completion_ids"], kwargs["completion_mask"]
+        T = ids.shape[1]
+        z = torch.cat([restrict(z[:, :T], ids.where(mask, 0), mask, support), z[:, T:]], dim=1)
     allowed = bounds(z, **kwargs, upstream=upstream, d_logits=d_z, dtype=torch.float64)
 
     leaf = z.clone().requires_grad_()

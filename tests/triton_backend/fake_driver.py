@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
 from counting import bare_ops
-from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels import Support, fused_grpo_loss, token_logprobs
 from grpo_kernels.triton_backend import launch, ways
 
 
@@ -73,6 +73,9 @@ STRUCTURES = {
     "gspo, none": {"loss_type": "gspo", "reduction": "none", "mask": True},
     "full, fp16": {"dtype": torch.float16, "mask": True, "token": True, "tensors": True, "beta": 0.1,
                    "entropy_coef": 0.1},
+    "id lists": {"restricted": "lists", "mask": True, "entropy_coef": 0.1},
+    "id lists, logprobs": {"restricted": "lists", "logprobs": True},
+    "kept mask": {"restricted": "mask", "loss_type": "gspo"},
 }  # fmt: skip
 ON_CHIP = {name: {**STRUCTURES[name], "dtype": torch.bfloat16} for name in ("lean", "skip", "rewards", "full")}
 
@@ -92,6 +95,7 @@ VALUES = [
     *({"max_completion_length": n} for n in (1, 16, 1000)),
     *({"number": n} for n in (1, 16, 0.5)),
     *({"kind": kind} for kind in ("offset", "gaps", "huge")),
+    *({"K": K} for K in (0, 1, 15, 16, 512)),
     {"extra": 1},
     {"extra": 1, "T": 1},
     *({"B": B, "T": T} for B in (1, 2, 3, 4, 5, 7, 8, 12, 16, 33) for T in (1, 2, 3, 5, 8, 11, 16, 31, 32, 63)),
@@ -132,10 +136,16 @@ def call(structure: dict, value: dict, V: int) -> None:
         x = torch.cat([x, x], 1)[:, 1 : 1 + T + extra]
     x = x.requires_grad_(s.pop("grad", True))
     ids = tensor((B, T), torch.int64, **like)
+    support, K = s.pop("restricted", None), s.pop("K", 5)
+    if support == "lists":
+        support = Support(tensor((B * T * K,), torch.int64, **like), tensor((B * T + 1,), torch.int64, **like))
+    elif support == "mask":
+        support = tensor((B, T, V), torch.bool, device=device)
     if s.pop("logprobs", False):
-        loss = token_logprobs(x, ids, backend="triton", temperature=s.get("temperature", 1.0)).logps
+        loss = token_logprobs(x, ids, backend="triton", temperature=s.get("temperature", 1.0),
+                              support=support).logps  # fmt: skip
     else:
-        loss = fused_grpo_loss(x, ids, backend="triton", **inputs, **s).loss
+        loss = fused_grpo_loss(x, ids, backend="triton", support=support, **inputs, **s).loss
     if x.requires_grad:
         torch.autograd.grad(loss, x, torch.full_like(loss, 0.5))
 
