@@ -24,6 +24,8 @@ class Case:
     backward: bool = True
     bias: bool = False
     tokens: int = 8  # of each of four sequences
+    kept: int = 0  # ids that each row's sampler kept, its own among them; 0: no support
+    dense: bool = False  # the support as a mask
     rows: str = ""  # GRPO_KERNELS_ROWS
     how: str = ""  # "graph": captured and replayed; "compile": by torch.compile
     small: bool = False  # runs without a GPU, interpreted
@@ -75,6 +77,26 @@ def on_chip_cases() -> list[Case]:
         on_chip("(B, T+1, V), in place", QWEN, layout="extra", inplace=True),
         on_chip("tokens of probability e^-200", QWEN, spoil="rare", return_entropy=True, **full),
         on_chip("a NaN row, in place", 32000, spoil="nan", inplace=True, **full),
+    ]
+
+
+def support_cases() -> list[Case]:
+    full = {"beta": 0.04}
+    return [
+        case("support: 64 ids", kept=64, **full),
+        case("support: 64 ids, entropies, bonus", kept=64, return_entropy=True, entropy_coef=0.01),
+        case("support: 4096 ids, in place", kept=4096, inplace=True, **full),
+        case("support: 4096 ids, gspo", GPT2, kept=4096, loss_type="gspo"),
+        case("support: 64 ids, packed", 32000, FP32, kept=64, layout="packed", **full),
+        case("support: 20 ids, (B, T+1, V)", 131, FP32, small=True, kept=20, layout="extra", **full),
+        case("support: mask", kept=4096, dense=True, return_entropy=True, **full),
+        case("support: mask, in place", GPT2, kept=64, dense=True, inplace=True),
+        case("support: mask, gspo", 32000, FP16, kept=64, dense=True, loss_type="gspo"),
+        case("log-probs: support, forward", kind="logps", kept=64, backward=False, return_entropy=True),
+        case("log-probs: support, and backward", GPT2, kind="logps", kept=512, return_entropy=True),
+        case("log-probs: mask, and backward", kind="logps", kept=64, dense=True),
+        case("head: support", 32000, kind="head", kept=64, chunk_bytes=10 * 64000, **full),
+        case("head log-probs: mask", 131, FP32, kind="head logps", kept=20, dense=True),
     ]
 
 
@@ -156,6 +178,7 @@ def all_cases(with_compile: bool = False) -> list[Case]:
         case("head log-probs: and backward", GPT2, kind="head logps"),
         case("loss: CUDA graph", how="graph", **full),
         case("loss: CUDA graph, gspo", GPT2, how="graph", loss_type="gspo"),
+        *support_cases(),
         *on_chip_cases(),
     ]
     if with_compile:

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.smoke_cases import BF16, FP16, FP32, Case
-from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
+from grpo_kernels import (
+    Support,
+    fused_grpo_loss,
+    fused_linear_grpo_loss,
+    linear_token_logprobs,
+    policy_loss,
+    token_logprobs,
+)
 from grpo_kernels.call import ops as kernel_ops
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
@@ -54,7 +61,8 @@ class Job:
             size = (sequences,) if self.temperature == "sequences" else self.shape
             self.temperature = self._uniform(*size, low=0.7, high=1.3)
         self.head: dict[str, Tensor] = {}
-        self.z = self._logits_of_head() if case.head else self._logits()
+        self.whole = self.z = self._logits_of_head() if case.head else self._logits()
+        self.support = self._restrict() if case.kept else None
         near, _ = exact_token_logprobs(self._rows(self._scores(self.z.double())), self._rows(self.ids),
                                        self._rows(self.temperature), self._rows(self.mask))  # fmt: skip
         near = near.view(self.shape)
@@ -113,9 +121,20 @@ class Job:
         self.ids = (torch.softmax(self._scores(z.float()), -1) / noise).argmax(-1).view(self.shape)
         return z.view(*self.shape, self.V)
 
+    def _restrict(self) -> Tensor | Support:
+        """The ids that a sampler kept; the fourth row has none, which restricts nothing. `z` is −inf elsewhere."""
+        n, V = self.mask.numel(), self.V
+        kept = torch.rand(n, V, device=self.device, generator=self.generator).argsort(-1)[:, : self.case.kept]
+        kept[:, 0] = self.ids.view(n)
+        rows = [*kept[:3].tolist(), [], *kept[4:].tolist()]
+        mask = torch.zeros(n, V, dtype=torch.bool, device=self.device).scatter_(-1, kept, True)
+        mask[3] = True
+        self.z = torch.where(mask.view(self.z.shape), self.z, -math.inf)
+        return mask.view(self.z.shape) if self.case.dense else Support.from_lists(rows, device=self.device)
+
     def _spoilt(self) -> tuple[Tensor, Tensor]:
         """(logits, ids) as they are handed over; masked rows and the position that is not read hold NaN."""
-        case, z, ids = self.case, self.z.clone(), self.ids.clone()
+        case, z, ids = self.case, self.whole.clone(), self.ids.clone()
         z[~self.mask] = math.nan
         if case.spoil == "nan":
             z.view(-1, self.V)[self.odd, self.V // 3] = math.nan
@@ -142,6 +161,7 @@ class Job:
         options |= {name: self.tensors[name] if ours else self.tensors[name].double() for name in wanted}
         if ours and isinstance(self.temperature, Tensor):
             options["temperature"] = self.temperature
+        options |= {"support": self.support} if ours and self.case.kept else {}
         return {**options, "completion_mask": self.mask, "cu_seqlens": self.cu}
 
     # --- the call -------------------------------------------------------------------------------
@@ -174,6 +194,7 @@ class Job:
             return self._run_parts(leaves["logits"])
         if case.kind in ("logps", "head logps"):
             options = {**case.options, "temperature": self.temperature, "mask": self.mask, "backend": "triton"}
+            options |= {"support": self.support} if case.kept else {}
             function = linear_token_logprobs if case.head else token_logprobs
             out = function(**leaves, completion_ids=ids, **options)
             results, loss = {"logps": out.logps}, out.logps
