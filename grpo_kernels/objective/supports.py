@@ -138,11 +138,7 @@ class Support:
             there = there & (torch.arange(token_ids.shape[-1], device=token_ids.device) < sizes[..., None])
         if token_ids.device.type == "cpu":
             return cls._made(token_ids[there], _offsets(there.sum(-1).reshape(-1)))
-        # How many there are only the device knows: those that are there move to the front of as many places.
-        flat = there.reshape(-1)
-        place = torch.where(flat, flat.cumsum(0) - 1, flat.shape[0])
-        front = token_ids.new_full((flat.shape[0] + 1,), -1).scatter_(0, place, token_ids.reshape(-1))
-        return cls._made(front[:-1], _offsets(there.sum(-1).reshape(-1)))
+        return cls._made(_at_front(token_ids, there), _offsets(there.sum(-1).reshape(-1)))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Support":
@@ -208,6 +204,13 @@ def _check_integers(name: str, x: Tensor, shape: str | None) -> None:
 
 def _offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
+
+
+def _at_front(token_ids: Tensor, there: Tensor) -> Tensor:
+    """The ids that are there, then −1: as many places as ids, since only the device knows how many are there."""
+    flat = there.reshape(-1)
+    place = torch.where(flat, flat.cumsum(0) - 1, flat.shape[0])
+    return token_ids.new_full((flat.shape[0] + 1,), -1).scatter_(0, place, token_ids.reshape(-1))[:-1]
 
 
 def _mark_repeated(ids: Tensor, offsets: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 
 from cases import DEVICE
 from grpo_kernels import Support
+from grpo_kernels.objective import supports
 from grpo_kernels.objective.supports import REPEATED
 
 ROWS = [[3, 1], [], [7], [2, 5, 4]]
@@ -85,13 +86,11 @@ def test_vllm_padding(padding, wanted):
     assert lists(support) == wanted
 
 
-def test_padded_ids_move_to_the_front_where_their_number_is_not_known(monkeypatch):
+def test_padded_ids_move_to_the_front():
     """What a GPU does, which does not tell the host how many are there."""
-    device = SimpleNamespace(type="cuda")
-    padded = PADDED.clone()
-    monkeypatch.setattr(torch.Tensor, "device", property(lambda x: device if x is padded else torch.device("cpu")))
-    support = Support.from_padded(padded)
-    assert lists(support) == [sorted(row) for row in ROWS] and support.ids.shape == (12,)
+    front = supports._at_front(PADDED, PADDED >= 0)
+    there = PADDED[PADDED >= 0].tolist()
+    assert front.tolist() == there + [-1] * (PADDED.numel() - len(there))
 
 
 @pytest.mark.unshifted
