@@ -20,6 +20,7 @@ from grpo_kernels.triton_backend.row_kernels import logprob_kernel, loss_kernel,
 from grpo_kernels.triton_backend.sequence_kernels import correction_kernel, segments_kernel, spread_kernel
 from grpo_kernels.triton_backend.shapes import (
     OPTIONS,
+    SCALING_WARPS,
     block_shape,
     gradient_shape,
     line_bytes,
@@ -141,12 +142,13 @@ def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
 
 
 def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
-    """out = grad · up, in place or not; nothing moves in place where up is 1."""
+    """out = grad · up, in place or not; nothing moves in place where up is 1, as it mostly is."""
     B, rows, V = grad.shape
+    tile = _tile(gradient_shape, V, grad, out)
     with _on(grad):
-        _over(scale_kernel, B * rows)(
-            grad, out, up, *grad.stride()[:2], *out.stride()[:2], rows, V,
-            SAME=grad.data_ptr() == out.data_ptr(), **_tile(gradient_shape, V, grad, out),
+        _over(scale_kernel, min(B * rows, SCALING_WARPS // tile["num_warps"]))(
+            grad, out, up, *grad.stride()[:2], *out.stride()[:2], B, rows, V,
+            SAME=grad.data_ptr() == out.data_ptr(), **tile,
         )  # fmt: skip
 
 

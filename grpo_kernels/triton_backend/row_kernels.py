@@ -311,16 +311,17 @@ def loss_kernel(
 def scale_kernel(
     grad, out, up,  # [B, rows, V], [B, rows, V], []
     grad_b, grad_t, out_b, out_t,
-    rows, V,
+    B, rows, V,
     SAME: tl.constexpr, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """out = grad · up. Where both are one tensor (SAME) and up is 1, nothing is read or written."""
+    """out = grad · up, rows in turns. Where both are one tensor (SAME) and up is 1, nothing is read or written."""
     factor = tl.load(up).to(tl.float32)
     if SAME:
         if factor == 1.0:
             return
-    seq = (tl.program_id(0) // rows).to(tl.int64)
-    tok = (tl.program_id(0) % rows).to(tl.int64)
-    src = row_at(grad, seq, tok, grad_b, grad_t, ALIGNED)
-    dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
-    scale_row(dst, src, V, factor, ALIGNED, K, N, W, EDGE)
+    for row in range(tl.program_id(0), B * rows, tl.num_programs(0)):
+        seq = (row // rows).to(tl.int64)
+        tok = (row % rows).to(tl.int64)
+        src = row_at(grad, seq, tok, grad_b, grad_t, ALIGNED)
+        dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
+        scale_row(dst, src, V, factor, ALIGNED, K, N, W, EDGE)

@@ -7,6 +7,7 @@ import torch
 
 from cases import BACKENDS, DEVICE, assert_outputs, check, expected, make_case, on_device, ours
 from grpo_kernels import LossConfig, fused_grpo_loss
+from grpo_kernels.triton_backend import launch
 from tolerance import assert_within, bounds
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -116,6 +117,13 @@ def test_upstream_gradient(dtype, upstream, entropy_coef, backend):
         case.logits, backend, **case.inputs(*FULL, "advantages"), beta=0.1, entropy_coef=entropy_coef,
         upstream=upstream, loss_scale=1e-3,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("extra", (0, 1))
+def test_upstream_gradient_of_more_rows_than_programs(extra, monkeypatch):
+    monkeypatch.setattr(launch, "SCALING_WARPS", 28)  # 7 programs
+    case = make_case(seed=8, extra=extra)
+    check(case.logits, "triton", **case.inputs(*FULL, "advantages"), upstream=-3.0)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
