@@ -50,6 +50,11 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "onchip lag 4": ({"lag": 4}, {"lag": 3}),
     "onchip lines 2": ({"slots": 14, "lines": 2, "lag": 4}, {"slots": 3, "lines": 4}),
     "onchip wide": ({"slots": 7, "lines": 2, "warps": 32, "registers": 64}, {"programs": 4, "registers": 64}),
+    # So many eighths of the sum's exponentials, then of the gradient's, are polynomials.
+    **{
+        f"onchip poly {a}+{b}": ({"sum_eighths": a, "grad_eighths": b},) * 2
+        for a, b in ((2, 2), (2, 0), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3))
+    },
 }
 FIELDS = (
     "device", "capability", "torch", "triton", "commit", "vocab", "dtype", "rows", "masked", "mode", "implementation",
