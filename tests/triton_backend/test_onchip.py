@@ -231,6 +231,7 @@ ODD_ROWS = {  # what the row is like, and what its gradient must be
     "huge logits": ("all", 1e5),
     "NaN": ("one", torch.nan),
     "+inf": ("one", torch.inf),
+    "an entry far above": ("one", 300.0),
 }
 
 
