@@ -11,6 +11,7 @@ import argparse
 import csv
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -50,6 +51,11 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "onchip lag 4": ({"lag": 4}, {"lag": 3}),
     "onchip lines 2": ({"slots": 14, "lines": 2, "lag": 4}, {"slots": 3, "lines": 4}),
     "onchip wide": ({"slots": 7, "lines": 2, "warps": 32, "registers": 64}, {"programs": 4, "registers": 64}),
+    # So many eighths of the sum's exponentials, then of the gradient's, are polynomials.
+    **{
+        f"onchip poly {a}+{b}": ({"sum_eighths": a, "grad_eighths": b},) * 2
+        for a, b in ((2, 2), (2, 0), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3))
+    },
 }
 FIELDS = (
     "device", "capability", "torch", "triton", "commit", "vocab", "dtype", "rows", "masked", "mode", "implementation",
@@ -199,7 +205,7 @@ def records() -> list[Path]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/kernels.csv")
-    parser.add_argument("--variants", action="store_true", help="other shapes of the on-chip kernel too")
+    parser.add_argument("--variants", nargs="?", const="", metavar="REGEX", help="other on-chip shapes, too")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each row of the table")
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     parser.add_argument("--workers", type=int, default=workers, help=f"processes that compile first ({workers})")
@@ -213,7 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hasten()
     cases = CASES if device.type == "cuda" else TINY
-    names = ["triton", "onchip", *(VARIANTS if arguments.variants else ())]
+    chosen = [] if arguments.variants is None else [name for name in VARIANTS if re.search(arguments.variants, name)]
+    names = ["triton", "onchip", *chosen]
     where = environment.describe(device)
     print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {where['commit']}", flush=True)
     if device.type == "cuda" and arguments.workers:

@@ -1,7 +1,8 @@
 """What the compiler makes of the on-chip kernel, for GPUs that need not be there: `python -m benchmarks.onchip_report`.
 
-Registers, stack, spills, shared memory and barriers of its machine code, and instructions per entry of its main loop,
-which writes a row's gradient and sums the next one. Run without TRITON_INTERPRET. Exit status 1 where anything spills.
+Registers, stack, spills, shared memory and barriers of its machine code, and instructions and exponentials per entry of
+its main loop, which writes a row's gradient and sums the next one. Run without TRITON_INTERPRET. Exit status 1 where
+anything spills.
 """
 
 import argparse
@@ -23,8 +24,11 @@ from grpo_kernels.triton_backend import launch, onchip_launch, ways
 VOCABULARIES, CHIPS = (32000, 128256, 151936), ("sm_90", "sm_100")
 
 
-def record_launches(V: int) -> list[Launch]:
-    """The kernel in a usual form, its fullest, packed, and with every term, as the package launches it."""
+def record_launches(V: int, **changes: int) -> list[Launch]:
+    """The kernel in a usual form, its fullest, packed, and with every term, as the package launches it.
+
+    ``changes``: constants of its shape that are others.
+    """
     B, T = 2, 2
     logits = torch.zeros(B, T, V, dtype=torch.bfloat16)
     ids, token, sequence, one = torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T), torch.zeros(B), torch.ones(())
@@ -45,6 +49,7 @@ def record_launches(V: int) -> list[Launch]:
         def launcher(cls, logits, batch, entropy):
             shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(batch, entropy))
             del shape["programs"]
+            shape |= changes
             return Recorder(onchip_launch.onchip_kernel, launches, cls.label)[(1,)], shape
 
     def run(label: str, batch: Batch, plan: Plan, entropy: bool = False) -> None:
@@ -75,15 +80,17 @@ def machine_code_of(each: Launch, target: str) -> dict:
     row = {"kernel": each.label.strip(), "target": target, "V": each.arguments["V"], "shared": compiled.metadata.shared}
     row |= machine_code.nvidia(compiled.asm["cubin"])
     row["barriers"] = len(re.findall(r"\bbar\.sync|\bbarrier\.sync", compiled.asm["ptx"]))
-    # Two exponentials per entry: the one of the gradient, and that of the next row's sum.
-    main = max((loop for loop in row["loops"] if loop["stores"]), key=lambda loop: loop["ex2"], default=None)
-    row["per_entry"] = 2 * main["instructions"] / main["ex2"] if main and main["ex2"] else float("nan")
+    # Of every entry the gradient is written, eight by a store, and one of the next row is summed.
+    main = max((loop for loop in row["loops"] if loop["wide_stores"]), key=lambda loop: loop["ex2"], default=None)
+    for name in ("instructions", "ex2"):
+        row[f"{name}_per_entry"] = main[name] / (8 * main["wide_stores"]) if main else float("nan")
     return row
 
 
 def line(row: dict) -> str:
     numbers = f"{row['registers']:4}{row['stack']:4}{row['spills']:4}{row['shared']:8}{row['barriers']:4}"
-    return f"{row['target']:7}{row['V']:7} {row['kernel'].replace('_kernel', ''):32}{numbers}{row['per_entry']:6.1f}"
+    per_entry = f"{row['instructions_per_entry']:6.1f}{row['ex2_per_entry']:6.2f}"
+    return f"{row['target']:7}{row['V']:7} {row['kernel'].replace('_kernel', ''):32}{numbers}{per_entry}"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,15 +98,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABULARIES))
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--only", metavar="REGEX", default="", help="forms that match")
+    for name in ("sum", "grad"):
+        parser.add_argument(f"--{name}-eighths", type=int, metavar="N", help="of its exponentials that are polynomials")
     args = parser.parse_args(argv)
+    given = {"SUM_EIGHTHS": args.sum_eighths, "GRAD_EIGHTHS": args.grad_eighths}
+    changes = {name: value for name, value in given.items() if value is not None}
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("onchip_report compiles: unset TRITON_INTERPRET.")
     print(f"Triton {triton.__version__}. reg: registers; stk: bytes of stack; spl: spills; smem: bytes of shared")
-    print("memory; bar: barriers in the code; ins: instructions per entry in the main loop")
-    print(f"{'target':7}{'V':>7} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>8}{'bar':>4}{'ins':>6}")
+    print("memory; bar: barriers in the code; ins, ex2: instructions and exponentials per entry in the main loop")
+    print(f"{'target':7}{'V':>7} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>8}{'bar':>4}{'ins':>6}{'ex2':>6}")
     bad = 0
     for V in args.vocab:
-        for each in record_launches(V):
+        for each in record_launches(V, **changes):
             if not re.search(args.only, each.label):
                 continue
             for target in args.target:

@@ -95,12 +95,13 @@ def onchip_kernel(
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
     S: tl.constexpr, K: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LAG: tl.constexpr,
-    WARPS: tl.constexpr,
+    WARPS: tl.constexpr, SUM_EIGHTHS: tl.constexpr, GRAD_EIGHTHS: tl.constexpr,
 ):  # fmt: skip
     """`loss_kernel`, with its arguments; rewards, groups and a cap are not there. V is a multiple of 8.
 
     S slots of K lines, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a thread. The slots are
-    full: S·K lines are less than a row.
+    full: S·K lines are less than a row. Of the exponentials, SUM_EIGHTHS of the sum and GRAD_EIGHTHS of the gradient
+    are polynomials, which leaves less to the unit that computes exponentials.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
@@ -149,11 +150,11 @@ def onchip_kernel(
     part2 = load_words(src, at2, end)
     if D3 > 0:
         part3 = load_words(src, at3, end)
-    total, moment = sum_slots(slots, nothing, nothing, scale, x_token * scale, S, L, ENTROPY)
-    total, moment = absorb(total, moment, part1, scale, x_token * scale, ENTROPY)
-    total, moment = absorb(total, moment, part2, scale, x_token * scale, ENTROPY)
+    total, moment = sum_slots(slots, nothing, nothing, scale, x_token * scale, S, L, ENTROPY, SUM_EIGHTHS)
+    total, moment = absorb(total, moment, part1, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L)
+    total, moment = absorb(total, moment, part2, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L)
     if D3 > 0:
-        total, moment = absorb(total, moment, part3, scale, x_token * scale, ENTROPY)
+        total, moment = absorb(total, moment, part3, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L)
 
     while n < all_rows:
         # Of the next row all numbers, of the one after it the mask and the token.
@@ -226,34 +227,37 @@ def onchip_kernel(
         total = nothing
         moment = nothing
         if regular:
-            write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS)
+            write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L)
             part1 = load_words(src1, at1, end1)
-            write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS)
+            write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L)
             if D3 > 0:
-                write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS)
+                write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS,
+                             L)  # fmt: skip
             part2 = load_words(src1, at2, end1)
             if D3 > 0:
                 part3 = load_words(src1, at3, end1)
             for s in range(LAG):
                 write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
-                             False, BONUS)  # fmt: skip
+                             False, BONUS, GRAD_EIGHTHS, L)  # fmt: skip
                 fetch(slots, s, src1, at + s * TILE, live1)
             for s in range(LAG, S):
                 write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
-                             False, BONUS)  # fmt: skip
+                             False, BONUS, GRAD_EIGHTHS, L)  # fmt: skip
                 fetch(slots, s, src1, at + s * TILE, live1)
                 wait_group(LAG)
-                total, moment = absorb(total, moment, slots.index(s - LAG).load(L), scale1, off1, ENTROPY)
+                word = slots.index(s - LAG).load(L)
+                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
             for s in range(S - LAG, S):
                 commit_group()
                 wait_group(LAG)
-                total, moment = absorb(total, moment, slots.index(s).load(L), scale1, off1, ENTROPY)
+                word = slots.index(s).load(L)
+                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
             barrier()  # the token's entry is stored by another thread than the line's
             gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
-            total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY)
-            total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY)
+            total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+            total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
             if D3 > 0:
-                total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY)
+                total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
         else:
             if not idle:  # an exponent or a slope that `write_folded` cannot hold
                 write(dst, at1, END, part1, scale, off, slope, pull, True, BONUS)
@@ -277,11 +281,11 @@ def onchip_kernel(
             else:
                 gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             if live1:
-                total, moment = sum_slots(slots, total, moment, scale1, off1, S, L, ENTROPY)
-                total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY)
-                total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY)
+                total, moment = sum_slots(slots, total, moment, scale1, off1, S, L, ENTROPY, SUM_EIGHTHS)
+                total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+                total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
                 if D3 > 0:
-                    total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY)
+                    total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
 
         n = n + P
         state = state1

@@ -33,7 +33,8 @@ def crowded(batch: Batch, entropy: bool) -> bool:
     return entropy or sum(x is not None for x in more) > 2
 
 
-def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int) -> dict[str, int]:
+def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int,
+           sum_eighths: int = 0, grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
     line = 32 * warps * 8  # entries
     slots = min(slots, (V - 1) // (lines * line))
     left = -(-(V - slots * lines * line) // line)  # lines in registers: two parts of up to four, or three
@@ -42,7 +43,8 @@ def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: i
     third = _power(left - first - second) if left > first + second else 0
     return {
         "S": slots, "K": lines, "D1": first, "D2": second, "D3": third, "LAG": min(lag, slots),
-        "WARPS": warps, "num_warps": warps, "maxnreg": registers, "programs": programs, **OPTIONS,
+        "WARPS": warps, "num_warps": warps, "maxnreg": registers, "programs": programs,
+        "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
     }  # fmt: skip
 
 

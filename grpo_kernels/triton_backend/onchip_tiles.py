@@ -9,6 +9,12 @@ from grpo_kernels.triton_backend.gluon_names import commit_group, copy_to_shared
 from grpo_kernels.triton_backend.row import DEEP
 
 BANNED = constant(-8323200)  # 0xff80ff80: two entries of −inf
+SHIFT = constant(12582912.0)  # 1.5·2^23: a number of its size has no bits behind the point
+# 2^f = 1 + P1·f + ... + P5·f^5 = 1 + Q1·f + ... + Q3·f^3 for f from −1/2 to 1/2. Of the polynomials that are 1 at 0, so
+# that the 0 of −∞ is exact, these have the least largest relative error: 1.1e-7 and 1.01e-4.
+P1, P2, P3 = constant(0.6931470036506653), constant(0.24022242426872253), constant(0.05550733581185341)
+P4, P5 = constant(0.009671512991189957), constant(0.001326472731307149)
+Q1, Q2, Q3 = constant(0.6932829022407532), constant(0.24221095442771912), constant(0.05500893294811249)
 
 
 @gluon.jit
@@ -32,6 +38,48 @@ def entries(word):
 
 
 @gluon.jit
+def exp2_by_fma(d, SUMMED: gl.constexpr):
+    """2^d by a polynomial of d − round(d), with a relative error below 2^-22 where SUMMED, below 2^-13 else.
+
+    The former is that of the hardware's exp2, the latter a sixteenth of what rounding to bf16 leaves. The exponent is
+    put in by an integer addition. What is below 2^-126 becomes a number from 0 to 2^-126, and 0 where d is −∞. Where
+    SUMMED, NaN and what is above 2^127 become 2^127, which no anchored sum stays below; else d must be a number below
+    128, as that of a gradient is.
+    """
+    if SUMMED:
+        d = gl.minimum(d, 127.0)  # NaN loses
+    d = gl.maximum(d, -127.0)
+    shifted = d + SHIFT
+    rest = d - (shifted - SHIFT)  # from −1/2 to 1/2
+    if SUMMED:
+        value = gl.fma(rest, P5, P4)
+        value = gl.fma(rest, value, P3)
+        value = gl.fma(rest, value, P2)
+        value = gl.fma(rest, value, P1)
+    else:
+        value = gl.fma(rest, Q3, Q2)
+        value = gl.fma(rest, value, Q1)
+    value = gl.cast(gl.fma(rest, value, 1.0), gl.int32, bitcast=True)
+    return gl.cast(value + (gl.cast(shifted, gl.int32, bitcast=True) << 23), gl.float32, bitcast=True)
+
+
+@gluon.jit
+def exp2_of(low, high, EIGHTHS: gl.constexpr, SUMMED: gl.constexpr, L: gl.constexpr):
+    """2^low and 2^high of words' entries; so many eighths of them, spread evenly, by `exp2_by_fma`.
+
+    Which ones goes by their place in a thread's four words. That is known when the kernel is compiled, so only one side
+    of each choice is left in the code.
+    """
+    low2 = gl.exp2(low)
+    high2 = gl.exp2(high)
+    if EIGHTHS > 0:
+        i = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
+        low2 = gl.where((2 * i + 1) * EIGHTHS % 8 < EIGHTHS, exp2_by_fma(low, SUMMED), low2)
+        high2 = gl.where((2 * i + 2) * EIGHTHS % 8 < EIGHTHS, exp2_by_fma(high, SUMMED), high2)
+    return low2, high2
+
+
+@gluon.jit
 def load_words(row, at, end):
     return gl.load(row + at, mask=at < end, other=BANNED, eviction_policy="evict_first")
 
@@ -42,15 +90,15 @@ def per_thread_sum(x):
 
 
 @gluon.jit
-def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr):
+def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr):
     """Adds words to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
     low, high = entries(word)
     low = gl.fma(low, scale, -off)
     high = gl.fma(high, scale, -off)
-    total = total + per_thread_sum(gl.exp2(low) + gl.exp2(high))
+    low2, high2 = exp2_of(low, high, EIGHTHS, True, L)
+    total = total + per_thread_sum(low2 + high2)
     if ENTROPY:
-        low = gl.exp2(low) * gl.maximum(low, DEEP)
-        moment = moment + per_thread_sum(low + gl.exp2(high) * gl.maximum(high, DEEP))
+        moment = moment + per_thread_sum(low2 * gl.maximum(low, DEEP) + high2 * gl.maximum(high, DEEP))
     return total, moment
 
 
@@ -73,11 +121,10 @@ def write(dst, at, end, word, scale, off, slope, pull, MASKED: gl.constexpr, BON
 
 
 @gluon.jit
-def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr):
+def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr):
     """The same with the slope's size in the exponent and its sign as a mask, which spares a multiplication."""
     low, high = entries(word)
-    low = gl.exp2(gl.fma(low, scale, -off))
-    high = gl.exp2(gl.fma(high, scale, -off))
+    low, high = exp2_of(gl.fma(low, scale, -off), gl.fma(high, scale, -off), EIGHTHS, False, L)
     if MASKED:
         gl.store(dst + at, pack_bf16(low, high) ^ signs, mask=at < end)
     else:
@@ -85,11 +132,12 @@ def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr):
 
 
 @gluon.jit
-def write_either(dst, at, end, word, scale, off, slope, pull, folded, signs, MASKED: gl.constexpr, BONUS: gl.constexpr):
+def write_either(dst, at, end, word, scale, off, slope, pull, folded, signs, MASKED: gl.constexpr, BONUS: gl.constexpr,
+                 EIGHTHS: gl.constexpr, L: gl.constexpr):  # fmt: skip
     if BONUS:
         write(dst, at, end, word, scale, off, slope, pull, MASKED, True)
     else:
-        write_folded(dst, at, end, word, scale, folded, signs, MASKED)
+        write_folded(dst, at, end, word, scale, folded, signs, MASKED, EIGHTHS, L)
 
 
 @gluon.jit
@@ -100,11 +148,12 @@ def fetch(slots, slot, row, at, live):
 
 
 @gluon.jit
-def sum_slots(slots, total, moment, scale, off, S: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr):
+def sum_slots(slots, total, moment, scale, off, S: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr,
+              EIGHTHS: gl.constexpr):  # fmt: skip
     """The first pass over a row whose tiles have all been asked for."""
     for s in range(S):
         wait_group(S - 1)
-        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY)
+        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY, EIGHTHS, L)
         commit_group()
     return total, moment
 
@@ -122,5 +171,5 @@ def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.const
     moment = gl.zeros([N], gl.float32, ACC)
     for first in range(0, end, tile):
         word = load_words(row, at + first, end)
-        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY)
+        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY, 0, L)
     return highest, gl.sum(total, axis=0), gl.sum(moment, axis=0)

@@ -120,6 +120,10 @@ def maximum(a, b):  # as on hardware, NaN loses
     return torch.fmax(torch.as_tensor(a), torch.as_tensor(b, dtype=a.dtype))
 
 
+def minimum(a, b):
+    return torch.fmin(torch.as_tensor(a), torch.as_tensor(b, dtype=a.dtype))
+
+
 def fma(a, b, c):
     return (torch.as_tensor(a).double() * torch.as_tensor(b).double() + torch.as_tensor(c).double()).float()
 
@@ -137,8 +141,7 @@ def language(program: int, programs: int) -> types.SimpleNamespace:
         arange=lambda a, b, layout=None: torch.arange(a, b), multiple_of=lambda x, n: x,
         full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-        load=load, store=store, cast=cast, where=where, maximum=maximum, fma=fma,
-        minimum=lambda a, b: torch.minimum(a, torch.as_tensor(b, dtype=a.dtype)),
+        load=load, store=store, cast=cast, where=where, maximum=maximum, minimum=minimum, fma=fma,
         max=lambda x, axis: torch.where(x.isnan(), -math.inf, x).amax(axis), sum=lambda x, axis: x.sum(axis),
         **{name: of_numbers(getattr(torch, name)) for name in ("exp", "exp2", "log", "log2", "abs", "sqrt")},
     )  # fmt: skip

@@ -43,14 +43,19 @@ class Chip:
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
         self.kernel = None
+        self.eighths = (0, 0)
         monkeypatch.setenv(ways.VARIABLE, "onchip")
         monkeypatch.setattr(ways, "device_obstacle", lambda logits: None)
         monkeypatch.setattr(ways, "LEAST_BYTES", 0)
 
-    def set(self, programs=3, slots=3, lines=1, lag=2, **changes):
+    def set(self, programs=3, slots=3, lines=1, lag=2, eighths=None, **changes):
+        """``eighths``: of the exponentials in sums and in gradients that are polynomials; as before where not given."""
+        self.eighths = eighths or self.eighths
+
         def launcher(logits, inputs, entropy):
             shape = onchip_launch._shape(logits.shape[2], slots=slots, lines=lines, warps=1, lag=lag, registers=128,
-                                         programs=programs)  # fmt: skip
+                                         programs=programs, sum_eighths=self.eighths[0],
+                                         grad_eighths=self.eighths[1])  # fmt: skip
             del shape["programs"]
             rows = logits.shape[0] * logits.shape[1]
             self.kernel = Kernel(onchip.onchip_kernel, min(programs, rows), changes)
@@ -61,8 +66,11 @@ class Chip:
 
 
 @pytest.fixture
-def chip(monkeypatch):
-    return Chip(monkeypatch).set()
+def chip(monkeypatch, request):
+    return Chip(monkeypatch).set(eighths=getattr(request, "param", (0, 0)))
+
+
+both = pytest.mark.parametrize("chip", ((0, 0), (3, 8)), indirect=True, ids=("exp2", "polynomials"))
 
 
 def case_of(V=3 * LINE + 40, **kwargs):
@@ -81,6 +89,7 @@ pytestmark = pytest.mark.unshifted  # rows must start at multiples of 16 bytes
 
 
 @body
+@both
 @pytest.mark.parametrize("programs", (1, 3, 40))
 @pytest.mark.parametrize("name", SHAPES)
 def test_vocabularies_around_the_bounds_of_slots_and_lines(chip, name, programs):
@@ -163,6 +172,7 @@ OBJECTIVES = {
 
 
 @body
+@both
 @pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_input_of_the_loss_kernel(chip, name, inplace):
@@ -221,6 +231,7 @@ ODD_ROWS = {  # what the row is like, and what its gradient must be
     "huge logits": ("all", 1e5),
     "NaN": ("one", torch.nan),
     "+inf": ("one", torch.inf),
+    "an entry far above": ("one", 300.0),
 }
 
 
@@ -241,6 +252,7 @@ def spoil(case, ids, name):
 
 
 @body
+@both
 @pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("entropy", (False, True))
 @pytest.mark.parametrize("name", ODD_ROWS)
@@ -266,6 +278,7 @@ def test_rows_whose_sum_has_another_anchor(chip, name, entropy, inplace):
 
 
 @body
+@both
 @pytest.mark.parametrize("at", (0, 1, 3 * LINE - 1, 3 * LINE, 4 * LINE + 39, 4 * LINE + 38))
 def test_token_anywhere_in_the_row(chip, at):
     case = case_of(4 * LINE + 40)
@@ -302,14 +315,17 @@ def test_a_wrong_wait_is_seen(chip, name):
         ours(case.logits, "triton", **case.inputs(*GIVEN))
 
 
-def test_it_compiles_for_gpus_that_need_not_be_there():
-    """Once, without spills; the report has all of its forms."""
+@pytest.mark.parametrize("eighths", (0, 2))
+def test_it_compiles_for_gpus_that_need_not_be_there(eighths):
+    """Once, without spills and with no exponential that a polynomial replaces; the report has all of its forms."""
     command = ["-m", "benchmarks.onchip_report", "--vocab", "32000", "--target", "sm_90", "--only", "full$"]
+    command += ["--sum-eighths", str(eighths), "--grad-eighths", str(eighths)]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "onchip clipped full" in done.stdout and "0 of them spill" in done.stdout
+    (line,) = (line for line in done.stdout.splitlines() if "onchip clipped full" in line)
+    assert float(line.split()[-1]) == 2 - eighths / 4 and "0 of them spill" in done.stdout
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
