@@ -277,22 +277,21 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     equally far off a boundary of 16 bytes; if not, every entry by itself. EDGE: the body starts at a multiple of so
     many entries, those of a line of memory if both rows are equally far off one.
     """
-    size, line = tensors[0].element_size(), line_bytes(tensors[0].device)
-    off = []  # how far the first row, and what follows it by a stride, is off a line
-    for x in tensors:
-        seq, tok = _strides(x)
-        off.append((x.data_ptr() % line, seq * size % line, tok * size % line))
-    return _tile_of(shape, V, size, line, tuple(off), capped)
+    first, last = tensors[0], tensors[-1]
+    size, line = first.element_size(), line_bytes(first.device)
+    (seq, tok), (other_seq, other_tok) = _strides(first), _strides(last)
+    # Where rows start, and how far those of one tensor are apart from the other's. All of several numbers are
+    # multiples of a power of two where their bitwise or is one.
+    at = first.data_ptr() | seq * size | tok * size
+    apart = (first.data_ptr() - last.data_ptr()) | (seq - other_seq) * size | (tok - other_tok) * size
+    wide = line if apart % line == 0 else 16 if apart % 16 == 0 else size
+    aligned = wide >= 16 and at % 16 == 0 and V % 16 == 0
+    wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
+    return _tile_of(shape, V, size, wide, aligned, capped)
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_of(
-    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], capped: bool
-) -> dict[str, int]:
-    places = {boundary: {tuple(at % boundary for at in each) for each in off} for boundary in (line, 16)}
-    wide = next((boundary for boundary, each in places.items() if len(each) == 1), size)
-    aligned = places[16] == {(0, 0, 0)} and V % 16 == 0
-    wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
+def _tile_of(shape: Callable, V: int, size: int, wide: int, aligned: bool, capped: bool) -> dict[str, int]:
     return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, capped)}
 
 
@@ -300,9 +299,8 @@ def _strides(x: torch.Tensor | None) -> tuple[int, int]:
     """The first two strides, 0 where a size is 1 (so that it broadcasts) or the tensor is missing."""
     if x is None:
         return 0, 0
-    sequences, tokens, *_ = x.shape
-    seq, tok, *_ = x.stride()
-    return 0 if sequences == 1 else seq, 0 if tokens == 1 else tok
+    shape, stride = x.shape, x.stride()
+    return 0 if shape[0] == 1 else stride[0], 0 if shape[1] == 1 else stride[1]
 
 
 def _at(batch: Batch) -> int:

@@ -329,10 +329,11 @@ def sequence_kernel(
             most = tl.max(drawn_max, axis=0)
     row_of_sums = (
         n_policy - total_of(s_bonus), n_policy, n_tokens, total_of(s_kl), total_of(s_entropy), n_low, n_high, n_cap,
-        n_clips, total_of(s_ratio), total_of(s_drift), reward, reward * reward, scored, flat, once,
+        n_clips, total_of(s_ratio), total_of(s_drift), once,
         tl.min(ratio_min, axis=0), 0.0, tl.max(ratio_max, axis=0), 0.0,  # `total_kernel` has the clipped shares
-        once - scored if rewards is not None else 0.0, total_of(s_gap), total_of(s_heard), n_drawn, n_draws,
-        n_corrected, n_trust, tl.max(gap_max, axis=0), least, most,
+        reward, reward * reward, scored, flat, once - scored if rewards is not None else 0.0,
+        total_of(s_gap), total_of(s_heard), n_drawn, n_draws, n_corrected, n_trust,
+        tl.max(gap_max, axis=0), least, most,
     )  # fmt: skip
     for k in tl.static_range(len(row_of_sums)):
         tl.store(partial + program * SUMS + k, row_of_sums[k])
