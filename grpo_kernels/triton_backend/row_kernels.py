@@ -217,10 +217,10 @@ def loss_kernel(
     # The weights come before the row, which leaves fewer scalars to hold while it streams by.
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     factor = load_or(loss_scale, 0, 1.0)
-    w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
+    w = weight(load_or(count, seq * count_b, 1.0), w_factor * factor)
     h = 0.0
     if BONUS:
-        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
+        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0) * factor)
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)

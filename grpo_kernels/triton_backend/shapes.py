@@ -4,6 +4,8 @@ A tile is K lines of N threads, each of which moves W neighbouring entries at on
 allow it. The measurements are in docs/performance.md.
 """
 
+import functools
+
 import torch
 
 WAVE = 64 if torch.version.hip else 32
@@ -65,6 +67,7 @@ def sequence_parts(B: int, T: int, whole: bool) -> int:
     return 1 if whole or B == 0 else max(1, min(16, 512 // B, T // 2048))
 
 
+@functools.cache
 def block_shape(wave: int = WAVE) -> dict[str, int]:
     """Options of the [B, T] kernels, which hold a token per thread and what is added up of it.
 
