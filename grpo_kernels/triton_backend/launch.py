@@ -127,7 +127,6 @@ def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
     """out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], both factors times ``up``."""
     B, rows, V = logits.shape
     ids = batch.ids
-    up = None if up is None else up.expand(ids.shape)
     with _on(logits):
         _over(slope_kernel, B * rows)(
             logits, out, ids, batch.mask, batch.temperature, batch.segments, stats, g, h, up,
@@ -202,7 +201,6 @@ def _sequences(
 def join(local, spread, share, up, cu) -> torch.Tensor:
     """g = up·local + share·Σ up·spread, the sum over each sequence."""
     g = torch.empty_like(local)
-    up = None if up is None else up.expand(local.shape)
     B = local.shape[0] if cu is None else cu.shape[0] - 1
     with _on(local):
         _over(spread_kernel, B)(
@@ -283,7 +281,7 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     many entries, those of a line of memory if both rows are equally far off one.
     """
     first, last = tensors[0], tensors[-1]
-    size, line = first.element_size(), line_bytes(first.device)
+    size, line = first.element_size(), line_bytes(first)
     seq, tok, other_seq, other_tok = _strides(first, last)
     # Where rows start, and how far those of one tensor are apart from the other's. All of several numbers are
     # multiples of a power of two where their bitwise or is one.
@@ -301,10 +299,10 @@ def _tile_of(shape: Callable, V: int, size: int, wide: int, aligned: bool, cappe
 
 
 def _strides(*tensors: torch.Tensor | None) -> list[int]:
-    """The first two strides of each, 0 where a size is 1 (so that it broadcasts) or the tensor is missing."""
+    """The first two strides of each, 0 where a size is 1 (so that it broadcasts); of one number or None (0, 0)."""
     found = []
     for x in tensors:
-        if x is None:
+        if x is None or x.dim() == 0:
             found += (0, 0)
         else:
             shape, stride = x.shape, x.stride()

@@ -142,7 +142,7 @@ def logprob_kernel(
 @kernel
 def slope_kernel(
     logits, out, ids, mask, temperature, segments, stats,  # [B, rows, V] ×2, [B, T] ×3, [N], [B·T, 3]
-    g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
+    g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T], [] or None: upstream gradient, a factor of both
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
     B, T, rows, V, inv_temperature: tl.float32, cap,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
