@@ -98,7 +98,7 @@ def recording(launches: list, label: str, wave: int) -> Iterator[None]:
         setattr(launch, name, Recorder(saved[name], launches, label))
     for name in shapes:
         setattr(launch, name, functools.partial(saved[name], wave=wave))
-    launch.line_bytes = lambda device: 128  # as on a GPU, for tensors that lie on the CPU
+    launch.line_bytes = lambda x: 128  # as on a GPU, for tensors that lie on the CPU
     try:
         yield
     finally:

@@ -187,7 +187,7 @@ def lines_as_on_a_gpu() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         x = new_empty(self, *args, **kwargs)
         return x if x.is_meta or x.numel() < LINE else on_a_line(x)
 
-    with _patched(torch.Tensor, "new_empty", aligned), _patched(launch, "line_bytes", lambda device: LINE):
+    with _patched(torch.Tensor, "new_empty", aligned), _patched(launch, "line_bytes", lambda x: LINE):
         yield _Lines.apply
 
 

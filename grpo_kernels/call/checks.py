@@ -51,12 +51,12 @@ class Layout(NamedTuple):
         if x is None or x.dim() == 2:  # per token, per sequence, or one number
             return x
         if self.packed and tuple(x.shape) != (self.B,):
-            return x[None]
-        return x[:, None]
+            return x.unsqueeze(0)
+        return x.unsqueeze(1)
 
     def tokens(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """Something per token as the backends have it."""
-        return x[None] if x is not None and self.packed else x
+        return x.unsqueeze(0) if x is not None and self.packed else x
 
     def restore(self, x: torch.Tensor | None) -> torch.Tensor | None:
         """Undoes `tokens`: the shape that the caller's tensors have."""

@@ -167,8 +167,8 @@ def objective_op(
     run = backend_of(backend)
     *totals, losses, local, spread, share, h = run.objective(logps, entropies, batch, plan)
     if plan.weighted and plan.spread:
-        local, spread, share = run.join(local, spread, share, None, batch.cu), spread.new_empty(0), share.new_empty(0)
-    return *totals, losses, local, spread, share, h
+        local, spread, share = run.join(local, spread, share, None, batch.cu), None, None
+    return *totals, *(logps.new_empty(0) if x is None else x for x in (losses, local, spread, share, h))
 
 
 @fake(objective_op)

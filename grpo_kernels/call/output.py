@@ -7,7 +7,7 @@ import torch
 from grpo_kernels.call.checks import Layout
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
-from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES, named, names_of
+from grpo_kernels.objective.metrics import named, names_of
 from grpo_kernels.objective.plan import Plan
 
 
@@ -26,11 +26,9 @@ def output(
     entropy: torch.Tensor | None, has_entropy: bool, sums: torch.Tensor, metrics: torch.Tensor,
 ) -> LossOutput:  # fmt: skip
     """Puts names to metrics and sums; ``has_entropy``: entropies exist, whether or not they are returned."""
-    names = names_of(
+    metric_names, sum_names = names_of(
         beta=bool(plan.kl), entropy=has_entropy or plan.needs_entropy, rewards=batch.rewards is not None,
         reports=TERMS[plan.term].reports, dual=plan.capped, sampling=batch.sampling is not None,
         corrected=bool(plan.correction),
     )  # fmt: skip
-    return LossOutput(
-        layout.restore(loss), logps, entropy, named(metrics, METRIC_NAMES, names[0]), named(sums, SUM_NAMES, names[1])
-    )
+    return LossOutput(layout.restore(loss), logps, entropy, named(metrics, metric_names), named(sums, sum_names))

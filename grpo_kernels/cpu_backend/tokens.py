@@ -29,10 +29,12 @@ class Tokens(NamedTuple):
         """Of all tokens, for (B, T) log-probabilities."""
         given = (batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef)
         count, scale, words, coef = (1.0 if x is None else x.float() for x in given)
-        factor = count.new_full((), batch.w_factor) if isinstance(count, Tensor) else batch.w_factor
-        w = on_torch(token.weight)(count, factor, scale)
+        factor = batch.w_factor * scale
+        if isinstance(count, Tensor) and not isinstance(factor, Tensor):
+            factor = count.new_full((), factor)  # torch would multiply a number by the reciprocal
+        w = on_torch(token.weight)(count, factor)
         w = w[:, None] if isinstance(w, Tensor) and w.dim() else w
-        bonus = on_torch(token.weight)(words, batch.h_factor * coef, scale) if plan.bonus else 0.0
+        bonus = on_torch(token.weight)(words, batch.h_factor * coef * scale) if plan.bonus else 0.0
         every = cls(advantages(batch, plan), batch.old, batch.ref, batch.is_weight, w, bonus)
         return every.each(lambda x: x.float() if batch.cu is None else expand(x.float(), batch))
 
@@ -58,11 +60,15 @@ def token_loss(
     return policy + on_torch(token.scaled)(batch.beta, kl) if plan.kl else policy, kl, *slopes, r
 
 
-def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan) -> tuple[Tensor, ...]:
+def objective(
+    logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan, summed: bool = True
+) -> tuple[Tensor | None, ...]:
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h).
 
     ``local`` is ∂L/∂lp of a token itself. Where a ratio belongs to the whole sequence, ``spread`` is
-    ∂L/∂r and ``share`` what each token moves it by, for `join`; else both are empty.
+    ∂L/∂r and ``share`` what each token moves it by, for `join`. None is what has no reader: ℓ where the loss
+    is weighted, ``spread`` and ``share`` where nothing is spread, ``h`` without a bonus; the first three
+    unless ``summed``.
     """
     live, _ = rows_to_read(batch, plan)
     tokens, term, own, how = Tokens.of(batch, plan), TERMS[plan.term], plan.own, LEVELS[plan.level].how
@@ -107,7 +113,7 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan)
         d = tokens.w * d if plan.weighted else d
         return counted(d if isinstance(d, Tensor) and d.shape == lp.shape else d + torch.zeros_like(lp))
 
-    spread, share = lp.new_empty(0), lp.new_empty(0)
+    spread = share = h = None
     if plan.spread == "level":
         local, spread, share = slope(d_term + d_lp), slope(d_ratio), counted(expand(step.float(), batch)).contiguous()
     elif plan.spread == "term":
@@ -115,10 +121,12 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan)
         share = counted(own_slope * expand(inverse.float(), batch))
     else:
         local = slope(d_ratio + d_lp if own is None else d_term + d_ratio + d_lp)
-    h = spread.new_empty(0)
     if plan.bonus:
         h = torch.zeros_like(lp) - tokens.bonus
         h = h if chosen is None else torch.where(chosen, h, 0.0)
+    slopes = (None if plan.weighted else counted(loss), local, spread, share, h)
+    if not summed:
+        return None, None, None, *slopes
     mismatch, once = mismatch_sums(batch, plan, logps, live)
     once |= reward_sums(batch, plan)
     if plan.clip_once:
@@ -135,5 +143,4 @@ def objective(logps: Tensor, entropies: Tensor | None, batch: Batch, plan: Plan)
     rows = {"loss": policy + torch.where(h == 0.0, 0.0, h * entropies) if plan.bonus else policy,
             "policy_loss": policy, "kl": kl, "entropy": entropies, "tokens": torch.ones_like(lp), "ratio": ratio,
             "approx_kl": torch.expm1(r) - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
-    losses = h.new_empty(0) if plan.weighted else counted(loss)
-    return *totals_of(rows, once, live, batch), losses, local, spread, share, h
+    return *totals_of(rows, once, live, batch), *slopes

@@ -155,7 +155,7 @@ def sequence_chunks(
         lp, H = logps[None, start:end], entropies[None, start:end] if entropy else None
         if plan.late_correction:
             part = part._replace(is_weight=run.correct(lp, part, CORRECTIONS[plan.correction]))
-        *_, local, spread, share, slope_H = run.objective(lp, H, part, plan)
+        *_, local, spread, share, slope_H = run.objective(lp, H, part, plan, summed=False)
         g = run.join(local, spread, share, None, part.cu) if plan.spread else local
         for (a, b), stat in zip(pieces, stats):
             if len(pieces) > 1:

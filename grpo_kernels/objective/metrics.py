@@ -11,7 +11,8 @@ import torch
 from grpo_kernels.objective.compiling import cached
 from grpo_kernels.objective.language import jit, on_torch, tl
 
-# name in ``out.sums`` -> how two of them combine; the order is the kernels' column order.
+# name in ``out.sums`` -> how two of them combine; the order is the kernels' column order. What few calls have comes
+# last, so that `named` makes no tensors of it.
 SUM_NAMES = {
     "loss": "sum",  # Σ w·ℓ − Σ w_H·H, the loss itself
     "policy_loss": "sum",  # Σ w·ℓ
@@ -24,15 +25,15 @@ SUM_NAMES = {
     "clip_ratio/count": "sum",  # tokens, or sequences where there is one value per sequence
     "ratio": "sum",
     "approx_kl": "sum",
-    "reward": "sum",
-    "reward_squared": "sum",
-    "rewards": "sum",  # rewards that are finite
-    "zero_std": "sum",  # sequences in a group without spread
     "sequences": "sum",
     "ratio/min": "min",
     "clip_ratio/low_min": "min",
     "ratio/max": "max",
     "clip_ratio/high_max": "max",
+    "reward": "sum",
+    "reward_squared": "sum",
+    "rewards": "sum",  # rewards that are finite
+    "zero_std": "sum",  # sequences in a group without spread
     "reward_not_finite": "sum",
     "sampling/sampling_logp_difference": "sum",  # |log π_old − log π_sampler|, where the sampler's is known
     "sampling/sampling_logp_difference/count": "sum",
@@ -87,8 +88,8 @@ def std_of(total, square, count):
 
 
 @jit
-def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored, flat,
-              sequences, ratio_min, low_min, ratio_max, high_max, not_finite, gap, heard, drawn, draws,
+def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, sequences, ratio_min, low_min,
+              ratio_max, high_max, reward, reward_square, scored, flat, not_finite, gap, heard, drawn, draws,
               corrected, trust, gap_max, drawn_min, drawn_max):  # fmt: skip
     """The metrics in the order of METRIC_NAMES; 0 where no token counts."""
     some = tokens > 0.0
@@ -160,8 +161,8 @@ _SUM_NEEDS = {
 @cached
 def names_of(
     *, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool, sampling: bool, corrected: bool
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Entries of METRIC_NAMES, and of SUM_NAMES, that a call has the batch for -> the names it gives them.
+) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+    """The names that a call gives its metrics, and its sums, as `named` takes them; None: of what it does not have.
 
     ``reports``: what the term's region is for, see `grpo_kernels.objective.catalogue.Term`.
     """
@@ -181,12 +182,18 @@ def names_of(
     if not sampling:
         names = {name: public for name, public in names.items() if not name.startswith(_SAMPLING)}
     sums = {name: public.get(name, name) for name in SUM_NAMES if name not in _SUM_NEEDS or _SUM_NEEDS[name] in names}
-    return names, sums
+    return _in_order(METRIC_NAMES, names), _in_order(SUM_NAMES, sums)
 
 
-def named(values: torch.Tensor, order: Iterable[str], names: Mapping[str, str]) -> dict[str, torch.Tensor]:
-    """The entries of ``values``, which are in this order, that have a name."""
-    return {names[name]: value for name, value in zip(order, values.unbind()) if name in names}
+def _in_order(order: Iterable[str], names: Mapping[str, str]) -> tuple[str | None, ...]:
+    """The names of the entries of this order, to the last that has one."""
+    found = [names.get(name) for name in order]
+    return tuple(found[: 1 + max(k for k, name in enumerate(found) if name)])
+
+
+def named(values: torch.Tensor, names: tuple[str | None, ...]) -> dict[str, torch.Tensor]:
+    """The first entries of ``values``, by their names."""
+    return {name: value for name, value in zip(names, values[: len(names)].unbind()) if name}
 
 
 def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -223,4 +230,4 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
                         reports=reports, dual="clip_ratio/dual" in joined,
                         sampling="sampling/importance_sampling_ratio" in joined,
                         corrected="sampling/corrected" in joined)  # fmt: skip
-    return named(values, METRIC_NAMES, names)
+    return named(values, names)

@@ -22,9 +22,9 @@ class Limits(NamedTuple):
 
 
 @jit
-def weight(count, factor, scale):
-    """A reduction's weight: factor · scale / max(count, 1)."""
-    return factor * scale / tl.where(count < 1.0, 1.0, count)
+def weight(count, factor):
+    """A reduction's weight: factor / max(count, 1)."""
+    return factor / tl.where(count < 1.0, 1.0, count)
 
 
 @jit

@@ -57,7 +57,7 @@ def _score(logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, st
         _over(logprob_kernel, ids.numel())(
             logits, ids, batch.mask, wanted, rewards, batch.temperature, batch.groups, batch.batch_std,
             batch.segments, logps, entropies, stats,
-            *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(wanted), *_strides(batch.temperature),
+            *_strides(logits, ids, batch.mask, wanted, batch.temperature),
             batch.sequences, ids.shape[1], V, int(batch.num_generations), 1.0 / batch.one_temperature, batch.cap,
             batch.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
             PART=part, **_support(batch), **_tile(logprob_shape, V, logits, crowding=_crowding(batch)),
@@ -114,9 +114,8 @@ def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torc
             logits, out, batch.ids, batch.mask, batch.old, batch.ref, batch.adv, batch.rewards,
             batch.is_weight, batch.temperature, batch.groups, batch.batch_std, batch.segments, logps, entropies,
             batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef,
-            *_strides(logits), *_strides(out), *_strides(batch.ids), *_strides(batch.mask),
-            *_strides(batch.old), *_strides(batch.ref), *_strides(batch.adv), *_strides(batch.is_weight),
-            *_strides(batch.temperature), _stride(batch.count), _at(batch),
+            *_strides(logits, out, batch.ids, batch.mask, batch.old, batch.ref, batch.adv, batch.is_weight,
+                      batch.temperature), _stride(batch.count), _at(batch),
             batch.sequences, batch.ids.shape[1], rows, V, int(batch.num_generations), 1.0 / batch.one_temperature,
             batch.cap, batch.beta, batch.w_factor, batch.h_factor, batch.adv_eps, batch.limits,
             term.kind(*batch.term),
@@ -130,12 +129,10 @@ def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
     """out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], both factors times ``up``."""
     B, rows, V = logits.shape
     ids = batch.ids
-    up = None if up is None else up.expand(ids.shape)
     with _on(logits):
         _over(slope_kernel, B * rows)(
             logits, out, ids, batch.mask, batch.temperature, batch.segments, stats, g, h, up,
-            *_strides(logits), *_strides(out), *_strides(ids), *_strides(batch.mask),
-            *_strides(batch.temperature), *_strides(up), _at(batch),
+            *_strides(logits, out, ids, batch.mask, batch.temperature, up), _at(batch),
             batch.sequences, ids.shape[1], rows, V, 1.0 / batch.one_temperature, batch.cap,
             **_support(batch, logits, out), **_tile(gradient_shape, V, logits, out, crowding=_crowding(batch)),
         )  # fmt: skip
@@ -147,37 +144,36 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     tile = _tile(gradient_shape, V, grad, out)
     with _on(grad):
         _over(scale_kernel, min(B * rows, SCALING_WARPS // tile["num_warps"]))(
-            grad, out, up, *grad.stride()[:2], *out.stride()[:2], B, rows, V,
-            SAME=grad.data_ptr() == out.data_ptr(), **tile,
+            grad, out, up, *_strides(grad, out), B, rows, V, SAME=grad.data_ptr() == out.data_ptr(), **tile,
         )  # fmt: skip
 
 
 def objective(
-    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan
-) -> tuple[torch.Tensor, ...]:
+    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan, summed: bool = True
+) -> tuple[torch.Tensor | None, ...]:
     """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`.
 
-    Empty is what has no reader: ℓ where the loss is weighted, ``spread`` and ``share`` where nothing is spread, ``h``
-    without a bonus.
+    None is what has no reader: ℓ where the loss is weighted, ``spread`` and ``share`` where nothing is spread, ``h``
+    without a bonus; the first three unless ``summed``.
     """
     wanted = (not plan.weighted, True, bool(plan.spread), bool(plan.spread), plan.bonus)
     out = [torch.empty_like(logps) if each else None for each in wanted]
-    totals = _totals(logps, entropies, batch, plan, *out)
-    return *totals, *(logps.new_empty(0) if x is None else x for x in out)
+    return *_sequences(logps, entropies, batch, plan, *out, summed=summed), *out
 
 
 def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ...]:
     """(loss [], sums [S], metrics [M]) of an objective whose gradient is written already."""
-    return _totals(logps, entropies, batch, plan, None, None, None, None, None)
+    return _sequences(logps, entropies, batch, plan, None, None, None, None, None, summed=True)
 
 
-def _totals(logps, entropies, batch: Batch, plan: Plan, losses, local, spread, share, h) -> tuple[torch.Tensor, ...]:
+def _sequences(
+    logps, entropies, batch: Batch, plan: Plan, losses, local, spread, share, h, *, summed: bool
+) -> tuple[torch.Tensor | None, ...]:
+    """(loss, sums, metrics), None each unless ``summed``; what is no None of the others is written."""
     B, T = batch.sequences, batch.ids.shape[1]
     correction = CORRECTIONS[plan.correction] if plan.correction else None
     parts = sequence_parts(B, T, plan.of_sequence or (correction is not None and correction.per_sequence))
-    partial = logps.new_empty((B * parts, len(SUM_NAMES)), dtype=torch.float64)
-    sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
-    total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
+    partial = logps.new_empty((B * parts, len(SUM_NAMES)), dtype=torch.float64) if summed else None
     term, own = TERMS[plan.term], plan.own
     with _on(logps):
         _over(sequence_kernel, B * parts)(
@@ -185,8 +181,8 @@ def _totals(logps, entropies, batch: Batch, plan: Plan, losses, local, spread, s
             batch.wanted, batch.is_weight, losses, local, spread, share, h, partial,
             batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef, batch.threshold, batch.groups,
             batch.batch_std, batch.cu,
-            *_strides(batch.mask), *_strides(batch.old), *_strides(batch.ref), *_strides(batch.sampling),
-            *_strides(batch.adv), *_strides(batch.wanted), *_strides(batch.is_weight), _stride(batch.count),
+            *_strides(batch.mask, batch.old, batch.ref, batch.sampling, batch.adv, batch.wanted, batch.is_weight),
+            _stride(batch.count),
             parts, B, T, int(batch.num_generations), batch.beta, batch.w_factor, batch.h_factor, batch.adv_eps,
             batch.drift, batch.correction_low, batch.correction_high, batch.limits, term.kind(*batch.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
@@ -196,6 +192,10 @@ def _totals(logps, entropies, batch: Batch, plan: Plan, losses, local, spread, s
             CORRECTED=correction.of if correction and batch.sampling is not None else "",
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, **block_shape(),
         )  # fmt: skip
+        if not summed:
+            return None, None, None
+        sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
+        total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
         total_kernel[(1,)](partial, sums, total, metrics, B, parts, **block_shape())
     return total, sums, metrics
 
@@ -203,7 +203,6 @@ def _totals(logps, entropies, batch: Batch, plan: Plan, losses, local, spread, s
 def join(local, spread, share, up, cu) -> torch.Tensor:
     """g = up·local + share·Σ up·spread, the sum over each sequence."""
     g = torch.empty_like(local)
-    up = None if up is None else up.expand(local.shape)
     B = local.shape[0] if cu is None else cu.shape[0] - 1
     with _on(local):
         _over(spread_kernel, B)(
@@ -218,8 +217,8 @@ def correct(old, batch: Batch, correction: Correction) -> torch.Tensor:
     out = old.new_empty((B, 1) if correction.per_sequence else old.shape, dtype=torch.float32)
     with _on(old):
         _over(correction_kernel, B)(
-            old, batch.sampling, batch.mask, out, batch.cu, *_strides(old), *_strides(batch.sampling),
-            *_strides(batch.mask), B, T, batch.correction_low, batch.correction_high,
+            old, batch.sampling, batch.mask, out, batch.cu, *_strides(old, batch.sampling, batch.mask), B, T,
+            batch.correction_low, batch.correction_high,
             PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
             **block_shape(),
         )  # fmt: skip
@@ -288,9 +287,12 @@ def _over(kernel, programs: int):
     return kernel[(programs,)] if programs else lambda *args, **kwargs: None
 
 
+_HERE = contextlib.nullcontext()
+
+
 def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     """The tensor's own device, whichever is current."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    return torch.cuda.device(x.device) if x.is_cuda and x.get_device() != torch.cuda.current_device() else _HERE
 
 
 def _crowding(batch: Batch) -> int:
@@ -312,32 +314,34 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int = 1) ->
     equally far off a boundary of 16 bytes; if not, every entry by itself. EDGE: the body starts at a multiple of so
     many entries, those of a line of memory if both rows are equally far off one.
     """
-    size, line = tensors[0].element_size(), line_bytes(tensors[0].device)
-    off = []  # how far the first row, and what follows it by a stride, is off a line
-    for x in tensors:
-        seq, tok = _strides(x)
-        off.append((x.data_ptr() % line, seq * size % line, tok * size % line))
-    return _tile_of(shape, V, size, line, tuple(off), crowding)
+    first, last = tensors[0], tensors[-1]
+    size, line = first.element_size(), line_bytes(first)
+    seq, tok, other_seq, other_tok = _strides(first, last)
+    # Where rows start, and how far those of one tensor are apart from the other's. All of several numbers are
+    # multiples of a power of two where their bitwise or is one.
+    at = first.data_ptr() | seq * size | tok * size
+    apart = (first.data_ptr() - last.data_ptr()) | (seq - other_seq) * size | (tok - other_tok) * size
+    wide = line if apart % line == 0 else 16 if apart % 16 == 0 else size
+    aligned = wide >= 16 and at % 16 == 0 and V % 16 == 0
+    wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
+    return _tile_of(shape, V, size, wide, aligned, crowding)
 
 
 @functools.lru_cache(maxsize=256)
-def _tile_of(
-    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], crowding: int
-) -> dict[str, int]:
-    places = {boundary: {tuple(at % boundary for at in each) for each in off} for boundary in (line, 16)}
-    wide = next((boundary for boundary, each in places.items() if len(each) == 1), size)
-    aligned = places[16] == {(0, 0, 0)} and V % 16 == 0
-    wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
+def _tile_of(shape: Callable, V: int, size: int, wide: int, aligned: bool, crowding: int) -> dict[str, int]:
     return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, crowding)}
 
 
-def _strides(x: torch.Tensor | None) -> tuple[int, int]:
-    """The first two strides, 0 where a size is 1 (so that it broadcasts) or the tensor is missing."""
-    if x is None:
-        return 0, 0
-    sequences, tokens, *_ = x.shape
-    seq, tok, *_ = x.stride()
-    return 0 if sequences == 1 else seq, 0 if tokens == 1 else tok
+def _strides(*tensors: torch.Tensor | None) -> list[int]:
+    """The first two strides of each, 0 where a size is 1 (so that it broadcasts); of one number or None (0, 0)."""
+    found = []
+    for x in tensors:
+        if x is None or x.dim() == 0:
+            found += (0, 0)
+        else:
+            shape, stride = x.shape, x.stride()
+            found += (0 if shape[0] == 1 else stride[0], 0 if shape[1] == 1 else stride[1])
+    return found
 
 
 def _at(batch: Batch) -> int:

@@ -61,7 +61,7 @@ def share_of(first, end, part, parts):
 @kernel
 def sequence_kernel(
     logps, entropy, mask, old, ref, sampling, adv, rewards, wanted, is_weight,  # [B, T] ×7, [B], [B, T] ×2
-    losses, local, spread, share, h, partial,  # out: [B, T] ×5, None where nobody reads it; [B·parts, SUMS] fp64
+    losses, local, spread, share, h, partial,  # out: [B, T] ×5, [B·parts, SUMS] fp64; None where nobody reads it
     count, loss_scale, tokens, entropy_coef, threshold, groups, batch_std, cu,
     mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, wanted_b, wanted_t, is_b, is_t, count_b,
     parts, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
@@ -94,13 +94,13 @@ def sequence_kernel(
     first, last, end = bounds(cu, seq, B, T)
     row = output_row(cu, seq, T)
     factor = load_or(loss_scale, 0, 1.0)
-    w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
+    w = weight(load_or(count, seq * count_b, 1.0), w_factor * factor)
     w_slope = w
     if losses is not None:
         w_slope = 1.0
     bonus = 0.0
     if BONUS:
-        bonus = weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
+        bonus = weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0) * factor)
     spread_of_rewards = 0.0
     A_seq = 0.0
     if rewards is not None:
@@ -329,13 +329,15 @@ def sequence_kernel(
             most = tl.max(drawn_max, axis=0)
     row_of_sums = (
         n_policy - total_of(s_bonus), n_policy, n_tokens, total_of(s_kl), total_of(s_entropy), n_low, n_high, n_cap,
-        n_clips, total_of(s_ratio), total_of(s_drift), reward, reward * reward, scored, flat, once,
+        n_clips, total_of(s_ratio), total_of(s_drift), once,
         tl.min(ratio_min, axis=0), 0.0, tl.max(ratio_max, axis=0), 0.0,  # `total_kernel` has the clipped shares
-        once - scored if rewards is not None else 0.0, total_of(s_gap), total_of(s_heard), n_drawn, n_draws,
-        n_corrected, n_trust, tl.max(gap_max, axis=0), least, most,
+        reward, reward * reward, scored, flat, once - scored if rewards is not None else 0.0,
+        total_of(s_gap), total_of(s_heard), n_drawn, n_draws, n_corrected, n_trust,
+        tl.max(gap_max, axis=0), least, most,
     )  # fmt: skip
-    for k in tl.static_range(len(row_of_sums)):
-        tl.store(partial + program * SUMS + k, row_of_sums[k])
+    if partial is not None:
+        for k in tl.static_range(len(row_of_sums)):
+            tl.store(partial + program * SUMS + k, row_of_sums[k])
 
 
 @jit

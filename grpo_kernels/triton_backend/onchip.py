@@ -125,7 +125,7 @@ def onchip_kernel(
     factor = load_or(loss_scale, 0, 1.0)
     h = 0.0
     if BONUS:
-        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
+        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0) * factor)
 
     # The first row: its first pass alone.
     n = gl.program_id(0)
@@ -202,7 +202,7 @@ def onchip_kernel(
             _, _, _, d_ratio, d_lp = token_objective(r, passes, r, lp, lp_then, lp_ref, A, trust, beta, limits, c,
                                                      TERM, KL, BIAS, False, is_weight is not None, LIMITED,
                                                      CLAMPED)  # fmt: skip
-            g = weight(counted, w_factor, factor) * (d_ratio + d_lp)
+            g = weight(counted, w_factor * factor) * (d_ratio + d_lp)
             idle = (g == 0.0) & (h == 0.0)
             g = g * (scale * LN2)
             slope = -g / row_total

@@ -191,7 +191,7 @@ def logprob_kernel(
 @kernel
 def slope_kernel(
     logits, out, ids, mask, temperature, segments, stats,  # [B, rows, V] ×2, [B, T] ×3, [N], [B·T, 3]
-    g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
+    g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T], [] or None: upstream gradient, a factor of both
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
     B, T, rows, V, inv_temperature: tl.float32, cap,
     support, support_first, support_last, keep, M, scratch,  # [M], [B, T] ×2; or [B, T, V]; [M] or None
@@ -276,10 +276,10 @@ def loss_kernel(
     # The weights come before the row, which leaves fewer scalars to hold while it streams by.
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     factor = load_or(loss_scale, 0, 1.0)
-    w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
+    w = weight(load_or(count, seq * count_b, 1.0), w_factor * factor)
     h = 0.0
     if BONUS:
-        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
+        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0) * factor)
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)

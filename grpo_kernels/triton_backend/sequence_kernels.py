@@ -76,7 +76,7 @@ def unmasked(mask, at, inside):
 
 @kernel
 def spread_kernel(
-    g, local, spread, share, up, cu,  # out: [B, T]; [B, T] ×3; [B, T] or None: upstream gradient; [B+1]
+    g, local, spread, share, up, cu,  # out: [B, T]; [B, T] ×3; [B, T], [] or None: upstream gradient; [B+1]
     up_b, up_t, B, T,
 ):  # fmt: skip
     """One program per sequence: g = up·local + share·Σ up·spread, over the sequence's tokens."""

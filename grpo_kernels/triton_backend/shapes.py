@@ -4,6 +4,8 @@ A tile is K lines of N threads, each of which moves W neighbouring entries at on
 allow it. The measurements are in docs/performance.md.
 """
 
+import functools
+
 import torch
 
 WAVE = 64 if torch.version.hip else 32
@@ -47,14 +49,14 @@ def _shape(lines: int, warps: int, vector: int, crowding: int, wave: int) -> dic
     return {"K": lines if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit, **OPTIONS}
 
 
-def line_bytes(device: torch.device) -> int:
+def line_bytes(x: torch.Tensor) -> int:
     """Where the body of a row that starts anywhere starts: at a line of a GPU's memory.
 
     Measured on an H200 at V = 50257 in bf16, × copy: lines of 128 bytes take 1.213 where 16 bytes take 1.238, in place
     1.230 and 1.259, the gradient alone 1.095 and 1.133. For the interpreter it is what torch's CPU tensors are
     aligned to, so that the same call gives the same bits wherever its tensors lie.
     """
-    return 64 if device.type == "cpu" else 128
+    return 64 if x.is_cpu else 128
 
 
 def sequence_parts(B: int, T: int, whole: bool) -> int:
@@ -66,6 +68,7 @@ def sequence_parts(B: int, T: int, whole: bool) -> int:
     return 1 if whole or B == 0 else max(1, min(16, 512 // B, T // 2048))
 
 
+@functools.cache
 def block_shape(wave: int = WAVE) -> dict[str, int]:
     """Options of the [B, T] kernels, which hold a token per thread and what is added up of it.
 

@@ -122,7 +122,9 @@ def leaves_rows_unwritten(monkeypatch):
 
 def starts_at_16_bytes(monkeypatch):
     tile = launch._tile_of
-    monkeypatch.setattr(launch, "_tile_of", lambda shape, V, size, line, *rest: tile(shape, V, size, 16, *rest))
+    monkeypatch.setattr(
+        launch, "_tile_of", lambda shape, V, size, wide, *rest: tile(shape, V, size, min(wide, 16), *rest)
+    )
 
 
 def copies_logits(monkeypatch):

@@ -128,9 +128,23 @@ def test_a_gradient_that_is_written_already_leaves_only_sums_to_store(loss_type)
         if loss_type == "dapo":
             fused_grpo_loss(case.logits.requires_grad_(), backend="triton", **kwargs)
     last = [each for each, after in itertools.pairwise(seen) if after.name == "total_kernel"]
-    assert {each.name for each in last} == {"sequence_kernel"} and len(last) == 2
-    for each in last[1:] if loss_type == "gspo" else last:  # gspo's first is a chunk's own
+    assert [each.name for each in last] == ["sequence_kernel"] * (2 if loss_type == "dapo" else 1)
+    for each in last:
         assert stored(each) == 3 * len(SUM_NAMES)
+
+
+@interpreted
+def test_chunks_of_sequences_sum_nothing_up():
+    """A chunk stores three tensors per token, which make the gradient; the sums are made once, of all chunks."""
+    case = make_case(3, 5, 7)
+    hidden, weight = torch.randn(3, 5, 4).requires_grad_(), torch.randn(7, 4)
+    with launches() as seen:
+        fused_linear_grpo_loss(hidden, weight, case.completion_ids.clamp(min=0), case.advantages, loss_type="gspo",
+                               chunk_bytes=5 * 7 * 4, backend="triton")  # fmt: skip
+    *chunks, whole = [each for each in seen if each.name == "sequence_kernel"]
+    assert [stored(each) for each in chunks] == [3 * 5] * 3
+    assert stored(whole) == 3 * len(SUM_NAMES)
+    assert [each.name for each in seen].count("total_kernel") == 1
 
 
 @interpreted
