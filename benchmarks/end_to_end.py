@@ -310,8 +310,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     training_steps.take_workspaces(given.device)
     rows: list[Row] = []
     for setting in settings(given):
-        if not budget.start_case():
-            print(f"left out, --minutes {given.minutes:g} would not be enough: {setting.name}", flush=True)
+        if budget.spent:
+            print(f"left out, --minutes {given.minutes:g} are over: {setting.name}", flush=True)
             continue
         block = measure(setting, given.device, given.longest, lambda: budget.spent)
         rows += block
