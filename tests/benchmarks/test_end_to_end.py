@@ -1,0 +1,237 @@
+"""`python -m benchmarks.end_to_end`: tiny policies on the CPU, and what becomes of numbers that only a GPU gives."""
+
+import csv
+import json
+import math
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="TRL is not installed: pip install '.[test]'")
+
+from transformers.utils import logging
+
+from benchmarks import end_to_end, training_steps
+from benchmarks.measure import Failed
+from benchmarks.suite import ERROR, OK, OOM
+from benchmarks.training_steps import FUSED, MODEL_ALONE, STOCK, ModelAlone, Run, Setting
+from grpo_kernels.integrations.trl import FusedGRPOTrainer
+
+CPU = torch.device("cpu")
+TINY = Setting("tiny", 4, 16)
+# fp32; a gradient sums over the 4 × 16 tokens, and each token's over 512 entries of the vocabulary.
+TOLERANCE = 64 * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(autouse=True)
+def talkative_again():
+    """The command silences transformers."""
+    verbosity = logging.get_verbosity()
+    yield
+    logging.set_verbosity(verbosity)
+    logging.enable_progress_bar()
+
+
+def read(folder):
+    with (folder / "end_to_end.csv").open(newline="") as file:
+        return list(csv.DictReader(file)), json.loads((folder / "end_to_end.json").read_text())
+
+
+def test_both_trainers_take_the_same_steps(tmp_path, capsys):
+    given = ["--device", "cpu", "--steps", "3", "--beta", "0.1", "--shapes", "tiny-untied", "--checkpointing"]
+    assert end_to_end.main([*given, "--minutes", "5", "--out", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "tiny-untied, 4 x 16, checkpointing, beta 0.1, 3 steps" in lines
+    rows, kept = read(tmp_path)
+    assert [(row["trainer"], row["status"]) for row in rows] == [(MODEL_ALONE, OK), (STOCK, OK), (FUSED, OK)]
+    assert {"commit", "date", "device", "torch", "trl", "transformers"} <= set(kept["environment"])
+    stock, fused = kept["rows"][1:]
+    for row in (stock, fused):
+        assert len(row["losses"]) == len(row["grad_norms"]) == len(row["entropies"]) == 3
+        assert min(row["grad_norms"]) > 0.1 and 0 < row["entropies"][0] < math.log(512)
+        assert row["step_ms"] > 0 and row["rollout_ms"] > 0  # TRL still makes completions where the clock expects it
+        assert row["least_ms"] <= row["step_ms"] <= row["most_ms"]
+    for name in ("loss", "grad_norm", "entropy"):
+        assert fused[f"{name}_difference"] <= TOLERANCE
+    assert (tmp_path / "end_to_end.png").read_bytes().startswith(b"\x89PNG")
+
+
+MODELS = []  # weak references
+
+
+class Full(FusedGRPOTrainer):
+    def _compute_loss(self, model, inputs):
+        MODELS.append(weakref.ref(self.model))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 18.55 GiB.\nMore of it.")
+
+
+class Broken(ModelAlone):
+    def _compute_loss(self, model, inputs):
+        raise ValueError("nothing\nworks")
+
+
+def test_a_trainer_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(training_steps.TRAINERS, MODEL_ALONE, Broken)
+    monkeypatch.setitem(training_steps.TRAINERS, FUSED, Full)
+    given = ["--device", "cpu", "--steps", "1", "--out", str(tmp_path)]
+    assert end_to_end.main(given) == 1  # for the error; memory that runs out is a result
+    assert [model() for model in MODELS] == [None]  # the memory is free again
+    said = capsys.readouterr().out
+    assert "  model alone    error: ValueError: nothing\n" in said
+    assert "  fused          out of memory: CUDA out of memory. Tried to allocate 18.55 GiB.\n" in said
+    rows = read(tmp_path)[0]
+    assert [row["status"] for row in rows] == [ERROR, OK, OOM]
+    assert [bool(row["step_ms"]) for row in rows] == [False, True, False]
+    assert (tmp_path / "end_to_end.png").exists()
+
+
+@pytest.mark.parametrize(("shape", "untied"), [("tiny", False), ("tiny-untied", True)])
+def test_the_model_alone_trains_what_every_loss_trains(shape, untied, monkeypatch):
+    """The head of an untied model, too: what its gradient and its optimiser's state take is not the loss's."""
+    with_gradient = []
+
+    class Spy(ModelAlone):
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            with_gradient.append({name for name, p in self.model.named_parameters() if p.grad is not None})
+            return loss
+
+    monkeypatch.setitem(training_steps.TRAINERS, MODEL_ALONE, Spy)
+    training_steps.run(Setting(shape, 2, 4, steps=1), MODEL_ALONE, CPU)
+    assert with_gradient == [{name for name, _ in training_steps.policy(shape, CPU).named_parameters()}]
+    assert ("lm_head.weight" in with_gradient[0]) == untied
+
+
+def test_the_same_weights_and_completions_each_time():
+    first, second = (training_steps.policy("tiny", CPU).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    made = [training_steps.random_rollouts(TINY)(["0"] * 4, None) for _ in range(2)]
+    assert made[0] == made[1] and made[0]["logprobs"] is None
+    assert [len(ids) for ids in made[0]["completion_ids"]] == [16] * 4
+    assert min(map(min, made[0]["completion_ids"])) >= 2  # neither padding nor the end
+
+
+# --- Numbers that only a GPU gives ------------------------------------------------------------------
+
+GIB = 2**30
+
+
+def made_up(step_ms, peak, in_passes, losses=(0.0, 1e-8)):
+    return Run([1e4, step_ms, step_ms + 1], 3.0, peak, in_passes, list(losses), [2.0, 3.0], [6.0, 6.0])
+
+
+def measured(monkeypatch, runs, fits=0, **given):
+    """Rows of `measure`, of made-up runs; beyond ``fits`` tokens memory runs out."""
+    tried = []
+
+    def attempt(setting, trainer, device):
+        if setting.length == TINY.length:
+            return runs[trainer]
+        tried.append((trainer, setting.length, setting.steps))
+        return runs[trainer] if setting.length <= fits else Failed(OOM, "no room")
+
+    monkeypatch.setattr(training_steps, "attempt", attempt)
+    return end_to_end.measure(TINY, CPU, **{"search": False, "spent": lambda: False, **given}), tried
+
+
+ALL_RUN = {
+    MODEL_ALONE: made_up(100.0, 9 * GIB, 8 * GIB),
+    STOCK: made_up(120.0, 12 * GIB, 11 * GIB),
+    FUSED: made_up(108.0, 15 * GIB, 10 * GIB, losses=(0.0, 3e-8)),
+}
+
+
+def test_memory_of_the_loss_alone_and_what_changes(monkeypatch):
+    rows, _ = measured(monkeypatch, ALL_RUN)
+    assert [row.loss_bytes for row in rows] == [None, 3 * GIB, 2 * GIB]
+    assert rows[1].step_ms == 120.5 and rows[1].least_ms == 120.0  # without the first step
+    assert rows[2].loss_difference == pytest.approx(2e-8)  # relative to 1, not to 3e-8
+    assert rows[2].grad_norm_difference == rows[2].entropy_difference == 0.0
+    text = end_to_end.table(rows).splitlines()
+    assert text[2].split() == ["model", "alone", "100.5", "100.0-101.0", "9.00"]
+    assert text[3].split() == ["TRL", "120.5", "120.0-121.0", "12.00", "3.00"]
+    assert text[4].split() == ["fused", "108.5", "108.0-109.0", "15.00", "2.00", "-10.0%", "+25.0%"]
+    assert max(map(len, text)) <= 80
+
+
+def test_differences():
+    difference = end_to_end.relative_difference
+    assert difference([1.0, 2.0], [1.0, 2.5], 0.0) == pytest.approx(0.2)
+    assert difference([0.0], [0.0], 0.0) == 0.0
+    assert math.isnan(difference([math.nan, 1.0], [1.0, 1.0], 0.0))
+    assert math.isnan(difference([1.0], [1.0, 1.0], 0.0))
+
+
+def test_numbers_that_are_not_finite_are_kept_as_none(tmp_path, monkeypatch):
+    runs = {**ALL_RUN, FUSED: made_up(108.0, 15 * GIB, 10 * GIB, losses=(math.nan, 0.0))}
+    rows, _ = measured(monkeypatch, runs)
+    assert "largest relative difference: loss nan" in end_to_end.table(rows)
+    end_to_end.write(tmp_path, {"commit": None}, rows)
+    assert read(tmp_path)[1]["rows"][2]["losses"] == [None, 0.0]
+
+
+def test_the_longest_that_fits(monkeypatch, tmp_path):
+    rows, tried = measured(monkeypatch, ALL_RUN, fits=5000, search=True)
+    assert [row.longest for row in rows] == [None, 4864, 4864]  # 5120 does not fit
+    assert {steps for _, _, steps in tried} == {2}
+    assert "  longest T that fits: TRL 4864, fused 4864" in end_to_end.table(rows).splitlines()
+    where = end_to_end.environment.describe(CPU)
+    assert end_to_end.draw(where, rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_error_on_the_way_to_the_longest(monkeypatch):
+    def attempt(setting, trainer, device):
+        return ALL_RUN[trainer] if setting.length < 100 else Failed(ERROR, "IndexError: too long")
+
+    monkeypatch.setattr(training_steps, "attempt", attempt)
+    rows = end_to_end.measure(TINY, CPU, True, lambda: False)
+    assert rows[1].status == ERROR and rows[1].detail == "T = 256: IndexError: too long"
+
+
+@pytest.mark.parametrize("most", (0, 100, 256, 1000, 1024, 4000, 70000, 10**7))
+@pytest.mark.parametrize("start", (16, 1024, 4000))
+def test_bisection(start, most):
+    tried = []
+
+    def fits(T):
+        tried.append(T)
+        return T <= most
+
+    found = training_steps.longest(fits, start, lambda: False)
+    assert len(tried) == len(set(tried)) < 20
+    assert found is None or found <= most
+    found = found or 0
+    if most >= training_steps.LONGEST:
+        assert found == training_steps.LONGEST
+    else:
+        assert most - found < max(256, found / 50) + 1
+    assert training_steps.longest(fits, start, lambda: True) is None
+
+
+# --- The command ------------------------------------------------------------------------------------
+
+
+def test_no_setting_begins_after_the_time(capsys):
+    assert end_to_end.main(["--device", "cpu", "--minutes", "1e-9"]) == 1
+    said = capsys.readouterr().out
+    assert "left out, --minutes 1e-09 are over: tiny, 4 x 16, no checkpointing" in said
+
+
+def test_settings():
+    given = end_to_end.parse_arguments("--device cpu --lengths 16 4000 --beta 0 0.1 --batch 2".split())
+    assert [(s.length, s.checkpointing, s.beta) for s in end_to_end.settings(given)] == [
+        (16, False, 0.0), (16, False, 0.1), (4000, True, 0.0), (4000, True, 0.1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [("--longest", "--longest needs a GPU"), ("--batch 1", "one group"), ("--steps 0", "at least 1"),
+     ("--lengths 0", "at least 1"), ("--minutes 0", "positive")],
+)  # fmt: skip
+def test_bad_arguments(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        end_to_end.parse_arguments(["--device", "cpu", *argv.split()])
+    assert words in capsys.readouterr().err
