@@ -1,8 +1,10 @@
 """Distillation: a student's distribution p is pulled towards a teacher's, q, at every token (arXiv:2306.13649).
 
-    β = 0      KL(q ‖ p) = Σ q·(log q − log p)                          forward: covers all that the teacher says
-    β = 1      KL(p ‖ q) = Σ p·(log p − log q)                          reverse: stays where the teacher is (arXiv:2306.08543)
-    between    β·KL(q ‖ m) + (1−β)·KL(p ‖ m),  m = (1−β)·p + β·q        generalised Jensen-Shannon divergence
+    β = 0      KL(q ‖ p) = Σ q·(log q − log p)                      forward: covers all that the teacher says
+    β = 1      KL(p ‖ q) = Σ p·(log p − log q)                      reverse: stays where the teacher is
+    between    β·KL(q ‖ m) + (1−β)·KL(p ‖ m), m = (1−β)·p + β·q     generalised Jensen-Shannon divergence
+
+The reverse one is MiniLLM's (arXiv:2306.08543).
 
 Sums are over *outcomes*. Of a whole teacher the outcomes are the vocabulary. Of one that tells its K likeliest
 tokens they are those K, and perhaps the rest as one more: see `outcomes_of`.
@@ -146,14 +148,12 @@ def outcomes_of(x: Tensor, teacher: Tensor | TopK, temperature: float | Tensor, 
     some = present.any(-1)
     log_q = torch.where(present, log_q.detach().to(x.dtype), -torch.inf)
     ids = torch.where(present, ids, 0).long()
-    if tail is False:  # a row without a token gets two, so that nothing is NaN
-        at = torch.where(present, x.gather(-1, ids), -torch.inf).masked_fill(~some[..., None], 0.0)
-        log_q = log_q.masked_fill(~some[..., None], 0.0)
+    if tail is False:  # rows without a token are NaN here; neither their value nor their gradient goes on
+        at = torch.where(present, x.gather(-1, ids), -torch.inf)
         return Outcomes(torch.log_softmax(at, -1), torch.log_softmax(log_q, -1), some, False)
     log_p = torch.where(present, torch.log_softmax(x, -1).gather(-1, ids), -torch.inf)
     if tail:
-        none = ~some[..., None]
-        log_p, log_q = (torch.cat([y, rest(y.masked_fill(none, -1.0))], -1) for y in (log_p, log_q))
+        log_p, log_q = (torch.cat([y, rest(y)], -1) for y in (log_p, log_q))
     return Outcomes(log_p, log_q, some, True)
 
 

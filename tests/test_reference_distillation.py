@@ -53,7 +53,8 @@ def test_divergences_by_hand(beta, wanted):
 def test_gradients_by_hand():
     """Forward p − q; reverse p·(log p − log q − KL)."""
     x = logs(P)
-    torch.testing.assert_close(grad(distillation_loss(x, logs(Q), beta=0.0).loss, x), f64([[[0.4, 0.0, -0.4]]]), **TIGHT)
+    forward = distillation_loss(x, logs(Q), beta=0.0).loss
+    torch.testing.assert_close(grad(forward, x), f64([[[0.4, 0.0, -0.4]]]), **TIGHT)
     kl = 0.5 * math.log(5) + 0.2 * math.log(1 / 3)
     wanted = [[[0.5 * (math.log(5) - kl), 0.3 * (0 - kl), 0.2 * (math.log(1 / 3) - kl)]]]
     torch.testing.assert_close(grad(distillation_loss(x, logs(Q), beta=1.0).loss, x), f64(wanted), **TIGHT)
@@ -228,6 +229,12 @@ def test_a_share_of_one_is_clamped_without_a_gradient_of_the_rest():
     assert out.loss.item() == pytest.approx(wanted.sum().item(), rel=1e-9)
     c = wanted + p[:2]
     torch.testing.assert_close(grad(out.loss, x)[0, 0, :2], c - p[:2] * c.sum(), **TIGHT)
+
+
+def test_the_rest_is_at_least_1e_7():
+    x = f64([[[0.0, 0.0, -80.0]]]).requires_grad_()
+    out = distillation_loss(x, TopK(torch.tensor([[[0, 1]]]), f64([[[0.5, 0.4]]]).log()), beta=0.0)
+    assert out.loss.item() == pytest.approx(0.4 * math.log(0.8) + 0.1 * math.log(0.1 / 1e-7), rel=1e-6)
 
 
 @pytest.mark.parametrize("tail", (True, False, None), ids=str)
