@@ -1,10 +1,12 @@
 """The GRPO family of losses as drop-in GPU kernels."""
 
 from grpo_kernels.api.advantages import group_advantages
+from grpo_kernels.api.distillation import distillation_loss
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.api.logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
 from grpo_kernels.api.microbatch import microbatch
+from grpo_kernels.call.distillation_checks import TopK
 from grpo_kernels.objective.config import LossConfig
 
 __version__ = "0.1.0"
@@ -13,6 +15,8 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "TokenLogprobs",
+    "TopK",
+    "distillation_loss",
     "fused_grpo_loss",
     "fused_linear_grpo_loss",
     "group_advantages",

@@ -75,6 +75,8 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
     sqrt=torch.sqrt,
     abs=torch.abs,
     where=_where,
+    sum=lambda x, axis: x.sum(axis),
+    max=lambda x, axis: x.amax(axis),
     constexpr=None,
 )
 
