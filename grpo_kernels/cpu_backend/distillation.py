@@ -142,7 +142,7 @@ def _whole(x, z, inverse, batch: DistillationBatch, plan: DistillationPlan, goal
     value = value.sum(-1, keepdim=True)
     if goal is not None:
         pulls = torch.full_like(value, -1.0) if plan.by_teacher else pull.sum(-1, keepdim=True)
-        d = on_torch(divergence.slope)(pull, student.p, on_torch(divergence.centre)(pulls))
+        d = on_torch(divergence.slope)(pull, student.p, on_torch(divergence.centre)(pulls, value))
         target, at, factor = goal
         d = d.mul_(factor * scale * _LN2)
         if cap is not None:

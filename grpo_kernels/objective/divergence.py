@@ -39,9 +39,9 @@ def outcome(p, log_p, q, log_q, beta, MIXED: tl.constexpr, BY_TEACHER: tl.conste
 
 
 @jit
-def centre(pulls):
-    """Σ pull as the gradient takes it: NaN where it is infinite, so that all of the row's is."""
-    return tl.where(pulls - pulls == 0.0, pulls, float("nan"))
+def centre(pulls, value):
+    """Σ pull as the gradient takes it: NaN where it is infinite or the divergence NaN, so that all of the row's is."""
+    return tl.where(pulls - pulls == 0.0, tl.where(value == value, pulls, value), float("nan"))
 
 
 @jit
@@ -126,14 +126,14 @@ def compare(log_p, log_q, here, beta, MIXED: tl.constexpr, BY_TEACHER: tl.conste
         more, rest_pull = outcome(left, p_rest, left_q, q_rest, beta, MIXED, BY_TEACHER)
         rest_pull = tl.where(moves == 0.0, 0.0, rest_pull)
         value = value + more
-        pulls = centre(tl.sum(pull, axis=0) + rest_pull)
+        pulls = centre(tl.sum(pull, axis=0) + rest_pull, value)
         p_entropy = p_entropy - left * p_rest * LN2
         q_entropy = q_entropy - left_q * q_rest * LN2
         return value, slope(pull, p, pulls), rest_pull / left - pulls, p_entropy, q_entropy
     elif FEW:
-        pulls = centre(tl.sum(pull, axis=0))
+        pulls = centre(tl.sum(pull, axis=0), value)
         return value, slope(pull, p, pulls), pulls * 0.0, p_entropy, q_entropy
     else:
         pull = unclosed(pull, p, MIXED, BY_TEACHER)
-        pulls = centre(tl.sum(pull, axis=0))
+        pulls = centre(tl.sum(pull, axis=0), value)
         return value, slope(pull, p, pulls), -pulls, p_entropy, q_entropy

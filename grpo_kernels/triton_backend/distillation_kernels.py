@@ -95,7 +95,7 @@ def whole_teacher_kernel(
             pulls = -1.0
         else:
             value = (gap - p_log + q_log) * LN2
-            pulls = centre(value)
+            pulls = centre(value, value)
         store_row(values, at, n, value, entropy_of(p_total, p_mean), entropy_of(q_total, q_mean))
         if not GRADIENT:
             tl.store(stats + at * 5, p_top)

@@ -53,8 +53,10 @@ def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan
     wanted = [x for x in (logits, teacher, out) if x is not None]
     shape = logprob_shape if out is None else gradient_shape
     student, told = batch.student, batch.teacher
-    # Two rows take twice the registers per entry, and so does a mixture: half as many lines, as under a cap.
+    # Two rows take twice the registers per entry: half as many lines, as under a cap. With a mixture half of these.
     tile = _tile_of_both(shape, V, *wanted, narrow=teacher is not None or student.cap is not None)
+    if teacher is not None and plan.mixed:
+        tile["K"] = max(1, tile["K"] // 2)
     common = dict(WEIGHTED=plan.weighted, MIXED=plan.mixed, BY_TEACHER=plan.by_teacher, VALUES=values is not None,
                   GRADIENT=out is not None, **tile)  # fmt: skip
     # Without a gradient nothing but the scored positions is there to run over.
