@@ -199,7 +199,7 @@ def test_in_place(reduction, dtype, teacher, backend):
     pair = make_pair(teacher, dtype=dtype)
     for beta in BETAS:
         want, want_grad = ours(pair, backend, beta=beta, reduction=reduction)
-        x = (pair.logits.to(DEVICE).requires_grad_() * 1)
+        x = pair.logits.to(DEVICE).requires_grad_() * 1
         told = TopK(*(y.to(DEVICE) for y in pair.teacher)) if teacher != "whole" else pair.teacher.to(DEVICE)
         kept = [y.clone() for y in (told if teacher != "whole" else (told,))]
         kwargs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in pair.kwargs.items()}
@@ -251,7 +251,7 @@ def test_without_a_gradient(reduction, teacher, backend):
     told = TopK(*(y.to(DEVICE) for y in pair.teacher)) if teacher != "whole" else pair.teacher.to(DEVICE)
     kwargs = {**pair.kwargs, "completion_mask": pair.mask.to(DEVICE)}
     out = distillation_loss(pair.logits.to(DEVICE), told, reduction=reduction, backend=backend, **kwargs)
-    exact, allowed = wanted(pair, reduction=reduction)
+    _, allowed = wanted(pair, reduction=reduction)
     assert not out.loss.requires_grad
     assert_within(out.loss, want.loss, allowed["loss"], "loss", factor=2)
 

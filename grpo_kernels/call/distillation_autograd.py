@@ -15,7 +15,9 @@ class _OneLaunch(torch.autograd.Function):
     def forward(ctx, logits, teacher, tensors, numbers, plan, T, backend, inplace):
         guarded = inplace and overwritten.are_guarded()
         if inplace and not guarded:
-            values, loss, sums, metrics = distillation_ops.distillation_loss_op_(logits, teacher, tensors, numbers, plan, T, backend)
+            values, loss, sums, metrics = distillation_ops.distillation_loss_op_(
+                logits, teacher, tensors, numbers, plan, T, backend
+            )
             grad = logits.detach()
         else:
             values, loss, sums, metrics, grad = distillation_ops.distillation_loss_op(

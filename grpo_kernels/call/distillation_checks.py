@@ -84,8 +84,8 @@ def check_rows(
     rows = (T,) if few else (T, T + 1)
     if student.shape[1] not in (T, T + 1) or told.shape[0] != student.shape[0] or told.shape[1] not in rows:
         raise ValueError(
-            f"the teacher must have a row for each of the {student.shape[0]}×{T} tokens, and {name} too, or one position "
-            f"more per sequence; got {tuple(told.shape)} and {tuple(student.shape)}."
+            f"the teacher must have a row for each of the {student.shape[0]}×{T} tokens, and {name} too, or one "
+            f"position more per sequence; got {tuple(told.shape)} and {tuple(student.shape)}."
         )
     return checks.check_layout((student.shape[0], T), cu_seqlens, student)
 
@@ -93,10 +93,10 @@ def check_rows(
 def _check_logits(name: str, x: torch.Tensor) -> None:
     check_tensor(name, x)
     if checks.is_dtensor(x):
-        raise ValueError(f"{name} is a DTensor. Pass {name}.full_tensor(), or to_local() with the inputs of those rows.")
+        raise ValueError(f"{name} is a DTensor. Pass {name}.full_tensor(), or to_local() and what belongs to its rows.")
     if x.dtype not in LOGITS_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}. Cast: {name}.float(); for a float64 "
-                        "result use the plain PyTorch code in reference/.")  # fmt: skip
+        raise TypeError(f"{name} must be float32, bfloat16 or float16, got {x.dtype}. Cast them: {name}.float(); for a "
+                        "float64 result use the plain PyTorch code in reference/.")  # fmt: skip
     if x.dim() not in (2, 3):
         raise ValueError(f"{name} must be (B, T, V), or packed (N, V), got {tuple(x.shape)}.")
     if x.shape[-1] == 0:
@@ -120,16 +120,16 @@ def check_teacher(teacher: torch.Tensor | TopK, student: torch.Tensor) -> None:
             raise TypeError(f"teacher.logps must be floating point, got {logps.dtype}. Cast them: .float().")
         if ids.dim() not in (2, 3) or ids.shape != logps.shape:
             raise ValueError(
-                f"teacher.token_ids and teacher.logps must be (B, T, K), or packed (N, K), alike; got {tuple(ids.shape)} "
-                f"and {tuple(logps.shape)}."
+                f"teacher.token_ids and teacher.logps must be (B, T, K), or packed (N, K), alike; got "
+                f"{tuple(ids.shape)} and {tuple(logps.shape)}."
             )
-    for name, x in zip(("teacher.token_ids", "teacher.logps"), teacher) if isinstance(teacher, TopK) else (
-        ("teacher", teacher),
-    ):
+    few = isinstance(teacher, TopK)
+    tensors = {"teacher.token_ids": teacher[0], "teacher.logps": teacher[1]} if few else {"teacher": teacher}
+    for name, x in tensors.items():
         check_device(name, x, student)
         if x.requires_grad:
-            raise ValueError(f"{name} requires grad, but the gradient flows to the student only. Pass {name}.detach(), or "
-                             "run the teacher under torch.no_grad().")  # fmt: skip
+            raise ValueError(f"{name} requires grad, but the gradient flows to the student only. Pass {name}.detach(), "
+                             "or run the teacher under torch.no_grad().")  # fmt: skip
 
 
 def check_told(ids: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
@@ -148,7 +148,7 @@ def check_told(ids: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor | None
     twice = (ordered.diff(dim=-1) == 0).any(-1)
     if bool(twice.any()):
         where = twice.nonzero()[0].tolist()
-        raise ValueError(f"teacher.token_ids[{', '.join(map(str, where))}] has a token twice. Give each once, and fill up "
-                         "with ids below 0.")  # fmt: skip
+        raise ValueError(f"teacher.token_ids[{', '.join(map(str, where))}] has a token twice. Give each once, and fill "
+                         "up with ids below 0.")  # fmt: skip
     if bool((here & (logps > 0)).any()):
-        raise ValueError("teacher.logps must be log-probabilities, at most 0. Take log_softmax of the teacher's logits.")
+        raise ValueError("teacher.logps must be log-probabilities, at most 0: log_softmax of the teacher's logits.")

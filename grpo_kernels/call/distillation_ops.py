@@ -1,8 +1,8 @@
 """Custom ops of distillation, see `grpo_kernels.call.ops`.
 
-``tensors`` and ``numbers`` are a packed `grpo_kernels.objective.distillation.DistillationBatch`, ``plan`` is the key of a
-`DistillationPlan`; ``T`` positions of each sequence are scored. ``teacher`` are its logits, or None where the batch has
-some of its tokens. Ops whose names end in an underscore write over their first argument.
+``tensors`` and ``numbers`` are a packed `grpo_kernels.objective.distillation.DistillationBatch`, ``plan`` is the key of
+a `DistillationPlan`; ``T`` positions of each sequence are scored. ``teacher`` are its logits, or None where the batch
+has some of its tokens. Ops whose names end in an underscore write over their first argument.
 """
 
 import functools

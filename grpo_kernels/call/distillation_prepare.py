@@ -1,4 +1,4 @@
-"""From the arguments of a distillation to what its ops take: a batch and a plan; and from what they give to an output."""
+"""From the arguments of a distillation to what its ops take, a batch and a plan; and from what they give."""
 
 import torch
 

@@ -86,7 +86,7 @@ class DistillationPlan(NamedTuple):
 
     mixed: bool = False  # the divergences are from a mixture of both
     by_teacher: bool = False  # the teacher's probabilities weigh
-    outcomes: str = "all"  # "all" tokens; K of them and the "rest"; the "few" alone, renormalised; the K as they are, "raw"
+    outcomes: str = "all"  # tokens; or K of them and the "rest", the "few" alone, renormalised, or as they are, "raw"
     weighted: bool = True  # the loss is one number, its aggregation's; else one per token
 
     @property

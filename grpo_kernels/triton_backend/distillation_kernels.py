@@ -183,8 +183,8 @@ def few_tokens_kernel(
             write_value(dst, others, V, ALIGNED, K, N, W, EDGE)  # 0, or NaN
         else:
             nobody = tok - tok - 1  # an id of no token
-            write_slope(dst, row, nobody, top, V, scale, cap, top, total, mean, -others * g, 0.0, ALIGNED, K, N, W, EDGE,
-                        False, "evict_first")  # fmt: skip
+            write_slope(dst, row, nobody, top, V, scale, cap, top, total, mean, -others * g, 0.0, ALIGNED, K, N, W,
+                        EDGE, False, "evict_first")  # fmt: skip
         tl.debug_barrier()  # the tokens' entries are stored by other threads than the tiles'
         d = d * (g * scale * LN2) * slack(x, cap)
         tl.store(dst + token, d.to(out.dtype.element_ty), mask=here & (token < V))
@@ -202,7 +202,8 @@ def sequence_sums_kernel(
     if cu is not None:
         start = tl.load(cu + seq).to(tl.int64)
         length = (tl.load(cu + seq + 1) - start).to(tl.int32)
-    w = tl.zeros([BLOCK], tl.float32) + weight(load_or(count, seq * count_b, 1.0), w_factor, load_or(loss_scale, 0, 1.0))
+    w = weight(load_or(count, seq * count_b, 1.0), w_factor, load_or(loss_scale, 0, 1.0))
+    w = tl.zeros([BLOCK], tl.float32) + w
     lane = tl.arange(0, BLOCK)
     loss = tl.zeros([BLOCK], tl.float64)
     tokens = tl.zeros([BLOCK], tl.float64)

@@ -48,7 +48,9 @@ def _at(batch: DistillationBatch, T: int) -> int:
     return T if batch.cu is None else 0
 
 
-def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T, *, values=None, stats=None, up=None):
+def _rows(
+    logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T: int, *, values=None, stats=None, up=None
+) -> None:
     B, rows, V = logits.shape
     wanted = [x for x in (logits, teacher, out) if x is not None]
     shape = logprob_shape if out is None else gradient_shape
@@ -57,18 +59,20 @@ def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan
     tile = _tile_of_both(shape, V, *wanted, narrow=teacher is not None or student.cap is not None)
     if teacher is not None and plan.mixed:
         tile["K"] = max(1, tile["K"] // 2)
-    common = dict(WEIGHTED=plan.weighted, MIXED=plan.mixed, BY_TEACHER=plan.by_teacher, VALUES=values is not None,
-                  GRADIENT=out is not None, **tile)  # fmt: skip
     # Without a gradient nothing but the scored positions is there to run over.
     programs = B * (rows if out is not None else T)
     rows = rows if out is not None else T
     n, sequences = B * T, batch.sequences(B)
+    weighted = plan.weighted and out is not None
+    count, loss_scale = (batch.count, batch.loss_scale) if weighted else (None, None)
+    common = dict(WEIGHTED=weighted, MIXED=plan.mixed, BY_TEACHER=plan.by_teacher, VALUES=values is not None,
+                  GRADIENT=out is not None, **tile)  # fmt: skip
     with _on(logits):
         if teacher is not None:
             _over(whole_teacher_kernel, programs)(
-                logits, teacher, out, batch.mask, batch.temperature, batch.segments, values, stats, up, batch.count,
-                batch.loss_scale, *_strides(logits), *_strides(teacher), *_strides(out), *_strides(batch.mask),
-                *_strides(batch.temperature), *_strides(up), _stride(batch.count), _at(batch, T), sequences, T, rows, V,
+                logits, teacher, out, batch.mask, batch.temperature, batch.segments, values, stats, up, count,
+                loss_scale, *_strides(logits), *_strides(teacher), *_strides(out), *_strides(batch.mask),
+                *_strides(batch.temperature), *_strides(up), _stride(count), _at(batch, T), sequences, T, rows, V,
                 n, 1.0 / batch.one_temperature, student.factor, told.factor, student.cap, told.cap, batch.beta,
                 batch.w_factor, **common,
             )  # fmt: skip
@@ -76,9 +80,9 @@ def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan
             L = batch.token_ids.shape[-1]
             _over(few_tokens_kernel, programs)(
                 logits, out, batch.token_ids, batch.teacher_logps, batch.mask, batch.temperature, batch.segments,
-                values, stats, up, batch.count, batch.loss_scale, *_strides(logits), *_strides(out),
+                values, stats, up, count, loss_scale, *_strides(logits), *_strides(out),
                 *_strides(batch.token_ids), *_strides(batch.teacher_logps), *_strides(batch.mask),
-                *_strides(batch.temperature), *_strides(up), _stride(batch.count), _at(batch, T), sequences, T, rows, V,
+                *_strides(batch.temperature), *_strides(up), _stride(count), _at(batch, T), sequences, T, rows, V,
                 n, L, 1.0 / batch.one_temperature, student.factor, student.cap, batch.beta, batch.w_factor,
                 REST=plan.outcomes == "rest", FEW=plan.outcomes == "few", LANES=triton.next_power_of_2(max(L, 1)),
                 **common,
@@ -97,9 +101,7 @@ def _tile_of_both(shape, V: int, *tensors: torch.Tensor, narrow: bool) -> dict[s
     return {"ALIGNED": aligned, "EDGE": width, **shape(V, size, width, narrow)}
 
 
-def totals(
-    values, batch: DistillationBatch, plan: DistillationPlan
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def totals(values, batch: DistillationBatch, plan: DistillationPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(loss [], sums [S], metrics [M]) of the values [3, B, T] of all rows."""
     _, B, T = values.shape
     sequences = batch.sequences(B)

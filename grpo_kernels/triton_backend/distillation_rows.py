@@ -101,7 +101,7 @@ def absorb_both(p_top, p_total, p_moment, q_top, q_total, q_moment, gap, row, ot
 @jit
 def read_both(row, other, V, p_scale, q_scale, p_cap, q_cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
               W: tl.constexpr, EDGE: tl.constexpr, MIXED: tl.constexpr, BY_TEACHER: tl.constexpr):  # fmt: skip
-    """First pass: (top, total, mean) of the student's row and of the teacher's, and the mean gap of the one that weighs.
+    """First pass: (top, total, mean) of the student's row and of the teacher's, and the mean gap of which one weighs.
 
     NaN in a row makes its total NaN.
     """
