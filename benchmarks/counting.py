@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from grpo_kernels.call import distillation_ops, ops
 from grpo_kernels.call.library import BODIES
-from grpo_kernels.linear import head_ops
+from grpo_kernels.linear import distillation_head_ops, head_ops
 
 
 class Access(NamedTuple):
@@ -141,7 +141,7 @@ def _patched(owner, name: str, value) -> Iterator[None]:
 def bare_ops() -> Iterator[None]:
     """The custom ops as plain functions: on ``meta`` tensors torch would run their fakes instead."""
     with contextlib.ExitStack() as patches:
-        for module in (ops, distillation_ops, head_ops):
+        for module in (ops, distillation_ops, head_ops, distillation_head_ops):
             for name, op in list(vars(module).items()):
                 if isinstance(op, torch._ops.OpOverload):
                     patches.enter_context(_patched(module, name, BODIES[op]))

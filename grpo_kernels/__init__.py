@@ -3,6 +3,7 @@
 from grpo_kernels.api.advantages import group_advantages
 from grpo_kernels.api.distillation import distillation_loss
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
+from grpo_kernels.api.linear_distillation import fused_linear_distillation_loss
 from grpo_kernels.api.logprobs import TokenLogprobs, token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
 from grpo_kernels.api.microbatch import microbatch
@@ -18,6 +19,7 @@ __all__ = [
     "TopK",
     "distillation_loss",
     "fused_grpo_loss",
+    "fused_linear_distillation_loss",
     "fused_linear_grpo_loss",
     "group_advantages",
     "linear_token_logprobs",

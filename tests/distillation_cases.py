@@ -79,7 +79,7 @@ def rest_off_by(*errors: Tensor):
         stated.rest = saved
 
 
-def wanted(pair: Pair, *, upstream=None, dtype=None, roundings=1, transform=None, **changes) -> tuple[dict, dict]:
+def wanted(pair: Pair, *, upstream=None, dtype=None, roundings=1, errors=None, **changes) -> tuple[dict, dict]:
     """(what float64 says, how far one of ours may be off), by name: loss, grad, entropy; "mean " and a metric.
 
     Both models' logits are moved by the error of a row's statistics, a teacher's log-probabilities by that of their
@@ -107,6 +107,8 @@ def wanted(pair: Pair, *, upstream=None, dtype=None, roundings=1, transform=None
     inputs = {name: value.detach().double() for name, value in inputs.items()}
     heat = float(torch.as_tensor(kwargs.get("temperature", 1.0)).min())
     sizes = {name: heat * row_size(value / heat) + 0 * value.nan_to_num(0, 0, 0) for name, value in inputs.items()}
+    for name, error in (errors or {}).items():
+        sizes[name] = sizes[name] + error
     if few:
         logps = inputs["told"].nan_to_num(0, 0, 0)
         sizes["told"] = U * (4 * logps.abs() + 8)

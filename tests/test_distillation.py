@@ -11,6 +11,8 @@ from cases import BACKENDS, DEVICE
 from distillation_cases import BETAS, TEACHERS, make_pair, ours, wanted
 from grpo_kernels import TopK, distillation_loss
 from grpo_kernels.metrics import combine
+from grpo_kernels.objective.divergence import rest
+from grpo_kernels.objective.language import on_torch
 from tolerance import U, assert_within
 
 INF, NAN = math.inf, math.nan
@@ -378,6 +380,19 @@ def test_an_id_outside_the_vocabulary(tail, backend, monkeypatch):
         out, grad = ours(pair, backend, beta=beta)
         assert out.loss[0].isnan().tolist() == [False, True]
         assert grad[0, 1].isnan().all() and grad[0, 0].isfinite().all()
+
+
+def test_the_rest_keeps_its_digits():
+    """1 − 2^x where it is small, by a series, and where the series ends."""
+    x = -torch.cat([torch.logspace(-6.5, 0, 400), torch.linspace(0.4, 0.46, 100), torch.linspace(1, 90, 200)])
+    left, moves = on_torch(rest)(x)
+    exact = -torch.special.expm1(x.double() * math.log(2.0))
+    error = (left.double() - exact.log2()).abs()
+    # x·ln 2 is rounded, which moves 1 − 2^x by as much as itself at most; then some ten roundings, and those of the log
+    assert (error <= U * (12 / math.log(2.0) + 2 * exact.log2().abs())).all() and (moves == 1).all()
+    left, moves = on_torch(rest)(torch.tensor([0.0, -1e-9, 1.0]))
+    assert (left == math.log2(1e-7)).all() or (left - math.log2(1e-7)).abs().max() < 64 * U
+    assert (moves == 0).all()
 
 
 # --- metrics, parity -------------------------------------------------------------------------------

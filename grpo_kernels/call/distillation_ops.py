@@ -35,6 +35,12 @@ def check_values(batch: DistillationBatch, device: torch.device, V: int) -> None
             distillation_checks.check_told(batch.token_ids, batch.teacher_logps, batch.mask, V)
 
 
+def stats_shape(rows: int, backend: str) -> tuple[int, ...]:
+    """Shape of what `distillation_slope_op` needs of each row."""
+    kept = _STATS[backend]
+    return (rows, kept) if kept else (0,)
+
+
 def _loss(logits, teacher, out, tensors, numbers, plan, T, backend) -> tuple[Tensor, ...]:
     batch, plan, run = DistillationBatch.unpack(tensors, numbers), DistillationPlan.from_key(plan), backend_of(backend)
     check_values(batch, logits.device, logits.shape[-1])
@@ -91,9 +97,8 @@ def distillation_values_op(
 
 @fake(distillation_values_op)
 def _(logits, teacher, tensors, numbers, plan, T, backend):
-    B, kept = logits.shape[0], _STATS[backend]
-    shape = (B * T, kept) if kept else (0,)
-    return *fake_values(logits, B, T), logits.new_empty(shape, dtype=torch.float32)
+    B = logits.shape[0]
+    return *fake_values(logits, B, T), logits.new_empty(stats_shape(B * T, backend), dtype=torch.float32)
 
 
 def _slope(logits, teacher, out, tensors, numbers, stats, up, plan, T, backend) -> None:

@@ -120,7 +120,6 @@ def compare(log_p, log_q, here, beta, MIXED: tl.constexpr, BY_TEACHER: tl.conste
     if REST:
         p_rest, moves = rest(tl.log2(tl.sum(p, axis=0)))
         q_rest, _ = rest(tl.log2(tl.sum(q, axis=0)))
-        pull = tl.where(moves == 0.0, unclosed(pull, p, MIXED, BY_TEACHER), pull)
         left = tl.exp2(p_rest)
         left_q = tl.exp2(q_rest)
         more, rest_pull = outcome(left, p_rest, left_q, q_rest, beta, MIXED, BY_TEACHER)
