@@ -9,7 +9,7 @@ import torch
 import reference
 from cases import BACKENDS, DEVICE
 from distillation_cases import BETAS, TEACHERS, make_pair, ours, wanted
-from grpo_kernels import TopK, distillation_loss
+from grpo_kernels import TopK, distillation_loss, policy_loss, token_logprobs
 from grpo_kernels.metrics import combine
 from grpo_kernels.objective.divergence import rest
 from grpo_kernels.objective.language import on_torch
@@ -436,6 +436,24 @@ def test_parity_with_trl(beta, temperature, backend):
     assert_within(out.loss, theirs.view(3, 4), allowed["loss"], "loss", factor=2)
     assert_within(grad, their_grad.view(3, 4, 67), allowed["grad"], "gradient", factor=2)
     assert_within(out.entropy, entropy.view(3, 4), allowed["entropy"], "entropy", factor=2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_sampled_tokens_log_ratio_as_an_advantage_is_the_reverse_kl_on_average(backend):
+    """docs/distillation.md: the policy gradient of A = log q − log p, over every token that might be sampled, by p."""
+    pair = make_pair(B=1, T=1, V=12, completion_mask=None)
+    _, grad = ours(pair, backend, beta=1.0)
+    x = pair.logits.to(DEVICE)
+    p = torch.log_softmax(x, -1).exp()[0, 0]
+    mean = torch.zeros_like(x)
+    for token in range(12):
+        leaf = x.clone().requires_grad_()
+        ids = torch.tensor([[token]], device=DEVICE)
+        logps = token_logprobs(leaf, ids, backend=backend).logps
+        told = token_logprobs(pair.teacher.to(DEVICE), ids, backend=backend).logps
+        policy_loss(logps, (told - logps).detach(), loss_type="reinforce", backend=backend).loss.backward()
+        mean += p[token] * leaf.grad
+    torch.testing.assert_close(mean.cpu(), grad, rtol=0, atol=12 * 64 * U)
 
 
 def test_both_backends_agree_on_the_bits_of_what_is_exact():
