@@ -124,6 +124,20 @@ def test_packed(mode, teacher, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("teacher", TEACHERS)
+def test_packed_tokens_of_no_sequence(teacher, backend, monkeypatch):
+    """Where values are not looked at: behind the last bound nothing is read, and everything is 0."""
+    monkeypatch.setenv("GRPO_KERNELS_VALIDATE", "0")
+    packed = flat(pair := make_pair(teacher), pair.mask)
+    packed.kwargs["cu_seqlens"][-1] -= 2
+    packed.logits[-2:] = NAN
+    for kwargs in ({}, {"reduction": "none"}):
+        out, grad = ours(packed, backend, **kwargs)
+        assert out.loss.isfinite().all() and grad.isfinite().all() and (grad[-2:] == 0).all()
+        assert (out.entropy[-2:] == 0).all() and out.sums["tokens"] == len(packed.logits) - 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("teacher", TEACHERS)
 def test_a_position_more_is_not_read_and_gets_gradient_zero(teacher, backend):
     pair = make_pair(teacher, extra=1)
     pair.logits[:, -1] = NAN
@@ -313,6 +327,17 @@ def test_the_largest_logits_come_late(backend):
     for a, b in ((x, z), (z, x), (x, x)):
         for beta in BETAS:
             check(pair_of(a.tolist(), b.tolist()), backend, beta=beta)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("early", (3, 2500))
+def test_an_infinity_of_what_turns_out_to_be_nothing(early, backend):
+    """An entry of the row that weighs is all there is, and infinitely far, until a larger one leaves nothing of it."""
+    weighing, other = torch.zeros(5000), torch.linspace(-1, 1, 5000)
+    weighing[4500], other[early] = 900.0, -INF
+    for beta, x, z in ((0.0, other, weighing), (1.0, weighing, other)):
+        out, grad = check(pair_of(x.tolist(), z.tolist()), backend, beta=beta)
+        assert out.loss.isfinite() and grad.isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
