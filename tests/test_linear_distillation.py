@@ -7,6 +7,7 @@ import torch
 
 import reference
 from cases import BACKENDS, DEVICE, on_device
+from counting import Device, bare_ops, interpreted, launches
 from distillation_cases import BETAS, TAILS, TEACHERS, Pair, make_pair, wanted
 from grpo_kernels import TopK, distillation_loss, fused_linear_distillation_loss
 from grpo_kernels.linear import head as module
@@ -333,3 +334,31 @@ def test_a_topk_of_the_teacher_is_the_whole_where_it_tells_everything():
         torch.testing.assert_close(out.loss, want.loss, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(grads, want_grads, rtol=1e-4, atol=1e-6)
     assert reference.TopK is not TopK
+
+
+@interpreted
+@pytest.mark.unshifted
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("masked", ("no mask", "counted", "told"))
+def test_the_host_waits_once_at_most(masked, reduction, teacher):
+    """To count the rows, where there is a mask and the caller does not say."""
+
+    def on_meta(*shape, dtype=torch.float32):
+        return torch.zeros(shape, dtype=dtype, device="meta")
+
+    hidden, weight = on_meta(B, T, H).requires_grad_(), on_meta(V, H).requires_grad_()
+    if teacher == "whole":
+        told = {"teacher_hidden": on_meta(B, T, H_TEACHER), "teacher_weight": on_meta(V, H_TEACHER)}
+    else:
+        told = {"teacher_hidden": TopK(on_meta(B, T, 6, dtype=torch.int64), on_meta(B, T, 6)), "tail": TAILS[teacher]}
+    kwargs = {} if masked == "no mask" else {"completion_mask": on_meta(B, T)}
+    if masked == "told":
+        kwargs["num_rows"] = 7
+    with bare_ops(), launches(run=False) as seen, Device(answers=[None] * 9) as device:
+        out = fused_linear_distillation_loss(
+            hidden, weight, **told, **kwargs, reduction=reduction, chunk_bytes=3 * ROW, backend="triton"
+        )
+        torch.autograd.grad(out.loss, (hidden, weight), torch.empty_like(out.loss))
+    assert device.waits == (masked == "counted")
+    assert {launch.name for launch in seen} >= {"sequence_sums_kernel", "batch_sums_kernel"}
