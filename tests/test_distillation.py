@@ -221,8 +221,10 @@ def test_in_place(reduction, dtype, teacher, backend):
         kwargs = {k: v.to(DEVICE) if isinstance(v, torch.Tensor) else v for k, v in pair.kwargs.items()}
         out = distillation_loss(x, told, beta=beta, reduction=reduction, inplace=True, backend=backend, **kwargs)
         (grad,) = torch.autograd.grad(out.loss.sum(), x)
-        assert grad.data_ptr() == x.data_ptr() and torch.equal(grad.cpu(), want_grad)
-        assert torch.equal(out.loss, want.loss)
+        _, allowed = wanted(pair, beta=beta, reduction=reduction)
+        assert grad.data_ptr() == x.data_ptr()  # which may start elsewhere than a gradient of its own, and be cut so
+        assert_within(grad, want_grad, allowed["grad"], "gradient", factor=2)
+        assert_within(out.loss, want.loss, allowed["loss"], "loss", factor=2)
         assert all(map(torch.equal, kept, told if teacher != "whole" else (told,)))
 
 
