@@ -11,11 +11,12 @@ from cases import DEVICE, on_device
 from grpo_kernels import TopK, distillation_loss
 from reference import distillation as stated
 from reference.packed import layout_of
-from tolerance import U, bounds_of, row_size, steps, written
+from tolerance import U, assert_within, bounds_of, row_size, steps, written
 
 BETAS = (0.0, 0.3, 1.0)
 TAILS = {"rest": True, "few": False, "raw": None}  # of a TopK
 TEACHERS = ("whole", *TAILS)
+METRICS = ("divergence", "entropy", "teacher_entropy")
 
 
 @dataclasses.dataclass
@@ -140,3 +141,23 @@ def lost_of_terms(pair: Pair, x: Tensor, w: Tensor, kwargs: dict) -> Tensor:
     lost = w[..., None] * logp.exp() * 8 * U * (logp.abs() + 1) / heat
     (out[:, : w.shape[1]] if x.dim() == 3 else out)[...] = lost
     return out
+
+
+def check(pair, backend, *, upstream=None, roundings=1, **changes):
+    """Ours within what rounding explains of the reference."""
+    out, grad = ours(pair, backend, upstream=upstream, **changes)
+    exact, allowed = wanted(pair, upstream=upstream, roundings=roundings, **changes)
+    assert_within(out.loss, exact["loss"], allowed["loss"], "loss")
+    assert_within(grad, exact["grad"], allowed["grad"], "gradient")
+    assert_within(out.entropy, exact["entropy"], allowed["entropy"], "entropy")
+    assert out.logps is None and tuple(out.metrics) == METRICS
+    for name in METRICS:
+        assert_within(out.metrics[name], exact[f"mean {name}"], allowed[f"mean {name}"], name)
+    return out, grad
+
+
+def pair_of(x, z):
+    """One row."""
+    pair = make_pair(B=1, T=1, completion_mask=None)
+    pair.logits, pair.teacher = torch.tensor([[x]]), torch.tensor([[z]])
+    return pair
