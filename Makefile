@@ -11,20 +11,23 @@ TORCH_VERSIONS  ?= 2.11.0 newest
 # Whatever may run a kernel: everything but the tests of other things.
 TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
 # What a torch may break by what it traces or differentiates.
-TORCH_TESTS     ?= tests/test_compile.py tests/test_autograd.py tests/test_config.py
+TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/objective/test_config.py
 
 # Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
 # own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
-NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo distributed linear_distributed \
-    vocab_parallel empty_ranks compile_report traffic benchmarks smoke docs package explain host pretend_gpu
+NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo distributed \
+    linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
+    explain host pretend_gpu
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
     [ $$j -gt 14 ] && j=14; [ $$j -lt 1 ] && j=1; echo $$j)
 
 # Whatever compares numbers that rounding reaches, and is quick.
-NUMERICAL_TESTS ?= $(foreach f,autograd edges layouts linear logprobs loss metrics objectives packed row_starts,tests/test_$(f).py)
+NUMERICAL       := anchor autograd counts edges groups layouts linear logprobs loss metrics microbatch objectives packed \
+    row_starts sampling_metrics
+NUMERICAL_TESTS ?= $(foreach f,$(NUMERICAL),tests/*/test_$(f).py)
 
 # The first interpreter that is new enough; empty if there is none.
 ifeq ($(origin PYTHON),undefined)
@@ -97,7 +100,7 @@ test-gpu: $(call installed,test) ## whatever a GPU may change, on a GPU, kernels
 
 test-pretend-gpu: $(call installed,test) ## the tests of test-gpu without a GPU: fail where they mix devices
 	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal --pretend-gpu $(GPU_TESTS) \
-	    --deselect tests/test_laws.py::test_no_kernel_recompiles_for_new_values $(ARGS)
+	    --deselect tests/triton_backend/test_laws.py::test_no_kernel_recompiles_for_new_values $(ARGS)
 
 smoke-gpu: $(call installed,test) ## every kernel on a GPU against float64, within a minute
 	$(PY) -m benchmarks.smoke $(ARGS)
@@ -133,7 +136,7 @@ test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's 
 	$(on_cpu) .venv-verl/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity_verl $(ARGS)
 
 layout: check-python ## the rules of the package's house: floors, circles, long files
-	$(PY) tests/layout.py
+	$(PY) tests/project/layout.py
 
 lint: $(call installed,lint) ## ruff over the sources
 	$(PY) -m ruff check $(or $(ARGS),.)

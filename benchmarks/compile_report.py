@@ -50,7 +50,7 @@ TARGETS = {
 }
 KERNELS = (
     "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "correction_kernel", "segments_kernel", "groups_kernel", "mismatch_kernel", "threshold_kernel", "unite_kernel",
+    "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel", "unite_kernel",
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Which passes over a row a kernel makes; how many exponentials per element they may take together; and
@@ -116,7 +116,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     lean = Batch(ids, adv=column)
     weighted = lean._replace(mask=ids, old=token, count=sequence)
     full = weighted._replace(ref=token, adv=None, rewards=sequence, is_weight=column, temperature=column,
-                             loss_scale=one, tokens=one)  # fmt: skip
+                             loss_scale=one, tokens=one, batch_std=one)  # fmt: skip
     tokens = torch.zeros(1, B * T)
     row, flat_ids = logits.reshape(1, B * T, V), ids.reshape(1, B * T)
     cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
@@ -125,7 +125,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     own = {name: bool(term.statistic) for name, term in TERMS.items()}
     launches: list[Launch] = []
 
-    def run(label, batch, plan, entropy=False, gradient=True, softcap=torch.inf):
+    def run(label, batch, plan, entropy=False, softcap=torch.inf):
         batch = batch._replace(term=(1.0,) * len(TERMS[plan.term].kind._fields), softcap=softcap)
         x = logits if batch.cu is None else row
         with recording(launches, f"{plan.term} {label} {dtype}", wave):
@@ -134,7 +134,8 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
             launch.logprobs(x, batch, plan, entropy)
             logps = torch.zeros(batch.ids.shape)
             entropies = logps if entropy else None
-            launch.objective(logps, entropies, batch, plan, gradient)
+            launch.objective(logps, entropies, batch, plan)
+            launch.totals(logps, entropies, batch, plan)
             launch.slope(x, x, batch, torch.zeros(logps.numel(), 3), logps, entropies, one)
 
     for name in TERMS:
@@ -146,7 +147,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
         run(f"KL {name}", full, Plan(term="clipped", kl=name, bias=True, scale_rewards="batch"))
     full_plan = Plan(term="clipped", kl="k3", bias=True, scale_rewards="batch", bonus=True)
     run("full", full, full_plan, entropy=True)
-    run("full sequence", full._replace(sampling=token, threshold=one, gate=token),
+    run("full sequence", full._replace(sampling=token, threshold=one, wanted=token),
         full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
     for name in CORRECTIONS:
         run(f"full {name}", full._replace(sampling=token, threshold=one),
@@ -166,6 +167,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
             launch.correct(token, full._replace(sampling=token), correction)
         launch.segments(flat_ids, cu, B * T)
         launch.groups(cu, B)
+        launch.batch_std(sequence, True)
         for batch in (lean, full, packed._replace(temperature=column)):
             for entropy in (False, True):
                 launch.unite(torch.zeros(2, 4 * B * T), batch, entropy)
@@ -206,22 +208,24 @@ def compiled_for(each: Launch, target_name: str):
     return triton.compile(source, target=TARGETS[target_name], options=dict(each.options))
 
 
-def machine_code_of(each: Launch, target_name: str) -> dict:
+def machine_code_of(each: Launch, target_name: str, brief: bool = False) -> dict:
     """What the machine code of a launch holds, the loops apart."""
     target, options = TARGETS[target_name], each.options
     compiled = compiled_for(each, target_name)
     row = {"kernel": each.label, "target": target_name, **each.options}
     binary, read = ("amdgcn", machine_code.amd) if target.backend == "hip" else ("cubin", machine_code.nvidia)
+    if brief and binary == "cubin" and each.label.split()[0] not in PASSES:
+        read = machine_code.nvidia_usage
     row |= {**read(compiled.asm[binary]), "shared": compiled.metadata.shared}
     row["resident_programs"] = machine_code.resident_programs(target, row["registers"], options["num_warps"])
     row["resident_warps"] = row["resident_programs"] * options["num_warps"]
     return row
 
 
-def compile_launch(each: Launch, target_name: str) -> dict:
+def compile_launch(each: Launch, target_name: str, brief: bool = False) -> dict:
     """The same as a flat dict, with the passes over a row in place of the loops."""
     target, options = TARGETS[target_name], each.options
-    row = machine_code_of(each, target_name)
+    row = machine_code_of(each, target_name, brief)
     loops, x = row.pop("loops"), each.arguments.get("logits", each.arguments.get("grad"))
     tile = each.arguments.get("K", 0) * each.arguments.get("W", 0)
     passes, rests = ({}, {}) if x is None else _row_passes(loops, x.element_size(), tile)
@@ -294,14 +298,25 @@ def defects(row: dict) -> list[str]:
     return found
 
 
-def report(vocabularies: list[int], dtypes: list[str], targets: list[str]) -> list[dict]:
-    """One row per launch form × target × dtype × vocabulary."""
+def report(vocabularies: list[int], dtypes: list[str], targets: list[str], brief: bool = False) -> list[dict]:
+    """One row per launch form × target × dtype × vocabulary.
+
+    `brief`: every term for the first target alone, of the others what stands with the clipped one, as a term is a few
+    numbers of a token; and NVIDIA's kernels that read no row are not disassembled.
+    """
     jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
+        terms = {"clipped"} if brief and target != targets[0] else set(TERMS)
         for each in record_launches(V, dtype, TARGETS[target].warp_size):
-            jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
+            if each.label.split()[1] in terms or each.label.split()[1] not in TERMS:
+                jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
+
+    def compiled(job):
+        (target, V, *_), each = job
+        return {"V": V, **compile_launch(each, target, brief)}
+
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda job: {"V": job[0][1], **compile_launch(job[1], job[0][0])}, jobs.items()))
+        return list(pool.map(compiled, jobs.items()))
 
 
 WIDTH = 100
@@ -319,7 +334,7 @@ def table(rows: list[dict]) -> Iterator[str]:
     for row in rows:
         ex2, instructions, all_of_it = (row.get(f"{what}_per_element") for what in ("ex2", "instructions", "row"))
         loop = f"{'-':>5}{'-':>6}{'-':>6}" if ex2 is None else f"{ex2:5.2f}{instructions:6.1f}{all_of_it:6.1f}"
-        accesses = "".join(f"{row['wide_' + what]:3}/{row[what]:<3}" for what in ("loads", "stores"))
+        accesses = "".join(f"{row.get('wide_' + what, '-'):>3}/{row.get(what, '-'):<3}" for what in ("loads", "stores"))
         yield (f"{row['target']:7}{row['V']:6} {_label(row['kernel']):32}{row['registers']:4}{row['stack']:4}"
                f"{row['spills']:4}{accesses}{loop}{row['resident_programs']:5}{row['resident_warps']:6}")  # fmt: skip
 
@@ -335,10 +350,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--vocab", type=int, nargs="+", default=[151936], help="vocabulary sizes (default: 151936)")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="dtypes of the logits")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
+    parser.add_argument("--brief", action="store_true", help="fewer launches, as the tests have them: see `report`")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compile_report compiles: unset TRITON_INTERPRET.")
-    rows = report(args.vocab, args.dtype, args.target)
+    rows = report(args.vocab, args.dtype, args.target, args.brief)
     bad = [(row, text) for row in rows for text in defects(row)]
     print(textwrap.fill(f"Triton {triton.__version__}, {len(rows)} kernels. {LEGEND}", WIDTH) + "\n")
     print("\n".join(table(rows)))

@@ -5,7 +5,7 @@ have no data, so whatever would make the host wait for a device cannot work on t
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ from torch.utils._pytree import tree_leaves
 from grpo_kernels.call import distillation_ops, ops
 from grpo_kernels.call.library import BODIES
 from grpo_kernels.linear import distillation_head_ops, head_ops
+from grpo_kernels.triton_backend import launch
+
+LINE, WARP = 128, 512  # bytes of a line of a GPU's memory, and of what a warp stores at once, 16 a thread
 
 
 class Access(NamedTuple):
@@ -34,6 +37,7 @@ class Launch:
         self.tensors = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]  # alive: no reuse
         self.loaded: list[Access] = []
         self.stored: list[Access] = []
+        self.parts: list[np.ndarray] = []  # per store: an address in each line that a warp writes, but not all of
 
     def reads(self, x: torch.Tensor) -> torch.Tensor:
         """How often each element of ``x`` was loaded, in the shape of ``x``."""
@@ -42,6 +46,16 @@ class Launch:
     def writes(self, x: torch.Tensor) -> torch.Tensor:
         """How often each element of ``x`` was stored to."""
         return _counts(self.stored, x)
+
+    def parts_of_lines(self, x: torch.Tensor) -> int:
+        """How often a warp's store to ``x`` leaves a line of memory written in part; stores of one entry left out."""
+        return sum(int(_inside(each, x).sum()) for each in self.parts)
+
+    def lines_in_part(self, x: torch.Tensor) -> int:
+        """The lines of ``x`` that the launch as a whole writes, but not all of."""
+        written = np.unique(np.concatenate([_bytes(each) for each in self.stored]))
+        _, counts = np.unique(written[_inside(written, x)] // LINE, return_counts=True)
+        return int((counts < LINE).sum())
 
     def touches(self, x: torch.Tensor) -> bool:
         """Whether anything of the storage of ``x`` was loaded or stored to."""
@@ -54,6 +68,19 @@ class Launch:
         return Access(addresses, np.dtype(dtype).itemsize)
 
 
+def _bytes(access: Access) -> np.ndarray:
+    return (access.addresses[:, None].astype(np.int64) + np.arange(access.width)).ravel()
+
+
+def in_part(addresses: np.ndarray, mask: np.ndarray, width: int) -> np.ndarray:
+    """An address in each line that a warp's store leaves written in part; neighbouring lanes are a warp's."""
+    warps = np.arange(addresses.size) // (WARP // width)
+    live = mask.ravel()
+    places = np.stack([warps[live], addresses.ravel()[live].astype(np.int64) // LINE])
+    _, first, counts = np.unique(places, axis=1, return_index=True, return_counts=True)
+    return addresses.ravel()[live][first[counts * width < LINE]]
+
+
 def _inside(addresses: np.ndarray, x: torch.Tensor) -> np.ndarray:
     storage = x.untyped_storage()
     return (addresses >= storage.data_ptr()) & (addresses < storage.data_ptr() + storage.nbytes())
@@ -63,9 +90,10 @@ def _counts(accesses: list[Access], x: torch.Tensor) -> torch.Tensor:
     storage, size = x.untyped_storage(), x.element_size()
     elements = storage.nbytes() // size
     counts = np.zeros(elements, np.int64)
-    for addresses, width in accesses:
+    for wide in {width for _, width in accesses}:
+        addresses = np.concatenate([each for each, width in accesses if width == wide])
         mine = addresses[_inside(addresses, x)].astype(np.int64) - storage.data_ptr()
-        for part in range(0, max(width, size), size):  # a word may hold several elements
+        for part in range(0, max(wide, size), size):  # a word may hold several elements
             counts += np.bincount((mine + part) // size, minlength=elements)
     return torch.as_strided(torch.from_numpy(counts), x.shape, x.stride(), x.storage_offset())
 
@@ -83,7 +111,7 @@ def launches(*, run: bool = True, programs: range | None = None) -> Iterator[lis
     call, load, store = GridExecutor.__call__, memory.load, memory.store
     at_program = interpreter_builder.set_grid_idx
 
-    def launch(executor, *args, **kwargs):
+    def noted(executor, *args, **kwargs):
         seen.append(Launch(executor.fn.__name__, executor.grid, (args, kwargs)))
         if not run:
             return None
@@ -109,6 +137,8 @@ def launches(*, run: bool = True, programs: range | None = None) -> Iterator[lis
 
     def counted_store(pointers, values, mask):
         seen[-1].stored.append(seen[-1].admit(pointers[mask], values.dtype))
+        if pointers.size > 1:
+            seen[-1].parts.append(in_part(pointers, mask, values.dtype.itemsize))
         return store(pointers, values, mask)
 
     def refuse(*_):
@@ -116,7 +146,7 @@ def launches(*, run: bool = True, programs: range | None = None) -> Iterator[lis
 
     with contextlib.ExitStack() as patches:
         patch = lambda owner, name, value: patches.enter_context(_patched(owner, name, value))  # noqa: E731
-        patch(GridExecutor, "__call__", launch)
+        patch(GridExecutor, "__call__", noted)
         patch(memory, "load", counted_load)
         patch(memory, "store", counted_store)
         patch(memory, "atomic_rmw", refuse)
@@ -125,6 +155,40 @@ def launches(*, run: bool = True, programs: range | None = None) -> Iterator[lis
             yield seen
         finally:
             vars(interpreter_builder).pop("set_grid_idx", None)
+
+
+def on_a_line(x: torch.Tensor, spare: int = 0) -> torch.Tensor:
+    """Fresh memory for a contiguous tensor like ``x``, which starts ``spare`` entries behind the start of a line."""
+    size = x.element_size()
+    memory = torch.empty(x.numel() + spare + LINE // size, dtype=x.dtype)
+    first = -memory.data_ptr() % LINE // size + spare
+    return memory.new_empty(0).set_(memory.untyped_storage(), first, x.shape)
+
+
+class _Lines(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return on_a_line(x).copy_(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@contextlib.contextmanager
+def lines_as_on_a_gpu() -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    """What is allocated starts at a line of memory, as a GPU's allocator has it, and kernels know its lines.
+
+    Yields what makes of logits a model's output that does so too.
+    """
+    new_empty = torch.Tensor.new_empty
+
+    def aligned(self, *args, **kwargs):
+        x = new_empty(self, *args, **kwargs)
+        return x if x.is_meta or x.numel() < LINE else on_a_line(x)
+
+    with _patched(torch.Tensor, "new_empty", aligned), _patched(launch, "line_bytes", lambda device: LINE):
+        yield _Lines.apply
 
 
 @contextlib.contextmanager

@@ -33,6 +33,17 @@ def nvidia(cubin: bytes) -> dict:
     }  # fmt: skip
 
 
+def nvidia_usage(cubin: bytes) -> dict:
+    """Registers and stack, at a hundredth of the time: where there is no stack, nothing was spilled to it."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name)).groups()
+    if int(stack):
+        return nvidia(cubin)
+    return {"registers": int(registers), "stack": 0, "spills": 0, "loops": []}
+
+
 def amd(assembly: str) -> dict:
     field = lambda name: int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])  # noqa: E731
     lines = list(enumerate(assembly.splitlines()))

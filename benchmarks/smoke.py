@@ -2,7 +2,8 @@
 
 On a GPU worker processes first run every case once, which compiles the kernels into Triton's cache, while this process
 works out the truths; then each case is run twice, compared entry by entry and bit by bit, and timed. Without a GPU a
-small part runs in Triton's interpreter. Exit status 1 if anything was wrong.
+small part runs in Triton's interpreter. Where the on-chip kernel cannot run, its cases say "not run", and why. Exit
+status 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ else:
 from benchmarks import environment
 from benchmarks.interpreter import hasten
 from benchmarks.smoke_cases import Case, all_cases
-from benchmarks.smoke_job import Job, errors
+from benchmarks.smoke_job import Job, errors, obstacle
 
 WARM_UP_SECONDS = 150  # after which checks begin anyway, and compile what is missing
 WIDTH = 80
@@ -134,8 +135,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     hasten()
     everything = all_cases(arguments.compile)
     chosen = [case for case in everything if case.small] if arguments.small or not on_gpu else everything
-    chosen = [case for case in chosen if re.match(arguments.only, " ".join(case.name.split()))]
-    if not chosen:
+
+    def fits(case: Case) -> bool:
+        return re.match(arguments.only, " ".join(case.name.split())) is not None
+
+    chosen = [case for case in chosen if fits(case)]
+    reasons = {case.name: reason for case in everything if (reason := obstacle(case, device()))}
+    skipped = [case for case in everything if case.name in reasons and fits(case)]
+    chosen = [case for case in chosen if case.name not in reasons]
+    if not chosen and not skipped:
         parser.error(f"no case begins with {arguments.only!r}")
 
     where = environment.describe(device())
@@ -167,9 +175,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             given += ["--resume", f"{number},{faults},{time.perf_counter() - began}"]
             continue_in_a_new_process(given)
             return 1
+    for case in skipped:
+        print(f"{case.name} {'-':>8} {'-':>9} not run", f"    {reasons[case.name]}"[:WIDTH], sep="\n")
     commit, plus, changes = str(where["commit"]).partition("+")
     print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {commit[:9]}{plus}{changes}")
-    print(f"{len(chosen)} cases, {faults or 'no'} faults, {time.perf_counter() - began:.1f} s", flush=True)
+    left_out = f", {len(skipped)} not run" if skipped else ""
+    print(f"{len(chosen)} cases, {faults or 'no'} faults{left_out}, {time.perf_counter() - began:.1f} s", flush=True)
     return int(faults > 0)
 
 

@@ -23,6 +23,8 @@ class Case:
     upstream: float = 1.0
     backward: bool = True
     bias: bool = False
+    tokens: int = 8  # of each of four sequences
+    rows: str = ""  # GRPO_KERNELS_ROWS
     how: str = ""  # "graph": captured and replayed; "compile": by torch.compile
     small: bool = False  # runs without a GPU, interpreted
     options: dict = field(default_factory=dict)
@@ -51,6 +53,29 @@ def case(what: str, V: int = QWEN, dtype: torch.dtype = BF16, **rest) -> Case:
     if dtype == FP16:
         own.setdefault("upstream", 1024.0)  # as loss scalers have it: without one fp16 loses most of a gradient
     return Case(what, V, dtype, options=rest, **own)
+
+
+def on_chip_cases() -> list[Case]:
+    """With more rows than there are programs, so that a program's next row is on its way while it writes one."""
+    full = {"beta": 0.04}
+
+    def on_chip(what: str, V: int, **rest) -> Case:
+        return case(f"on chip: {what}", V, rows="onchip", tokens=120 if V == 32000 else 40, **rest)
+
+    found = []
+    for V in (QWEN, LLAMA, 32000):
+        found += [
+            on_chip("in place, KL k3", V, inplace=True, **full),
+            on_chip("packed", V, layout="packed", **full),
+            on_chip("rewards, in place", V, num_generations=2, inplace=True, **full),
+            on_chip("entropies and bonus", V, return_entropy=True, entropy_coef=0.01),
+        ]
+    return [
+        *found,
+        on_chip("(B, T+1, V), in place", QWEN, layout="extra", inplace=True),
+        on_chip("tokens of probability e^-200", QWEN, spoil="rare", return_entropy=True, **full),
+        on_chip("a NaN row, in place", 32000, spoil="nan", inplace=True, **full),
+    ]
 
 
 def all_cases(with_compile: bool = False) -> list[Case]:
@@ -131,6 +156,7 @@ def all_cases(with_compile: bool = False) -> list[Case]:
         case("head log-probs: and backward", GPT2, kind="head logps"),
         case("loss: CUDA graph", how="graph", **full),
         case("loss: CUDA graph, gspo", GPT2, how="graph", loss_type="gspo"),
+        *on_chip_cases(),
     ]
     if with_compile:
         cases += [

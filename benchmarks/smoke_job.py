@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -14,10 +16,11 @@ from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_l
 from grpo_kernels.call import ops as kernel_ops
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.triton_backend import ways
 from reference import policy_loss as exact_policy_loss
 from reference import token_logprobs as exact_token_logprobs
 
-B, T, BOUNDS = 4, 8, (0, 8, 9, 9, 16, 32)  # 32 rows; packed, with an empty sequence. Half of it where interpreted
+B, BOUNDS = 4, (0, 8, 9, 9, 16, 32)  # sequences; packed, one of them empty, with 8 tokens of each
 H = 128  # of hidden states
 # fp32 has 24 bits; sums over a row cost up to 8 of them: relative, of log-probs, of probabilities and of sums.
 SUMS = 2.0**-16
@@ -39,10 +42,9 @@ class Job:
     def __init__(self, case: Case, device: torch.device, seed: int = 0) -> None:
         self.case, self.device, self.V = case, device, case.V
         self.generator = torch.Generator(device).manual_seed(seed)
-        half = 2 if self.interpreted else 1
-        self.T = T // half
-        self.shape = (BOUNDS[-1] // half,) if case.packed else (B, self.T)
-        self.cu = torch.tensor(BOUNDS, device=device) // half if case.packed else None
+        self.T = case.tokens // (2 if self.interpreted else 1)
+        self.shape = (B * self.T,) if case.packed else (B, self.T)
+        self.cu = torch.tensor(BOUNDS, device=device) * self.T // 8 if case.packed else None
         sequences = len(BOUNDS) - 1 if case.packed else B
         mask = torch.rand(self.shape, device=device, generator=self.generator) < 0.8
         mask.view(-1)[::8] = True
@@ -66,7 +68,8 @@ class Job:
             "old_logps": old,
             "ref_logps": (near + self._uniform(*self.shape, low=-0.5, high=0.5)).float(),
             "sampling_logps": (old + self._uniform(*self.shape, low=-0.3, high=0.3)),
-            "rewards": self._uniform(sequences, low=-1.0, high=1.0),
+            # A group's are far from equal: else its mean, rounded as they are, is off by much of what they differ by.
+            "rewards": self._uniform(sequences, low=-0.5, high=0.5) + 2.0 * (signs < 0),
             "num_items_in_batch": torch.tensor(40.0, device=device),
         }
         self.g, self.h = (self._uniform(*self.shape, low=-1.0, high=1.0) for _ in range(2))
@@ -162,6 +165,10 @@ class Job:
         return self._run(leaves)
 
     def _run(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        with _setting(self.case.rows):
+            return self._called(leaves)
+
+    def _called(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         case, (_, ids) = self.case, self.given
         if case.kind == "parts":
             return self._run_parts(leaves["logits"])
@@ -335,6 +342,25 @@ class Job:
     @property
     def interpreted(self) -> bool:
         return self.device.type == "cpu"
+
+
+@contextlib.contextmanager
+def _setting(rows: str) -> Iterator[None]:
+    """GRPO_KERNELS_ROWS as a case has it; what it was before, where that says nothing."""
+    before = os.environ.get(ways.VARIABLE)
+    if rows:
+        os.environ[ways.VARIABLE] = rows
+    try:
+        yield
+    finally:
+        os.environ.pop(ways.VARIABLE, None)
+        if before is not None:
+            os.environ[ways.VARIABLE] = before
+
+
+def obstacle(case: Case, device: torch.device) -> str | None:
+    """Why this machine cannot run a case, or None."""
+    return ways.device_obstacle(torch.empty(0, device=device)) if case.rows == "onchip" else None
 
 
 @functools.cache

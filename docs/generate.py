@@ -29,6 +29,7 @@ from grpo_kernels.objective.catalogue import KL_ESTIMATORS, LEVELS, LOSS_TYPES, 
 from grpo_kernels.objective.corrections import CORRECTIONS  # noqa: E402
 
 BLOCK = re.compile(r"(<!-- catalogue:([\w-]+)((?: [\w.+-]+)*) -->\n).*?(<!-- /catalogue -->)", re.DOTALL)
+INLINE_CODE = re.compile(r"`[^`\n]+`")  # a marker in it is spoken of, and marks nothing
 PARTS = {  # fields whose default is the loss type's own
     "policy_term": "the loss type's", "importance_sampling_level": "the loss type's", "loss_agg_mode": "the loss type's"
 }  # fmt: skip
@@ -188,9 +189,8 @@ def filled(text: str) -> str:
             raise ValueError(f"catalogue:{name} is not a table. Choose one of: {', '.join(TABLES)}.")
         return start + TABLES[name](*words.split()) + end
 
-    if text.count("<!-- catalogue:") != len(BLOCK.findall(text)) or text.count("<!-- /catalogue -->") != len(
-        BLOCK.findall(text)
-    ):
+    blocks, prose = len(BLOCK.findall(text)), INLINE_CODE.sub("", text)
+    if prose.count("<!-- catalogue:") != blocks or prose.count("<!-- /catalogue -->") != blocks:
         raise ValueError("a catalogue marker has no partner, or is not written as in the docstring of docs/generate.py")
     return BLOCK.sub(fill, text)
 

@@ -36,7 +36,8 @@ def main(steps: int = 20) -> list[float]:
         args = GRPOConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=32, num_generations=8,
             max_completion_length=8, learning_rate=0.01, beta=0.02, logging_steps=1, report_to="none",
-            save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False, seed=0,
+            save_strategy="no", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+            dataloader_pin_memory=torch.cuda.is_available(), seed=0,
         )  # fmt: skip
         data = Dataset.from_dict({"prompt": ["once upon", "a day in", "the end of", "my dear"]})
         trainer = FusedGRPOTrainer(folder, vowels, args=args, train_dataset=data)

@@ -9,12 +9,14 @@ from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
 from grpo_kernels.api.microbatch import microbatch
 from grpo_kernels.call.distillation_checks import TopK
 from grpo_kernels.objective.config import LossConfig
+from grpo_kernels.objective.supports import Support
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LossConfig",
     "LossOutput",
+    "Support",
     "TokenLogprobs",
     "TopK",
     "distillation_loss",

@@ -14,8 +14,8 @@ is: the token's, the sequence's), a *KL estimator* and a *weighting*. Each choic
 function in a table: `terms.py`, `levels.py`, `kl.py`, `weights.py`; `knobs.py` says which of them a
 loss type stands for. `grpo_loss` turns logits into log-probs, and `policy_loss` puts the rest
 together. Reading order: this file, `advantages.py`, `knobs.py`, the four tables; then
-`corrections.py` for samplers that disagree with the trainer, `packed.py`, `metrics.py`, and
-`tensors.py` for the helpers.
+`corrections.py` for samplers that disagree with the trainer, `supports.py` for those that truncate,
+`packed.py`, `metrics.py`, and `tensors.py` for the helpers.
 
 Autograd makes the gradients. It is given only what it may see: values at masked positions are
 replaced *before* any arithmetic touches them, since 0·NaN is NaN in a backward pass too. Everything
@@ -39,6 +39,7 @@ from reference.knobs import Knobs
 from reference.levels import LEVELS
 from reference.metrics import TERM_METRICS, ratio_metrics, reward_metrics, sampling_metrics
 from reference.packed import Layout, layout_of, sequence_of_token
+from reference.supports import Support, restrict
 from reference.tensors import as_column, as_mask, compute_dtype, masked_mean, per_token
 from reference.terms import Tokens, policy_term
 from reference.weights import NEED_LENGTH, WEIGHTS, Sizes
@@ -66,6 +67,7 @@ def grpo_loss(
     *,
     completion_mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
+    support: Support | None = None,
     cu_seqlens: Tensor | None = None,
     **arguments: object,
 ) -> LossOutput:
@@ -77,6 +79,8 @@ def grpo_loss(
         completion_ids: (B, T) or (N,); logits[b, t] is the distribution that token [b, t] was drawn from.
         completion_mask: (B, T) or (N,), 1 for the tokens that count. What lies elsewhere may be anything.
         temperature: that the completions were sampled at; a number, (B,), (B, T); packed: (S,) or (N,).
+        support: the set that each token was drawn from, over which log-probs and entropies are: bool (B, T, V) or
+            (N, V), or a list of token ids for each of the B·T or N tokens; see `supports.py`. None: the vocabulary.
         advantages, cu_seqlens, **arguments: as in `policy_loss`.
 
     Raises: as `policy_loss`.
@@ -84,7 +88,7 @@ def grpo_loss(
     if (logits.dim() == 2) != (cu_seqlens is not None):
         raise ValueError("packed logits (N, V) need cu_seqlens, and padded ones (B, T, V) must not have it")
     if cu_seqlens is None:
-        lp, entropy = token_logprobs(logits, completion_ids, temperature, completion_mask)
+        lp, entropy = token_logprobs(logits, completion_ids, temperature, completion_mask, support)
     else:
         layout_of(cu_seqlens, logits.shape[0])  # raises for bad bounds
         if isinstance(temperature, Tensor) and temperature.dim() == 1:
@@ -92,7 +96,9 @@ def grpo_loss(
                 temperature = temperature[sequence_of_token(cu_seqlens)]
             temperature = temperature[None]
         mask = as_mask(completion_mask, completion_ids)
-        lp, entropy = (x[0] for x in token_logprobs(logits[None], completion_ids[None], temperature, mask[None]))
+        support = support[None] if isinstance(support, Tensor) else support
+        found = token_logprobs(logits[None], completion_ids[None], temperature, mask[None], support)
+        lp, entropy = (x[0] for x in found)
     return policy_loss(
         lp, advantages, entropy=entropy, completion_mask=completion_mask, cu_seqlens=cu_seqlens, **arguments
     )
@@ -265,16 +271,22 @@ class TokenLogprobs(NamedTuple):
 
 
 def token_logprobs(
-    logits: Tensor, completion_ids: Tensor, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+    logits: Tensor,
+    completion_ids: Tensor,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    support: Support | None = None,
 ) -> TokenLogprobs:
     """log π(token) and H = −Σ_v p_v·log p_v of π = softmax(logits / temperature); 0 where masked.
 
-    Shapes as in `grpo_loss`. A banned token (logit −∞) has p = 0 and adds nothing to H: p·log p → 0.
+    Shapes and support as in `grpo_loss`. A banned token (logit −∞) has p = 0 and adds nothing to H: p·log p → 0.
     """
     mask = as_mask(mask, completion_ids)
     ids = torch.where(mask, completion_ids, 0)  # padding is often −100
     x = logits[:, : ids.shape[1]].to(compute_dtype(logits))
     x = torch.where(mask[..., None], x, 0)
+    if support is not None:
+        x = restrict(x, ids, mask, support)
     if isinstance(temperature, Tensor) and temperature.dim():
         temperature = per_token(temperature, mask, x.dtype, fill=1.0)[..., None]
     log_p = torch.log_softmax(x / temperature, dim=-1)

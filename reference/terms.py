@@ -166,12 +166,13 @@ def term_vespo(x: Tokens, k: Knobs) -> Tensor:
 def term_sapo(x: Tokens, k: Knobs) -> Tensor:
     """ℓ = −A·σ(τ(ρ−1))·4/τ: a gate that closes smoothly where the clip is a step (SAPO).
 
-    Far out the gate is 1 and its slope 0; ρ = ∞ must not turn that slope into 0·∞.
+    Far out the gate is 1 and its slope 0; ρ = ∞ must not turn that slope into 0·∞. The gate is exp(log σ), whose slope
+    autograd makes of σ(−z); that of σ itself, σ·(1 − σ), is 0 as soon as σ rounds to 1.
     """
     tau = torch.where(x.A > 0, x.A.new_tensor(k.sapo_temperature_pos), k.sapo_temperature_neg)
     open_wide = x.r.detach().exp() == torch.inf
     rho = torch.where(open_wide, 0, x.r).exp()
-    return -x.A * torch.where(open_wide, 1, torch.sigmoid(tau * (rho - 1))) * 4 / tau
+    return -x.A * torch.where(open_wide, 1, torch.nn.functional.logsigmoid(tau * (rho - 1)).exp()) * 4 / tau
 
 
 def term_gmpo(x: Tokens, k: Knobs) -> Tensor:

@@ -22,12 +22,15 @@ torch.set_num_threads(2)
 
 def pytest_addoption(parser):
     parser.addoption("--pretend-gpu", action="store_true", help="fail where tests mix devices; needs no GPU")
-    group = parser.getgroup("grpo_kernels", "other data and other addresses (tests/variation.py)")
+    group = parser.getgroup("grpo_kernels", "other data and other addresses (tests/helpers/variation.py)")
     group.addoption("--seed-offset", type=int, default=0, metavar="N", help="add N to every seed that tests set")
     group.addoption("--shift", type=int, default=0, metavar="K", help="tensors start K elements into their storages")
 
 
 def pytest_configure(config):
+    # A process that a test starts imports what the tests import, from whatever directory pytest was started.
+    paths = [*map(str, config.getini("pythonpath")), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     config.addinivalue_line("markers", "unshifted: counts operations or bytes, or compiles; --shift leaves it alone")
     variation.move_seeds(config.getoption("--seed-offset"))
     os.environ[variation.SHIFT] = str(config.getoption("--shift"))

@@ -9,12 +9,14 @@ from grpo_kernels.api.logprobs import TokenLogprobs
 from grpo_kernels.call import checks, ops
 from grpo_kernels.call.output import LossOutput, output
 from grpo_kernels.call.prepare import prepare, prepare_logprobs
+from grpo_kernels.call.supports import check_support
 from grpo_kernels.linear import head_autograd
 from grpo_kernels.linear.head import chunk_rows
 from grpo_kernels.linear.head_autograd import ChunkOptions
 from grpo_kernels.linear.head_checks import check_count, check_hidden, check_number, head_tensors
 from grpo_kernels.objective.config import LossConfig, resolve_config
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.supports import Support
 
 
 def fused_linear_grpo_loss(
@@ -34,6 +36,7 @@ def fused_linear_grpo_loss(
     importance_weights: torch.Tensor | None = None,
     sampling_logps: torch.Tensor | None = None,
     temperature: torch.Tensor | float = 1.0,
+    support: Support | torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | float | None = None,
     loss_scale: torch.Tensor | float = 1.0,
     cu_seqlens: torch.Tensor | None = None,
@@ -77,7 +80,7 @@ def fused_linear_grpo_loss(
         accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype,
             which takes half the memory in half precision, and rounds once per chunk.
         advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
-            sampling_logps, temperature, num_items_in_batch, loss_scale, cu_seqlens, skip_zero_advantage,
+            sampling_logps, temperature, support, num_items_in_batch, loss_scale, cu_seqlens, skip_zero_advantage,
             return_entropy, reduction, data_group, backend, config, **overrides: as in `fused_grpo_loss`.
 
     Returns:
@@ -95,6 +98,7 @@ def fused_linear_grpo_loss(
     layout = check_hidden(hidden, weight, bias, completion_ids, cu_seqlens)
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
+    of_support = check_support(support, layout, weight.shape[0], hidden)
     batch, plan = prepare(
         config, layout, completion_ids, backend, advantages=advantages, rewards=rewards,
         num_generations=num_generations, old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,
@@ -103,8 +107,9 @@ def fused_linear_grpo_loss(
         skip_zero_advantage=skip_zero_advantage, temperature=temperature, softcap=softcap, logit_scale=logit_scale,
     )  # fmt: skip
     loss, logps, entropy, sums, metrics = head_autograd.run_linear_loss(
-        layout.tokens(hidden), weight, bias, batch, plan, entropy=return_entropy or plan.needs_entropy,
-        data_group=data_group, options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
+        layout.tokens(hidden), weight, bias, batch._replace(**of_support), plan,
+        entropy=return_entropy or plan.needs_entropy, data_group=data_group,
+        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
     )  # fmt: skip
     return output(
         batch, plan, layout, loss=loss, logps=layout.restore(logps), sums=sums, metrics=metrics,
@@ -122,6 +127,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    support: Support | torch.Tensor | None = None,
     return_entropy: bool = False,
     chunk_bytes: int | None = None,
     num_rows: int | None = None,
@@ -137,6 +143,7 @@ def linear_token_logprobs(
             as in `fused_linear_grpo_loss`.
         temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
         mask: of zeros and ones, shaped as the ids; masked rows take no part, and have log-probability 0.
+        support: what a truncating sampler drew each token from, as in `fused_grpo_loss`.
         return_entropy: compute the entropies as well.
         backend: None (by device), ``"triton"`` or ``"torch"``.
 
@@ -152,6 +159,7 @@ def linear_token_logprobs(
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
     batch = prepare_logprobs(layout, completion_ids, mask, temperature, softcap=softcap, logit_scale=logit_scale)
+    batch = batch._replace(**check_support(support, layout, weight.shape[0], hidden))
     logps, entropy = head_autograd.LinearLogprobsFunction.apply(
         layout.tokens(hidden), weight, bias, *batch.pack(), Plan().key(), return_entropy,
         _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),

@@ -6,7 +6,9 @@ import torch
 
 from grpo_kernels.call import autograd, checks, ops
 from grpo_kernels.call.prepare import prepare_logprobs
+from grpo_kernels.call.supports import check_support
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.supports import Support
 
 _PLAN = Plan().key()
 
@@ -24,6 +26,7 @@ def token_logprobs(
     *,
     temperature: torch.Tensor | float = 1.0,
     mask: torch.Tensor | None = None,
+    support: Support | torch.Tensor | None = None,
     return_entropy: bool = False,
     vocab_group: torch.distributed.ProcessGroup | None = None,
     backend: str | None = None,
@@ -39,6 +42,8 @@ def token_logprobs(
         completion_ids: (B, T) or (N,), integers.
         temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
         mask: of zeros and ones, shaped as the ids; masked rows are not read, their ids may be anything.
+        support: what a truncating sampler (top-k, top-p, min-p) drew each token from: a `Support`, or a bool tensor
+            (B, T, V); log-probabilities and entropies are then over it and the token itself, as in `fused_grpo_loss`.
         return_entropy: compute the entropy as well.
         vocab_group: process group over which the vocabulary is spread, as in `fused_grpo_loss`.
         backend: None (by device), ``"triton"`` or ``"torch"``.
@@ -49,14 +54,15 @@ def token_logprobs(
 
     Raises:
         ValueError: wrong shape, stride, device or value. TypeError: wrong dtype.
-        IndexError: on the CPU, an unmasked id outside the vocabulary (on a GPU its row is NaN).
+        IndexError: on the CPU, an unmasked id, or one of a support, outside the vocabulary (on a GPU its row is NaN).
     """
     vocab_group = checks.check_vocab_group(vocab_group)
     layout = checks.check_logits(logits, completion_ids, part=vocab_group is not None)
     checks.check_mask("mask", mask, logits, layout)
     temperature = checks.check_temperature(temperature, logits, layout)
     backend = ops.choose_backend(backend, logits)
-    batch = prepare_logprobs(layout, completion_ids, mask, temperature)
+    of_support = check_support(support, layout, logits.shape[-1], logits, vocab_group)
+    batch = prepare_logprobs(layout, completion_ids, mask, temperature)._replace(**of_support)
     logps, entropy = autograd.TokenLogprobsFunction.apply(
         layout.tokens(logits), *batch.pack(), _PLAN, return_entropy, backend, vocab_group
     )

@@ -10,7 +10,9 @@ import torch
 from grpo_kernels.call import autograd, checks, ops
 from grpo_kernels.call.output import LossOutput, output
 from grpo_kernels.call.prepare import prepare
+from grpo_kernels.call.supports import check_support
 from grpo_kernels.objective.config import LossConfig, resolve_config
+from grpo_kernels.objective.supports import Support
 
 
 def fused_grpo_loss(
@@ -26,6 +28,7 @@ def fused_grpo_loss(
     importance_weights: torch.Tensor | None = None,
     sampling_logps: torch.Tensor | None = None,
     temperature: torch.Tensor | float = 1.0,
+    support: Support | torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | float | None = None,
     loss_scale: torch.Tensor | float = 1.0,
     cu_seqlens: torch.Tensor | None = None,
@@ -73,6 +76,10 @@ def fused_grpo_loss(
             ``sampling_correction`` and ``off_policy_mask_threshold``, and always for the metrics ``sampling/*``.
         temperature: divides the logits; the one that the completions were sampled at; a number, a 0-d
             tensor, or one (B,) or (B, T).
+        support: what a truncating sampler (top-k, top-p, min-p) drew each token from: a `Support`, or a bool tensor
+            (B, T, V). Log-probabilities and entropies are then over it and the token itself, and the gradient
+            elsewhere is 0; a row without an id is not restricted. ``old_logps`` and ``ref_logps`` must be over the
+            same, see `token_logprobs`. Not with ``vocab_group``.
         num_items_in_batch: the tokens of the whole batch, which ``dapo`` divides by, at least 1; a number or
             0-d tensor.
         loss_scale: factor of the loss, e.g. 1/gradient_accumulation_steps; a number or 0-d tensor.
@@ -104,8 +111,8 @@ def fused_grpo_loss(
         ValueError: wrong shape, stride, device, value or combination; a tensor other than the logits that
             requires grad; ``inplace`` on a leaf.
         TypeError: wrong dtype or type, an unknown keyword.
-        IndexError: on the CPU, an unmasked id outside the vocabulary (on a GPU the row's loss and gradient
-            become NaN; GRPO_KERNELS_VALIDATE=1 makes it raise).
+        IndexError: on the CPU, an unmasked id, or one of a support, outside the vocabulary (on a GPU the row's loss
+            and gradient become NaN; GRPO_KERNELS_VALIDATE=1 makes it raise).
         RuntimeError: double backward.
     """
     config = resolve_config(config, overrides)
@@ -115,6 +122,7 @@ def fused_grpo_loss(
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         checks.check_inplace(logits)
     backend = ops.choose_backend(backend, logits)
+    of_support = check_support(support, layout, logits.shape[-1], logits, vocab_group)
     batch, plan = prepare(
         config, layout, completion_ids, backend, advantages=advantages, rewards=rewards,
         num_generations=num_generations, old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,
@@ -123,8 +131,8 @@ def fused_grpo_loss(
         skip_zero_advantage=skip_zero_advantage, temperature=temperature,
     )  # fmt: skip
     loss, logps, entropy, sums, metrics = autograd.run_loss(
-        layout.tokens(logits), batch, plan, entropy=return_entropy or plan.needs_entropy, backend=backend,
-        inplace=inplace, data_group=data_group, vocab_group=vocab_group,
+        layout.tokens(logits), batch._replace(**of_support), plan, entropy=return_entropy or plan.needs_entropy,
+        backend=backend, inplace=inplace, data_group=data_group, vocab_group=vocab_group,
     )  # fmt: skip
     return output(
         batch, plan, layout, loss=loss, logps=layout.restore(logps), sums=sums, metrics=metrics,

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import ops, overwritten, sharded
-from grpo_kernels.objective.batch import Batch, exchange
+from grpo_kernels.objective.batch import SUPPORT, Batch, exchange
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import sorted_entropies
+
+_OF_ROWS = ("temperature", "cu", "segments", *SUPPORT)  # what a gradient needs besides the ids
 
 
 def refuse_double_backward() -> None:
@@ -37,6 +39,15 @@ def backward_may_run_again() -> bool:
 def is_one(up: Tensor) -> bool:
     """Whether the upstream gradient is known to be 1. One on a device is not read, which would make the host wait."""
     return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
+
+
+def times(grad: Tensor, up: Tensor, backend: str) -> Tensor:
+    """The gradient that a forward has written, by the upstream gradient; in place where nobody needs it again."""
+    if backward_may_run_again():
+        return ops.scale_op(grad, up, backend)
+    if not is_one(up):
+        ops.scale_op_(grad, up, backend)
+    return grad
 
 
 class Objective:
@@ -93,12 +104,7 @@ class _OneLaunch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, *_):
         refuse_double_backward()
-        (grad,) = ctx.saved_tensors
-        if backward_may_run_again():
-            grad = ops.scale_op(grad, up, ctx.backend)
-        elif not is_one(up):
-            ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
-        return grad, *(None,) * 6
+        return times(*ctx.saved_tensors, up, ctx.backend), *(None,) * 6
 
 
 class _TwoLaunches(torch.autograd.Function):
@@ -109,9 +115,9 @@ class _TwoLaunches(torch.autograd.Function):
         logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
         it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, backend, data_group)
         ctx.inplace, saved = inplace, it.save(ctx)
-        batch = Batch(*tensors)
-        rows = (ids, batch.temperature, batch.cu, batch.segments)
-        ctx.save_for_backward(logits, numbers, stats, *saved, *rows)
+        # masked rows will have g = h = 0, which says as much as the mask
+        rows = {name: getattr(Batch(*tensors), name) for name in _OF_ROWS}
+        ctx.save_for_backward(logits, numbers, stats, *saved, *Batch(ids, **rows).tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -120,11 +126,10 @@ class _TwoLaunches(torch.autograd.Function):
     def backward(ctx, up, *_):
         refuse_double_backward()
         logits, numbers, stats, *rest = ctx.saved_tensors
-        saved, (ids, temperature, cu, segments) = rest[:4], rest[4:]
-        g, h, up = slopes_of(ctx, saved, up, cu)
-        # masked rows have g = h = 0, which says as much as the mask
-        tensors = Batch(ids=ids, temperature=temperature, cu=cu, segments=segments).tensors
-        grad = write_gradient(logits, tensors, numbers, stats, g, h, up, ctx.backend, ctx.inplace)
+        saved, tensors = rest[:4], rest[4:]
+        g, h, up = slopes_of(ctx, saved, up, Batch(*tensors).cu)
+        how = ctx.inplace, ops.slope_op, ops.slope_op_
+        grad = write_gradient(logits, *how, tensors, numbers, stats, g, h, up, ctx.backend)
         return grad, *(None,) * 8
 
 
@@ -172,7 +177,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
         refuse_double_backward()
         logits, numbers, stats, *tensors = ctx.saved_tensors
         g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
-        grad = write_gradient(logits, tensors, numbers, stats, g, h, None, ctx.backend, False)
+        grad = ops.slope_op(logits, tensors, numbers, stats, g, h, None, ctx.backend)
         return grad, *(None,) * 6
 
 
@@ -182,15 +187,15 @@ def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tenso
     return g, None if h is None else h.contiguous()
 
 
-def write_gradient(logits, tensors, numbers, stats, g, h, up, backend, inplace) -> Tensor:
-    """The gradient of the logits, in a new tensor or in the logits' own."""
+def write_gradient(logits, inplace: bool, op, op_, *arguments) -> Tensor:
+    """What ``op`` makes of the logits and the arguments; in place ``op_`` writes it over the logits."""
     guarded = inplace and overwritten.are_guarded()
     if guarded or not inplace:
-        grad = ops.slope_op(logits, tensors, numbers, stats, g, h, up, backend)
+        grad = op(logits, *arguments)
         if guarded:
             overwritten.give_up(logits)
         return grad
-    ops.slope_op_(logits, tensors, numbers, stats, g, h, up, backend)
+    op_(logits, *arguments)
     return logits.detach()
 
 

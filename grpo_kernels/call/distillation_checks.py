@@ -32,11 +32,9 @@ def check_beta(beta: float) -> float:
     return float(beta)
 
 
-def check_choices(tail: object, reduction: str, loss_agg_mode: str) -> None:
+def check_choices(tail: object, loss_agg_mode: str) -> None:
     if not (tail is None or isinstance(tail, bool)):
         raise ValueError(f"tail must be True, False or None, got {tail!r}.")
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
     if loss_agg_mode not in AGGREGATIONS:
         raise ValueError(f"loss_agg_mode must be one of {', '.join(map(repr, AGGREGATIONS))}, got {loss_agg_mode!r}.")
 

@@ -2,12 +2,13 @@
 
 import torch
 
-from grpo_kernels.call import checks, ops
+from grpo_kernels.call import checks
 from grpo_kernels.call.checks import Layout
+from grpo_kernels.call.combinations import check_horizon, check_reduction
 from grpo_kernels.call.distillation_checks import TopK, check_beta, check_choices
 from grpo_kernels.call.output import LossOutput
-from grpo_kernels.objective.aggregations import AGGREGATIONS, Sizes
-from grpo_kernels.objective.compiling import traced
+from grpo_kernels.call.prepare import apart, count_tokens
+from grpo_kernels.objective.aggregations import AGGREGATIONS
 from grpo_kernels.objective.distillation import OUTCOMES, DistillationBatch, DistillationPlan, Head
 from grpo_kernels.objective.metrics import DISTILLATION_METRICS, DISTILLATION_SUMS
 
@@ -38,26 +39,18 @@ def prepare(
     what happens to logits, None: nothing.
     """
     beta = check_beta(beta)
-    check_choices(tail, reduction, loss_agg_mode)
+    check_reduction(reduction)
+    check_choices(tail, loss_agg_mode)
     checks.check_mask("completion_mask", completion_mask, like, layout)
     temperature = checks.check_temperature(temperature, like, layout)
     aggregation = AGGREGATIONS[loss_agg_mode]
-    horizon = checks.check_count("max_completion_length", max_completion_length, like)
-    if layout.packed and aggregation.needs_horizon and horizon is None:
-        raise ValueError(f"loss_agg_mode={loss_agg_mode!r} on packed input needs max_completion_length.")
-    mask, cu = layout.tokens(completion_mask), None if cu_seqlens is None else cu_seqlens.contiguous()
-    segments = lengths = None
-    if layout.packed:
-        segments, lengths = ops.segments_op(mask, cu, layout.T, backend)
-    sizes = Sizes(
-        mask, lengths, layout.B, layout.T,
-        num_items=checks.check_count("num_items_in_batch", num_items_in_batch, like),
-        horizon=layout.T if horizon is None else horizon,
-        global_batch_size=checks.check_count("global_batch_size", global_batch_size, like),
+    check_horizon(layout, loss_agg_mode, max_completion_length)
+    mask, cu, segments, sizes = count_tokens(
+        layout, like, completion_mask, cu_seqlens, backend, num_items_in_batch=num_items_in_batch,
+        max_completion_length=max_completion_length, global_batch_size=global_batch_size,
     )  # fmt: skip
     count, w_factor = aggregation.function(sizes)
-    loss_scale = checks.check_factor("loss_scale", loss_scale, like)
-    one_scale = isinstance(loss_scale, torch.Tensor)
+    scale_number, scale_tensor = apart(checks.check_factor("loss_scale", loss_scale, like))
     per_token = isinstance(temperature, torch.Tensor)
     student, teacher = student or Head(), teacher or Head()
     batch = DistillationBatch(
@@ -66,12 +59,12 @@ def prepare(
         teacher_logps=None if few is None else _in_a_row(layout.tokens(few.logps)),
         temperature=layout.rows(temperature) if per_token else None,
         count=count,
-        loss_scale=loss_scale if one_scale else None,
+        loss_scale=scale_tensor,
         cu=cu,
         segments=segments,
         one_temperature=1.0 if per_token else temperature,
         beta=beta,
-        w_factor=w_factor * (1.0 if one_scale else traced(loss_scale)),
+        w_factor=w_factor * scale_number,
         student_scale=student.scale,
         student_softcap=student.softcap,
         teacher_scale=teacher.scale,

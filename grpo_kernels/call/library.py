@@ -1,7 +1,7 @@
 """Operators of torch: how one is defined.
 
-`torch.library.custom_op` would do the same. Its wrappers in Python, for gradients that these operators do not have,
-take the host 15 µs per call; a definition with a single implementation takes 5.
+`torch.library.custom_op` would do the same. On every call it runs wrappers in Python, for gradients, which these
+operators do not have: `call.autograd` gives the losses theirs. A definition with a single implementation runs none.
 """
 
 from collections.abc import Callable

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from grpo_kernels.call import checks
 from grpo_kernels.call.library import fake, operator
-from grpo_kernels.cpu_backend.sharded import absent_part
+from grpo_kernels.call.supports import check_support_values
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
+from grpo_kernels.objective.parts import absent_part
 from grpo_kernels.objective.plan import Plan
 
 _BACKENDS = {"torch": "grpo_kernels.cpu_backend.backend", "triton": "grpo_kernels.triton_backend.launch"}
@@ -41,6 +42,7 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
 def check_values(batch: Batch, V: int) -> None:
     if checks.validates(batch.ids.device):
         checks.check_values(batch.ids, batch.mask, V)
+        check_support_values(batch, V)
 
 
 def stats_shape(rows: int, backend: str) -> tuple[int, ...]:
@@ -158,13 +160,12 @@ def objective_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss [], sums [S], metrics [M], ℓ, local, spread, share, ∂/∂H); see the backends.
 
-    Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ``spread`` and ``share`` are empty.
+    Where the loss is weighted, ``local`` is all of ∂L/∂lp, and ℓ, ``spread`` and ``share`` are empty; ∂/∂H is where
+    there is no bonus.
     """
     batch, plan = Batch.unpack(tensors, numbers), Plan.from_key(plan)
     run = backend_of(backend)
-    *totals, losses, local, spread, share, h = run.objective(
-        logps, entropies, batch, plan, plan.weighted
-    )
+    *totals, losses, local, spread, share, h = run.objective(logps, entropies, batch, plan)
     if plan.weighted and plan.spread:
         local, spread, share = run.join(local, spread, share, None, batch.cu), spread.new_empty(0), share.new_empty(0)
     return *totals, losses, local, spread, share, h
@@ -173,10 +174,9 @@ def objective_op(
 @fake(objective_op)
 def _(logps, entropies, tensors, numbers, plan, backend):
     plan = Plan.from_key(plan)
-    losses, local, h = (torch.empty_like(logps) for _ in range(3))
     apart = bool(plan.spread) and not plan.weighted
-    spread, share = (torch.empty_like(logps) if apart else logps.new_empty(0) for _ in range(2))
-    return *fake_totals(logps), losses, local, spread, share, h
+    found = (not plan.weighted, True, apart, apart, plan.bonus)
+    return *fake_totals(logps), *(torch.empty_like(logps) if each else logps.new_empty(0) for each in found)
 
 
 @operator()
@@ -243,6 +243,17 @@ def groups_op(sizes: Tensor, B: int, backend: str) -> Tensor:
 @fake(groups_op)
 def _(sizes, B, backend):
     return sizes.new_empty((2, B), dtype=torch.int32)
+
+
+@operator()
+def batch_std_op(rewards: Tensor, unbiased: bool, backend: str) -> Tensor:
+    """The spread of the rewards [], fp32, see `grpo_kernels.objective.advantages.batch_spread`."""
+    return backend_of(backend).batch_std(rewards, unbiased).float()
+
+
+@fake(batch_std_op)
+def _(rewards, unbiased, backend):
+    return rewards.new_empty((), dtype=torch.float32)
 
 
 @operator()

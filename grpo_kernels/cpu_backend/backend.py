@@ -1,47 +1,45 @@
-"""The same contract on CPU tensors, in chunks of rows that stay in the cache.
-
-`rows` reads and writes the logits, a chunk at a time. The per-token maths are the kernels' own
-functions (`grpo_kernels.objective.language.on_torch`).
-"""
+"""The functions of `grpo_kernels.triton_backend.launch` on CPU tensors: chunks of rows, by the kernels' own maths."""
 
 import torch
 
-from grpo_kernels.cpu_backend.mismatch import mismatch_sums
-from grpo_kernels.cpu_backend.rows import run_rows
-from grpo_kernels.cpu_backend.sequences import correct, join, objective, rows_to_read, segments
-from grpo_kernels.cpu_backend.sharded import row_statistics, unite_parts, write_part
-from grpo_kernels.cpu_backend.tokens import Sums, Tokens, expand, judge, total_slope
+from grpo_kernels.cpu_backend.rows import read_rows, write_gradient
+from grpo_kernels.cpu_backend.tokens import Tokens, objective, token_loss
+from grpo_kernels.objective.advantages import batch_spread as batch_std
 from grpo_kernels.objective.advantages import group_rows as groups
 from grpo_kernels.objective.batch import Batch
+from grpo_kernels.objective.corrections import correct
+from grpo_kernels.objective.parts import LN2, absent_part, unite
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.quantile import threshold
+from grpo_kernels.objective.sequences import counted_rows, expand, join, rows_to_read, segments
 
 __all__ = [
-    "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard", "slope",
-    "threshold", "unite",
+    "batch_std", "correct", "gradient", "groups", "join", "logprobs", "loss", "objective", "scale", "segments", "shard",
+    "slope", "threshold", "totals", "unite",
 ]  # fmt: skip
 
 
 def logprobs(logits, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
     """(logps, entropies, stats); stats is empty: `slope` makes the probabilities anew, unless `unite` has made some."""
     read, unread = rows_to_read(batch, plan)
-    logps, entropies = run_rows(logits, batch.ids, read, _temperature(batch), entropy=entropy, cap=batch.cap)
-    return *_mark_unread(unread, logps, entropies), logps.new_empty(0)
+    logps, entropies = _zeros(batch, entropy, unread)
+    for _ in read_rows(logits, batch, read, entropy=entropy, into=(logps, entropies)):
+        pass
+    return logps, entropies, logps.new_empty(0)
 
 
 def shard(logits, batch: Batch, plan: Plan, entropy: bool) -> torch.Tensor:
-    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`."""
-    read, unread = rows_to_read(batch, plan)
-    stats, depths = row_statistics(logits, batch.ids, read, _temperature(batch))
-    (depths,) = _mark_unread(unread, depths.view(batch.ids.shape))
-    return torch.cat([stats.view(-1), depths.view(-1)])
+    """[4·B·T] of logits that hold a part of the vocabulary, ids counted from its start, for `unite`.
 
-
-def unite(parts, batch: Batch, entropy: bool) -> tuple[torch.Tensor, ...]:
-    """(logps, entropies, stats), from what `shard` gave on every rank, [ranks, 4·B·T]; stats [B·T, 3] for `slope`."""
-    logps, entropies, stats = unite_parts(parts, _temperature(batch))
-    shape = batch.ids.shape
-    return logps.view(shape), entropies.view(shape) if entropy else logps.new_empty(0), stats
+    (top, total, mean) of each row, see `objective.softmax`, total −1 if it is not read. Then the token's depth, NaN
+    outside [0, V); of a row that is not read 0, or NaN if it is unmasked.
+    """
+    part, n = absent_part(batch, plan), batch.ids.numel()
+    stats, depths = part[: 3 * n].view(n, 3), part[3 * n :]
+    read, _ = counted_rows(batch, plan)
+    for rows in read_rows(logits, batch, read, entropy=True, stats=stats):
+        depths[rows.tokens] = rows.logps[:, 0] / LN2
+    return part
 
 
 def loss(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, ...]:
@@ -50,26 +48,20 @@ def loss(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Te
     Its gradient goes to ``out`` in the same pass.
     """
     read, unread = rows_to_read(batch, plan)
-    tokens = Tokens(batch, plan)
-    sums = Sums(tokens)
-    shape = batch.ids.shape
-
-    def slopes(
-        at: torch.Tensor | slice, lp: torch.Tensor, H: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        size = shape if lp.numel() == shape.numel() else (-1,)  # all at once, or some
-        at, lp, H = None if size is shape else at, lp.view(size), None if H is None else H.view(size)
-        said = judge(tokens, at, lp, tokens.at("trust", at))
-        sums.add(at, None, said, H)
-        g = tokens.at("w", at) * total_slope(said.d_ratio, said.d_lp)
-        h = torch.zeros_like(lp) - tokens.at("bonus", at) if plan.bonus else None
-        return g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
-
-    logps, entropies = run_rows(
-        logits, batch.ids, read, _temperature(batch), entropy=entropy, cap=batch.cap, out=out, slopes=slopes
-    )
-    totals = sums.finish(read, mismatch_sums(batch, plan, logps, read))
-    return *_mark_unread(unread, logps, entropies), *totals
+    batch = batch if read is not None else batch._replace(mask=None)
+    logps, entropies = found = _zeros(batch, entropy, unread)
+    H, tokens, sums = entropies if entropy else None, None, None
+    for rows in read_rows(logits, batch, read, entropy=entropy, into=found, out=out):
+        if rows.alone:  # the objective of the whole batch has the slopes of its tokens
+            *sums, _, g, _, _, h = objective(logps, H, batch, plan)
+            g, h = g.view(-1, 1)[rows.tokens], h.view(-1, 1)[rows.tokens] if plan.bonus else None
+        else:
+            tokens = tokens or Tokens.of(batch, plan).each(lambda x: expand(x, batch).reshape(-1, 1))
+            some = tokens.each(lambda x: x[rows.tokens])  # noqa: B023 (called at once)
+            _, _, _, d_ratio, d_lp, _ = token_loss(some, rows.logps, batch, plan)
+            g, h = some.w * (d_ratio + d_lp), torch.zeros_like(rows.logps) - some.bonus if plan.bonus else None
+        write_gradient(rows, g, h)
+    return *found, *(sums or totals(logps, H, batch, plan))
 
 
 def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,18 +69,9 @@ def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torc
     return loss(logits, out, batch, plan, entropy)[:2]
 
 
-def _temperature(batch: Batch) -> float | torch.Tensor:
-    """A number, or one per token."""
-    if batch.temperature is None:
-        return batch.one_temperature
-    return expand(batch.temperature.float(), batch).reshape(-1)
-
-
-def _mark_unread(unread: torch.Tensor | None, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """NaN at unmasked rows that were not read; values that were not asked for are empty."""
-    if unread is None:
-        return values
-    return tuple(x.masked_fill_(unread, torch.nan) if x.numel() else x for x in values)
+def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """(loss [], sums [S], metrics [M]) of an objective whose gradient has been written."""
+    return objective(logps, entropies, batch, plan)[:3]
 
 
 def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
@@ -97,19 +80,10 @@ def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
     if batch.mask is not None:
         read &= batch.mask != 0
     read = None if bool(read.all()) else read
-    if up is not None:
-        up = up.float()
-        g, h = g * up, None if h is None else h * up
-    g, h = g.reshape(-1, 1), None if h is None else h.reshape(-1, 1)
-
-    def slopes(at: torch.Tensor | slice, *_: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return g[at], None if h is None else h[at]
-
-    heat = _temperature(batch)
-    if stats.numel():
-        write_part(logits, batch.ids, read, heat, stats, g, h, out)
-    else:
-        run_rows(logits, batch.ids, read, heat, entropy=h is not None, cap=batch.cap, out=out, slopes=slopes)
+    g, h = (x if x is None else (x if up is None else x * up.float()).reshape(-1, 1) for x in (g, h))
+    stats = stats if stats.numel() else None
+    for rows in read_rows(logits, batch, read, entropy=h is not None, out=out, stats=stats):
+        write_gradient(rows, g[rows.tokens], None if h is None else h[rows.tokens])
 
 
 def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
@@ -121,3 +95,10 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
     torch.mul(grad, up.to(torch.float32), out=out)
     if dead is not None:
         out.masked_fill_(dead, 0.0)
+
+
+def _zeros(batch: Batch, entropy: bool, unread: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """For log-probabilities and entropies (B, T), NaN where an unmasked row is not read; empty if not asked for."""
+    logps = torch.zeros(batch.ids.shape, device=batch.ids.device)
+    logps = logps if unread is None else logps.masked_fill_(unread, torch.nan)
+    return logps, logps.clone() if entropy else logps.new_empty(0)

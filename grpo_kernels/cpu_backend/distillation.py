@@ -8,17 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_kernels.cpu_backend.rows import CHUNK_ELEMENTS, chunks, clear, dot
-from grpo_kernels.cpu_backend.tokens import expand, per_sequence
+from grpo_kernels.cpu_backend.rows import CHUNK_ELEMENTS, row_pieces, soft_cap
 from grpo_kernels.objective import divergence
 from grpo_kernels.objective.batch import Batch, Cap
 from grpo_kernels.objective.distillation import DistillationBatch, DistillationPlan
 from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.metrics import distillation_metrics
-from grpo_kernels.objective.softmax import LN2, LOG2E, LOWEST, entropy_of
+from grpo_kernels.objective.parts import LN2, LOWEST
+from grpo_kernels.objective.sequences import expand, per_sequence
+from grpo_kernels.objective.softmax import entropy_of
 from grpo_kernels.objective.token import product, weight
 
-_LN2, _LOG2E, _LOWEST = (float(getattr(x, "value", x)) for x in (LN2, LOG2E, LOWEST))
 _DEEP = -160.0  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
 _CHUNK = CHUNK_ELEMENTS // 4  # both models' logits, probabilities and logarithms are in the cache at once
 
@@ -80,14 +80,13 @@ def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan
             g = g * up
             read = g != 0.0 if read is None else read & (g != 0.0)
         g = g.reshape(-1, 1)
-        clear(out, read, T)
     read = None if read is None or bool(read.all()) else read
     if B * T == 0:
         return values
     heat = batch.temperature
     heat = batch.one_temperature if heat is None else expand(heat.float(), like).reshape(-1, 1)
-    for source, target, at, tokens in chunks(logits, out, read, T, max(1, min(B * T, _CHUNK // V))):
-        inverse = _LOG2E / (heat[tokens] if isinstance(heat, Tensor) else heat)
+    for source, target, at, tokens in row_pieces(logits, out, read, T, max(1, min(B * T, _CHUNK // V))):
+        inverse = 1.0 / LN2 / (heat[tokens] if isinstance(heat, Tensor) else heat)
         factor = None if g is None else g[tokens]
         goal = None if target is None else (target, at, factor)
         if teacher is not None:
@@ -112,18 +111,23 @@ class _Row(NamedTuple):
 
 def _row(x: Tensor, scale: Tensor | float, cap: Cap | None) -> _Row:
     x = _capped(x.float(), cap)
-    top = x.amax(-1, keepdim=True).clamp(min=_LOWEST)
+    top = x.amax(-1, keepdim=True).clamp(min=LOWEST)
     depth = (x - top).mul_(scale)
     p = depth.exp2()
     total = p.sum(-1, keepdim=True)
-    mean = dot(p, depth.clamp(min=_DEEP)) / total
+    dot = total.new_empty(len(x))  # autocast leaves alone what has an ``out``
+    mean = torch.linalg.vecdot(p, depth.clamp(min=_DEEP), out=dot)[:, None] / total
     log_total = total.log2()
     return _Row(x, depth.sub_(log_total), p.div_(total), top, log_total, on_torch(entropy_of)(total, mean))
 
 
 def _capped(x: Tensor, cap: Cap | None) -> Tensor:
     """bound·tanh(inner·x); −inf stays."""
-    return x if cap is None else torch.where(x == -torch.inf, x, cap.bound * torch.tanh(cap.inner * x))
+    if cap is None:
+        return x
+    banned, x = x == -torch.inf, x.clone()
+    soft_cap(x, cap, None)
+    return x.masked_fill_(banned, -torch.inf)
 
 
 def _slack(x: Tensor, cap: Cap) -> Tensor:
@@ -144,7 +148,7 @@ def _whole(x, z, inverse, batch: DistillationBatch, plan: DistillationPlan, goal
         pulls = torch.full_like(value, -1.0) if plan.by_teacher else pull.sum(-1, keepdim=True)
         d = on_torch(divergence.slope)(pull, student.p, on_torch(divergence.centre)(pulls, value))
         target, at, factor = goal
-        d = d.mul_(factor * scale * _LN2)
+        d = d.mul_(factor * scale * LN2)
         if cap is not None:
             d = d.mul_(_slack(student.x, cap))
         target[at] = _unless_zero(d, factor).to(target.dtype)
@@ -155,7 +159,7 @@ def _few(source, at, ids, logps, inverse, batch: DistillationBatch, plan: Distil
     """`_whole` of a teacher that has told K tokens (n, K); without the rest only their logits are read."""
     V = source.shape[1]
     scale, cap = inverse * batch.student.factor, batch.student.cap
-    log_q = logps.float() * _LOG2E
+    log_q = logps.float() / LN2
     here = (ids >= 0) & (log_q != -torch.inf)
     known = here & (ids < V)
     rows = torch.arange(at.start, at.stop, device=ids.device) if isinstance(at, slice) else at
@@ -171,7 +175,7 @@ def _few(source, at, ids, logps, inverse, batch: DistillationBatch, plan: Distil
     )
     if goal is not None:
         target, _, factor = goal
-        factors, others = factor * scale * _LN2, others[:, None]
+        factors, others = factor * scale * LN2, others[:, None]
         rest = others * factors if student is None else student.p.mul_(others * factors)
         d = d.T * factors
         if cap is not None:

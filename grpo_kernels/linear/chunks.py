@@ -8,6 +8,7 @@
 Rows that do not count are left out before the products.
 """
 
+import functools
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -15,12 +16,11 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.call import checks
-from grpo_kernels.cpu_backend.sequences import counted_rows
-from grpo_kernels.cpu_backend.tokens import advantages, expand
 from grpo_kernels.linear.head import ChunkedHead, Gradients
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.sequences import advantages, counted_rows, expand
 
 
 class Rows:
@@ -49,6 +49,22 @@ class Rows:
             return None
         flat = expand(x, self.batch).reshape(-1)
         return flat if self.index is None else flat.index_select(0, self.index)
+
+    @functools.cached_property
+    def _ranges(self) -> tuple[Tensor, Tensor]:
+        return self.per_token(self.batch.support_first), self.per_token(self.batch.support_last)
+
+    def restricted(self, start: int, end: int, each: bool = False) -> dict[str, Tensor]:
+        """What so many of them are restricted to, as fields of a batch (1, n), or of one sequence ``each`` (n, 1)."""
+        batch, place = self.batch, (slice(None), None) if each else (None,)
+        if batch.support is not None:
+            first, last = (x[start:end][place] for x in self._ranges)
+            return {"support": batch.support, "support_first": first, "support_last": last}
+        if batch.support_mask is None:
+            return {}
+        places = torch.arange(start, end, device=batch.ids.device) if self.index is None else self.index[start:end]
+        T = batch.ids.shape[1]
+        return {"support_mask": batch.support_mask[places // T, places % T][place]}
 
     def spread_out(self, x: Tensor) -> Tensor:
         """(B, T) of (n,): 0 where a token was not read, NaN where it was left unread."""
@@ -89,14 +105,14 @@ def row_chunks(
         part = batch.with_only(
             **{name: None if x is None else x[start:end, None] for name, x in of_tokens.items()},
             count=count[start:end] if of_rows else count, loss_scale=batch.loss_scale, tokens=batch.tokens,
-            entropy_coef=batch.entropy_coef,
+            entropy_coef=batch.entropy_coef, **rows.restricted(start, end, each=True),
         )  # fmt: skip
         lp, H = run.gradient(z, z, part, plan, entropy)
         logps[start:end] = lp[:, 0]
         if entropy:
             entropies[start:end] = H[:, 0]
         head.add(into, start, end, h, z[:, 0], start == 0)
-    _finish(head, into)
+    finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
@@ -130,7 +146,8 @@ def sequence_chunks(
         for a, b in pieces:
             h = head.rows(a, b)
             z = head.logits(h)[None]
-            lp, H, stat = run.logprobs(z, _tokens_of(part, a - start, b - start), plan, entropy)
+            tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
+            lp, H, stat = run.logprobs(z, tokens, plan, entropy)
             stats.append(stat)
             logps[a:b] = lp[0]
             if entropy:
@@ -138,7 +155,7 @@ def sequence_chunks(
         lp, H = logps[None, start:end], entropies[None, start:end] if entropy else None
         if plan.late_correction:
             part = part._replace(is_weight=run.correct(lp, part, CORRECTIONS[plan.correction]))
-        *_, local, spread, share, slope_H = run.objective(lp, H, part, plan, True)
+        *_, local, spread, share, slope_H = run.objective(lp, H, part, plan)
         g = run.join(local, spread, share, None, part.cu) if plan.spread else local
         for (a, b), stat in zip(pieces, stats):
             if len(pieces) > 1:
@@ -146,10 +163,10 @@ def sequence_chunks(
                 z = head.logits(h)[None]
             here = slice(a - start, b - start)
             slope_h = slope_H[:, here].contiguous() if plan.bonus else None
-            tokens = _tokens_of(part, a - start, b - start)
+            tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
             run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None)
             head.add(into, a, b, h, z[0], a == 0)
-    _finish(head, into)
+    finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
@@ -162,7 +179,8 @@ def score(
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         z = head.logits(head.rows(start, end))[None]
-        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
+        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
+                               **rows.restricted(start, end))  # fmt: skip
         lp, H, stat = run.logprobs(z, part, plan, entropy)
         stats[start:end] = stat
         logps[start:end] = lp[0]
@@ -184,10 +202,11 @@ def pull_back(
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         x = head.rows(start, end)
         z = head.logits(x)[None]
-        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end))
+        part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
+                               **rows.restricted(start, end))  # fmt: skip
         run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))
         head.add(into, start, end, x, z[0], start == 0)
-    _finish(head, into)
+    finish(head, into)
 
 
 def _pieces(start: int, end: int, height: int) -> Iterator[tuple[int, int]]:
@@ -224,7 +243,7 @@ def _empty(head: ChunkedHead, entropy: bool) -> tuple[Tensor, Tensor]:
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-def _finish(head: ChunkedHead, into: Gradients) -> None:
+def finish(head: ChunkedHead, into: Gradients) -> None:
     """Without a row no chunk has written the weight's gradient."""
     if head.count == 0:
         into.weight.zero_()

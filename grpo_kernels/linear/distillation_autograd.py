@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from grpo_kernels.call.autograd import backward_may_run_again, refuse_double_backward
+from grpo_kernels.call.autograd import refuse_double_backward
 from grpo_kernels.linear import distillation_head_ops as head_ops
-from grpo_kernels.linear.head_autograd import ChunkOptions, _given, _times, _wanted
+from grpo_kernels.linear.head_autograd import ChunkOptions, given, times_up, wanted_by
 from grpo_kernels.objective.distillation import DistillationBatch, DistillationPlan
 
 _REST = 6  # arguments of both functions after hidden states, weight and bias
@@ -14,7 +14,7 @@ _REST = 6  # arguments of both functions after hidden states, weight and bias
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, told, tensors, numbers, plan, T, options: ChunkOptions):
-        ctx.wanted, ctx.backend = _wanted(ctx), options.backend
+        ctx.wanted, ctx.backend = wanted_by(ctx), options.backend
         values, loss, sums, metrics, *gradients = head_ops.linear_distillation_op(
             hidden, weight, bias, told, tensors, numbers, plan, T, ctx.wanted, options.in_fp32, options.height,
             options.count, options.backend,
@@ -27,13 +27,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, up, *_):
-        refuse_double_backward()
-        again = backward_may_run_again()
-        gradients = [
-            x if dtype is None else _times(x, up, dtype, again, ctx.backend)
-            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)
-        ]
-        return *_given(gradients, ctx.wanted), *(None,) * _REST
+        return *times_up(ctx, up), *(None,) * _REST
 
 
 class _Deferred(torch.autograd.Function):
@@ -42,7 +36,7 @@ class _Deferred(torch.autograd.Function):
         values, loss, sums, metrics, stats, count = head_ops.linear_distillation_values_op(
             hidden, weight, bias, told, tensors, numbers, plan, T, options.height, options.count, options.backend
         )
-        ctx.wanted, ctx.plan, ctx.T, ctx.options = _wanted(ctx), plan, T, options
+        ctx.wanted, ctx.plan, ctx.T, ctx.options = wanted_by(ctx), plan, T, options
         ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *told, *tensors)
         ctx.mark_non_differentiable(values, sums, metrics)
         ctx.set_materialize_grads(False)
@@ -58,7 +52,7 @@ class _Deferred(torch.autograd.Function):
             options.height, count, options.backend,
         )  # fmt: skip
         dtypes = (hidden.dtype, weight.dtype, weight.dtype)
-        return *_given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted), *(None,) * _REST
+        return *given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted), *(None,) * _REST
 
 
 def run(

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from grpo_kernels.linear.chunks import Rows
+from grpo_kernels.linear.chunks import Rows, finish
 from grpo_kernels.linear.head import ChunkedHead, Gradients
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.distillation import DistillationBatch, DistillationPlan
@@ -73,7 +73,7 @@ def write_gradients(run: ModuleType, pairs: Pairs, plan: DistillationPlan, into:
     for start, end, h, z, u, part in pairs:
         values[:, start:end] = run.gradient(z, u, z, part, plan, 1)[..., 0]
         pairs.student.add(into, start, end, h, z[:, 0], start == 0)
-    finish(pairs, into)
+    finish(pairs.student, into)
     return pairs.spread_out(values)
 
 
@@ -95,10 +95,4 @@ def pull_back(
     for start, end, h, z, u, part in pairs:
         run.slope(z, u, z, part, plan, 1, stats[start:end], up[start:end, None])
         pairs.student.add(into, start, end, h, z[:, 0], start == 0)
-    finish(pairs, into)
-
-
-def finish(pairs: Pairs, into: Gradients) -> None:
-    """Without a row no chunk has written the weight's gradient."""
-    if pairs.student.count == 0:
-        into.weight.zero_()
+    finish(pairs.student, into)

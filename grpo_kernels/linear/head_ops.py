@@ -38,7 +38,7 @@ def linear_loss_op(
     logps, entropies = through(run, head, rows, batch, plan, entropy, into)
     if plan.late_correction:
         batch = batch._replace(is_weight=run.correct(logps, batch, CORRECTIONS[plan.correction]))
-    totals = run.objective(logps, entropies if entropy else None, batch, plan, True)[:3]
+    totals = run.totals(logps, entropies if entropy else None, batch, plan)
     return logps, entropies, *totals, into.hidden, into.weight, into.bias
 
 

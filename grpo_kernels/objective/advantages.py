@@ -60,13 +60,13 @@ def group_rows(sizes: torch.Tensor, B: int) -> torch.Tensor:
     return torch.stack([torch.where(fits, first, at), torch.where(fits, size, 0)]).int()
 
 
-def relative_advantages(rewards, size: int, groups, scale_rewards, unbiased, eps, batch_std=None) -> torch.Tensor:
+def relative_advantages(rewards, size: int, groups, scale_rewards, unbiased, eps, batch_std) -> torch.Tensor:
     """(B,), see `grpo_kernels.group_advantages`.
 
     Args:
         size: of every group, where ``groups`` is None.
         groups: (2, B), see `group_rows`.
-        batch_std: as known, else that of these rewards.
+        batch_std: of `batch_spread`, which ``scale_rewards="batch"`` divides by.
     """
     if rewards.numel() == 0:
         return rewards.clone()
@@ -74,7 +74,7 @@ def relative_advantages(rewards, size: int, groups, scale_rewards, unbiased, eps
     if scale_rewards == "none":
         divisor = torch.ones_like(spread)
     elif scale_rewards == "batch":
-        divisor = (moments(rewards.reshape(1, -1), unbiased)[1][0] if batch_std is None else batch_std) + eps
+        divisor = batch_std + eps
     else:
         divisor = spread + eps
     advantages = on_torch(standardise)(rewards, mean, spread, divisor)
@@ -101,10 +101,11 @@ def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Ten
     return mean, on_torch(spread_of)(square, known, low, high, unbiased)
 
 
-def batch_spread(rewards: torch.Tensor, unbiased: bool, group) -> torch.Tensor | None:
-    """The std of the rewards of all ranks [], as `moments` has it; None without a group."""
+def batch_spread(rewards: torch.Tensor, unbiased: bool, group=None) -> torch.Tensor:
+    """The std of these rewards [], or of those of all ranks of a process group, as `moments` has it; 0 of none."""
+    rewards = rewards if rewards.dtype == torch.float64 else rewards.float()
     if group is None:
-        return None
+        return moments(rewards.view(1, -1), unbiased)[1][0, 0] if rewards.numel() else rewards.new_zeros(())
     reduce = torch.distributed.all_reduce
     valid = on_torch(is_known)(rewards)
     known = torch.where(valid, rewards, 0.0).double()

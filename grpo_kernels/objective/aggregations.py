@@ -82,7 +82,7 @@ def nonempty_sequence_sum(sizes: Sizes) -> Weight:
     lengths = sizes.lengths()
     if lengths is None:
         return sequence_sum(sizes)
-    return (lengths > 0).sum(dtype=torch.float32), 1.0
+    return torch.linalg.vector_norm(lengths, 0), 1.0  # how many are not 0, in one launch
 
 
 def nonempty_sequence_mean(sizes: Sizes) -> Weight:

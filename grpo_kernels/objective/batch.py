@@ -14,6 +14,11 @@ class Cap(NamedTuple):
     inner: float
     per_bound: float  # 1 / bound: a division costs eight instructions
 
+    @classmethod
+    def of(cls, bound: float, scale: float) -> "Cap | None":
+        """None without a bound, where the scale is part of the temperature."""
+        return None if bound == torch.inf else cls(bound, scale / bound, 1.0 / bound)
+
 
 class Batch(NamedTuple):
     """Tensors of a call, None where there is none; and its numbers.
@@ -29,7 +34,7 @@ class Batch(NamedTuple):
     sampling: torch.Tensor | None = None  # as ids
     adv: torch.Tensor | None = None  # *, or rewards
     rewards: torch.Tensor | None = None  # (B,)
-    gate: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
+    wanted: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
     is_weight: torch.Tensor | None = None  # *
     temperature: torch.Tensor | None = None  # *, in place of `one_temperature`
     count: torch.Tensor | None = None  # (B,) or (): what the weight divides by
@@ -37,9 +42,13 @@ class Batch(NamedTuple):
     tokens: torch.Tensor | None = None  # (): unmasked tokens, which the entropy bonus divides by
     entropy_coef: torch.Tensor | None = None  # (): factor of the entropy bonus
     threshold: torch.Tensor | None = None  # (): tokens of lower entropy are masked out
-    batch_std: torch.Tensor | None = None  # (): spread of the rewards of the batch, or of all ranks'
+    batch_std: torch.Tensor | None = None  # (): spread of all rewards, those of other ranks too; for that scale alone
     cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input
     segments: torch.Tensor | None = None  # (N,) int32: the sequence of each packed token
+    support: torch.Tensor | None = None  # (M,) int32: ids that rows are restricted to, see `Support`
+    support_first: torch.Tensor | None = None  # as ids: of those the place of a row's first, and
+    support_last: torch.Tensor | None = None  # as ids: that behind its last; the same: not restricted
+    support_mask: torch.Tensor | None = None  # (*ids, V) bool, in place of these; False throughout: not restricted
     groups: torch.Tensor | None = None  # (2, B) int32: first row and size of each sequence's group; None: all the same
     # From here on numbers.
     one_temperature: float = 1.0
@@ -70,8 +79,7 @@ class Batch(NamedTuple):
 
     @property
     def cap(self) -> Cap | None:
-        bound = self.softcap
-        return None if bound == torch.inf else Cap(bound, self.logit_scale / bound, 1.0 / bound)
+        return Cap.of(self.softcap, self.logit_scale)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -82,28 +90,31 @@ class Batch(NamedTuple):
         return self._replace(**{**_NO_TENSORS, **tensors})
 
     def pack(self) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
-        """What an op takes: the tensors, and the numbers as one fp32 CPU tensor, whose values recompile nothing.
-
-        Under torch.compile the values stay tensors: numbers would be constants of it.
-        """
-        values = (*self[_TENSORS:-1], *self.term)
-        if torch.compiler.is_compiling():
-            one = torch.ones((), device="cpu")
-            return self.tensors, torch.stack([one * value for value in values])
-        return self.tensors, torch.tensor(values, dtype=torch.float32, device="cpu")
+        """What an op takes: the tensors, and the numbers as `one_tensor`."""
+        return self.tensors, one_tensor((*self[_TENSORS:-1], *self.term))
 
     @classmethod
-    def unpack(cls, tensors: tuple | list, numbers: torch.Tensor | None = None) -> "Batch":
+    def unpack(cls, tensors: tuple | list, numbers: torch.Tensor) -> "Batch":
         """From what `pack` gave; reads host memory, so no device is waited for."""
-        if numbers is None:
-            return cls(*tensors)
         values = numbers.tolist()
         fixed = len(cls._fields) - 1 - _TENSORS
         return cls(*tensors, *values[:fixed], tuple(values[fixed:]))
 
 
 _TENSORS = Batch._fields.index("one_temperature")
+SUPPORT = ("support", "support_first", "support_last", "support_mask")
 _NO_TENSORS = dict.fromkeys(Batch._fields[:_TENSORS])
+
+
+def one_tensor(values: tuple[float, ...]) -> torch.Tensor:
+    """Numbers as one fp32 CPU tensor, whose values recompile nothing.
+
+    Under torch.compile the values stay tensors: numbers would be constants of it.
+    """
+    if torch.compiler.is_compiling():
+        one = torch.ones((), device="cpu")
+        return torch.stack([one * value for value in values])
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def exchange(tensors: tuple, **fields: torch.Tensor | None) -> tuple:

@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import torch
 
-from grpo_kernels.objective.batch import Cap
-from grpo_kernels.objective.compiling import cached
+from grpo_kernels.objective.batch import Cap, one_tensor
+from grpo_kernels.objective.plan import key_of, plan_of
 
 OUTCOMES = {True: "rest", False: "few", None: "raw"}  # ``tail`` of a TopK -> `DistillationPlan.outcomes`
 
@@ -18,7 +18,7 @@ class Head(NamedTuple):
 
     @property
     def cap(self) -> Cap | None:
-        return None if self.softcap == torch.inf else Cap(self.softcap, self.scale / self.softcap, 1.0 / self.softcap)
+        return Cap.of(self.softcap, self.scale)
 
     @property
     def factor(self) -> float:
@@ -66,11 +66,8 @@ class DistillationBatch(NamedTuple):
         return B if self.cu is None else self.cu.shape[0] - 1
 
     def pack(self) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
-        """What an op takes: the tensors, and the numbers as one fp32 CPU tensor, whose values recompile nothing."""
-        if torch.compiler.is_compiling():
-            one = torch.ones((), device="cpu")
-            return self.tensors, torch.stack([one * value for value in self[_TENSORS:]])
-        return self.tensors, torch.tensor(self[_TENSORS:], dtype=torch.float32, device="cpu")
+        """What an op takes: the tensors, and the numbers as one of them."""
+        return self.tensors, one_tensor(self[_TENSORS:])
 
     @classmethod
     def unpack(cls, tensors: tuple | list, numbers: torch.Tensor) -> "DistillationBatch":
@@ -95,19 +92,8 @@ class DistillationPlan(NamedTuple):
         return self.outcomes != "few"
 
     def key(self) -> str:
-        return _key(self)
+        return key_of(self)
 
     @classmethod
     def from_key(cls, key: str) -> "DistillationPlan":
-        return _plan(key)
-
-
-@cached
-def _key(plan: DistillationPlan) -> str:
-    return f"{int(plan.mixed)}/{int(plan.by_teacher)}/{plan.outcomes}/{int(plan.weighted)}"
-
-
-@cached
-def _plan(key: str) -> DistillationPlan:
-    mixed, by_teacher, outcomes, weighted = key.split("/")
-    return DistillationPlan(mixed == "1", by_teacher == "1", outcomes, weighted == "1")
+        return plan_of(cls, key)

@@ -5,7 +5,6 @@ its CPU path works.
 """
 
 import functools
-import math
 import types
 
 import torch
@@ -62,8 +61,10 @@ def is_interpreted(kernel: object) -> bool:
 # tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
 def _where(condition, a, b):
     """``torch.where``; a condition on coefficients, which are numbers here, costs no operation."""
-    if isinstance(condition, bool):
+    if condition is True or condition is False:
         return a if condition else b
+    if type(a) is float and isinstance(b, torch.Tensor) and b.is_floating_point():
+        return b.masked_fill(condition, a)  # one operation; torch.where first makes a tensor of the number
     return torch.where(condition, a, b)
 
 
@@ -72,19 +73,11 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
     exp2=torch.exp2,
     log=torch.log,
     log2=torch.log2,
-    sqrt=torch.sqrt,
+    sqrt=lambda x: x**0.5,  # of a number, too
     abs=torch.abs,
     where=_where,
     sum=lambda x, axis: x.sum(axis),
     max=lambda x, axis: x.amax(axis),
-    constexpr=None,
-)
-
-
-# And the same on Python's numbers.
-_NUMBER_LANGUAGE = types.SimpleNamespace(
-    sqrt=math.sqrt,
-    where=lambda condition, a, b: a if condition else b,
     constexpr=None,
 )
 
@@ -94,26 +87,12 @@ def on_torch(function) -> types.FunctionType:
     return _in_torch(function.fn)
 
 
-def on_numbers(function) -> types.FunctionType:
-    """The Python body of a ``@jit`` function, for Python's numbers."""
-    return _in_numbers(function.fn)
-
-
 @functools.cache  # by the body: a ``@jit`` function's own hash is that of its source
 def _in_torch(fn: types.FunctionType) -> types.FunctionType:
-    return _in_language(fn, _TORCH_LANGUAGE, on_torch)
-
-
-@functools.cache
-def _in_numbers(fn: types.FunctionType) -> types.FunctionType:
-    return _in_language(fn, _NUMBER_LANGUAGE, on_numbers)
-
-
-def _in_language(fn: types.FunctionType, language: types.SimpleNamespace, translate) -> types.FunctionType:
-    names = {**fn.__globals__, "tl": language}
+    names = {**fn.__globals__, "tl": _TORCH_LANGUAGE}
     for name in fn.__code__.co_names:
         if name != "tl" and hasattr(names.get(name), "fn"):
-            names[name] = translate(names[name])
+            names[name] = on_torch(names[name])
         elif triton is not None and isinstance(names.get(name), tl.constexpr):
             names[name] = names[name].value
     return types.FunctionType(fn.__code__, names, fn.__name__, fn.__defaults__, fn.__closure__)

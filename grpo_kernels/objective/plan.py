@@ -29,11 +29,11 @@ class Plan(NamedTuple):
     weighted: bool = True  # the loss is one number, its aggregation's; else one per token
 
     def key(self) -> str:
-        return _key(self)
+        return key_of(self)
 
     @classmethod
     def from_key(cls, key: str) -> "Plan":
-        return _plan(key)
+        return plan_of(cls, key)
 
     @property
     def of_sequence(self) -> bool:
@@ -43,10 +43,10 @@ class Plan(NamedTuple):
     @property
     def one_launch(self) -> bool:
         """Whether a row's gradient follows from the row alone, given the weights."""
-        return self.row_gate and not self.quantile
+        return self.skips_alone and not self.quantile
 
     @property
-    def row_gate(self) -> bool:
+    def skips_alone(self) -> bool:
         """Whether a row of advantage 0 can be skipped by itself, not only with its whole sequence."""
         return not (self.of_sequence or self.late_correction)
 
@@ -58,11 +58,6 @@ class Plan(NamedTuple):
     @property
     def needs_entropy(self) -> bool:
         return self.bonus or self.quantile
-
-    def trusts(self, batch) -> bool:
-        """Whether the policy term has a factor: an importance weight, or a mask."""
-        weighted = batch.is_weight is not None and self.own is None
-        return weighted or self.off_policy or batch.threshold is not None
 
     @property
     def spread(self) -> str:
@@ -77,11 +72,13 @@ class Plan(NamedTuple):
 
 
 @cached
-def _key(plan: Plan) -> str:
+def key_of(plan: NamedTuple) -> str:
+    """A structure, of flags and strings, as one string."""
     return "/".join(str(int(value)) if isinstance(value, bool) else value for value in plan)
 
 
 @cached
-def _plan(key: str) -> Plan:
-    values = zip(Plan._field_defaults.values(), key.split("/"))
-    return Plan(*(value == "1" if isinstance(default, bool) else value for default, value in values))
+def plan_of(kind: type, key: str) -> NamedTuple:
+    """The structure whose `key_of` it is."""
+    values = zip(kind._field_defaults.values(), key.split("/"))
+    return kind(*(value == "1" if isinstance(default, bool) else value for default, value in values))

@@ -7,10 +7,18 @@ telling the host how many there are. Here they are sorted to the end instead, as
 import torch
 from torch import Tensor
 
-from grpo_kernels.objective.language import jit, on_torch, tl
+from grpo_kernels.objective.language import constant, jit, on_torch, tl
 from grpo_kernels.objective.ranks import gathered
 
 FP32_COUNT = 1 << 24  # beyond it fp32, which torch.quantile ranks in, skips whole numbers
+_FP32_COUNT = constant(FP32_COUNT)
+
+
+@jit
+def rank_of(last, single, double):
+    """The rank q·last, of the last one's number and of the product in fp32 and in fp64; 0 where there is none."""
+    rank = tl.where(last < _FP32_COUNT, single, double)
+    return tl.where(rank < 0.0, 0.0, rank)
 
 
 @jit
@@ -35,10 +43,7 @@ def sorted_entropies(entropies: Tensor, mask: Tensor | None, data_group=None) ->
 def threshold(ordered: Tensor, everywhere: Tensor, q: float) -> tuple[Tensor, Tensor]:
     """(`torch.quantile` (linear) of the finite entries of ``everywhere``, those of ``ordered`` not below it)."""
     last = (everywhere < torch.inf).sum() - 1
-    rank = (last.float() * q).double()  # as torch.quantile rounds it
-    if everywhere.numel() > FP32_COUNT:
-        rank = torch.where(last < FP32_COUNT, rank, last.double() * q)
-    rank = rank.clamp(min=0.0)
+    rank = on_torch(rank_of)(last, (last.float() * q).double(), last.double() * q)
     below = rank.floor()
     ends = everywhere[torch.stack((below, rank.ceil())).long()]
     value = on_torch(interpolated)(ends[0], ends[1], (rank - below).float())

@@ -13,8 +13,8 @@ from grpo_kernels.objective.language import constant, jit, tl
 from grpo_kernels.objective.metrics import DISTILLATION_METRICS, DISTILLATION_SUMS, mean_of
 from grpo_kernels.objective.softmax import LN2, LOG2E, entropy_of
 from grpo_kernels.objective.token import product, weight
-from grpo_kernels.triton_backend.distillation_rows import mix_both, read_both, write_both, write_value
-from grpo_kernels.triton_backend.row import capped, read_row, slack, write_slope
+from grpo_kernels.triton_backend.distillation_rows import mix_both, read_both, write_both
+from grpo_kernels.triton_backend.row import capped, read_row, slack, write_fill, write_slope, write_zeros
 from grpo_kernels.triton_backend.row_kernels import inverse_or, kernel, load_or, place, row_at
 
 SUMS, METRICS = constant(len(DISTILLATION_SUMS)), constant(len(DISTILLATION_METRICS))
@@ -67,14 +67,14 @@ def whole_teacher_kernel(
             if inside | (segments is not None):
                 store_row(values, at, n, 0.0, 0.0, 0.0)
         if GRADIENT:
-            write_value(row_at(out, seq, tok, out_b, out_t, ALIGNED), 0.0, V, ALIGNED, K, N, W, EDGE)
+            write_zeros(row_at(out, seq, tok, out_b, out_t, ALIGNED), V, ALIGNED, K, N, W, EDGE)
         return
     if GRADIENT:
         dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
         g = factor_of(up, count, loss_scale, seq, tok, up_b, up_t, count_b, w_factor, WEIGHTED)
         if not VALUES:
             if g == 0.0:
-                write_value(dst, 0.0, V, ALIGNED, K, N, W, EDGE)
+                write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
                 return
     inverse = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     p_scale = inverse * p_factor
@@ -115,7 +115,7 @@ def whole_teacher_kernel(
                        g, ALIGNED, K, N, W, EDGE, MIXED, BY_TEACHER)  # fmt: skip
         else:
             tl.debug_barrier()  # in place: every thread has read the row
-            write_value(dst, 0.0, V, ALIGNED, K, N, W, EDGE)
+            write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
 
 
 @kernel
@@ -138,14 +138,14 @@ def few_tokens_kernel(
             if inside | (segments is not None):
                 store_row(values, at, n, 0.0, 0.0, 0.0)
         if GRADIENT:
-            write_value(row_at(out, seq, tok, out_b, out_t, ALIGNED), 0.0, V, ALIGNED, K, N, W, EDGE)
+            write_zeros(row_at(out, seq, tok, out_b, out_t, ALIGNED), V, ALIGNED, K, N, W, EDGE)
         return
     if GRADIENT:
         dst = row_at(out, seq, tok, out_b, out_t, ALIGNED)
         g = factor_of(up, count, loss_scale, seq, tok, up_b, up_t, count_b, w_factor, WEIGHTED)
         if not VALUES:
             if g == 0.0:
-                write_value(dst, 0.0, V, ALIGNED, K, N, W, EDGE)
+                write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
                 return
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E * p_factor
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
@@ -160,7 +160,7 @@ def few_tokens_kernel(
     mean = 0.0
     if not FEW:
         if VALUES:
-            top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, EDGE, True, "evict_last")
+            top, total, mean = read_row(row, V, scale, cap, None, ALIGNED, K, N, W, EDGE, True, "evict_last")
             if not GRADIENT:
                 tl.store(stats + at * 5, top)
                 tl.store(stats + at * 5 + 1, total)
@@ -177,14 +177,14 @@ def few_tokens_kernel(
     if GRADIENT:
         tl.debug_barrier()  # in place: the tokens' logits were read by every thread before they are overwritten
         if g == 0.0:
-            write_value(dst, 0.0, V, ALIGNED, K, N, W, EDGE)
+            write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
             return
         if FEW:
-            write_value(dst, others, V, ALIGNED, K, N, W, EDGE)  # 0, or NaN
+            write_fill(dst, others, V, ALIGNED, K, N, W, EDGE)  # 0, or NaN
         else:
             nobody = tok - tok - 1  # an id of no token
-            write_slope(dst, row, nobody, top, V, scale, cap, top, total, mean, -others * g, 0.0, ALIGNED, K, N, W,
-                        EDGE, False, "evict_first")  # fmt: skip
+            write_slope(dst, row, nobody, top, V, scale, cap, None, top, total, mean, -others * g, 0.0, ALIGNED, K, N,
+                        W, EDGE, False, "evict_first")  # fmt: skip
         tl.debug_barrier()  # the tokens' entries are stored by other threads than the tiles'
         d = d * (g * scale * LN2) * slack(x, cap)
         tl.store(dst + token, d.to(out.dtype.element_ty), mask=here & (token < V))

@@ -56,9 +56,8 @@ def _rows(
     shape = logprob_shape if out is None else gradient_shape
     student, told = batch.student, batch.teacher
     # Two rows take twice the registers per entry: half as many lines, as under a cap. With a mixture half of these.
-    tile = _tile_of_both(shape, V, *wanted, narrow=teacher is not None or student.cap is not None)
-    if teacher is not None and plan.mixed:
-        tile["K"] = max(1, tile["K"] // 2)
+    crowding = 1 if teacher is None and student.cap is None else 4 if teacher is not None and plan.mixed else 2
+    tile = _tile_of_both(shape, V, *wanted, crowding=crowding)
     # Without a gradient nothing but the scored positions is there to run over.
     programs = B * (rows if out is not None else T)
     rows = rows if out is not None else T
@@ -89,16 +88,16 @@ def _rows(
             )  # fmt: skip
 
 
-def _tile_of_both(shape, V: int, *tensors: torch.Tensor, narrow: bool) -> dict[str, int]:
+def _tile_of_both(shape, V: int, *tensors: torch.Tensor, crowding: int) -> dict[str, int]:
     """`_tile` of rows that may differ in their dtype; then they are cut alike only if every row starts at 16 bytes."""
     if len({x.element_size() for x in tensors}) == 1:
-        return _tile(shape, V, *tensors, capped=narrow)
+        return _tile(shape, V, *tensors, crowding=crowding)
     aligned = V % 16 == 0 and all(
         x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in _strides(x)) for x in tensors
     )
     size = tensors[0].element_size()
     width = 16 // size if aligned else 1
-    return {"ALIGNED": aligned, "EDGE": width, **shape(V, size, width, narrow)}
+    return {"ALIGNED": aligned, "EDGE": width, **shape(V, size, width, crowding)}
 
 
 def totals(values, batch: DistillationBatch, plan: DistillationPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -49,8 +49,8 @@ def absorb_both_edges(row, other, head, length, V, p_scale, q_scale, p_cap, q_ca
                       MIXED: tl.constexpr, BY_TEACHER: tl.constexpr):  # fmt: skip
     """The seven accumulators [N]: the first thread starts out with what the edges come to."""
     at, mask = edges_at(head, length, V, EDGE)
-    x = capped(load_edges(row, at, mask), p_cap)
-    z = capped(load_edges(other, at, mask), q_cap)
+    x = capped(load_edges(row, at, mask, None), p_cap)
+    z = capped(load_edges(other, at, mask, None), q_cap)
     p_top = tl.maximum(tl.max(x, axis=0), LOWEST)
     q_top = tl.maximum(tl.max(z, axis=0), LOWEST)
     p_depth = (x - p_top) * p_scale
@@ -75,8 +75,8 @@ def absorb_both(p_top, p_total, p_moment, q_top, q_total, q_moment, gap, row, ot
                 q_cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr,
                 BY_TEACHER: tl.constexpr):  # fmt: skip
     """Fold a tile of both rows into the accumulators, each [N]."""
-    x = tl.reshape(load_tile(row, start, V, p_cap, K, N, W, MASKED, "evict_last"), [K, N, W])
-    z = tl.reshape(load_tile(other, start, V, q_cap, K, N, W, MASKED, "evict_last"), [K, N, W])
+    x = tl.reshape(load_tile(row, start, V, p_cap, None, K, N, W, MASKED, "evict_last"), [K, N, W])
+    z = tl.reshape(load_tile(other, start, V, q_cap, None, K, N, W, MASKED, "evict_last"), [K, N, W])
     p_new = tl.maximum(p_top, tl.max(tl.max(x, axis=2), axis=0))
     q_new = tl.maximum(q_top, tl.max(tl.max(z, axis=2), axis=0))
     p_drop = (p_top - p_new) * p_scale
@@ -164,8 +164,8 @@ def outcome_at(x, z, p_top, p_log, q_top, q_log, p_scale, q_scale, beta, MIXED: 
 @jit
 def mix_tile(value, pulls, row, other, start, V, p_top, p_log, q_top, q_log, p_scale, q_scale, p_cap, q_cap, beta,
              K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):  # fmt: skip
-    x = load_tile(row, start, V, p_cap, K, N, W, MASKED, "evict_last")
-    z = load_tile(other, start, V, q_cap, K, N, W, MASKED, "evict_last")
+    x = load_tile(row, start, V, p_cap, None, K, N, W, MASKED, "evict_last")
+    z = load_tile(other, start, V, q_cap, None, K, N, W, MASKED, "evict_last")
     more, pull, _ = outcome_at(x, z, p_top, p_log, q_top, q_log, p_scale, q_scale, beta, True, False)
     value += per_thread_sum(tl.reshape(more, [K, N, W]))
     pulls += per_thread_sum(tl.reshape(pull, [K, N, W]))
@@ -195,8 +195,8 @@ def mix_both(row, other, V, p_top, p_log, q_top, q_log, p_scale, q_scale, p_cap,
     row_pulls = tl.sum(pulls, axis=0)
     if not ALIGNED:
         at, mask = edges_at(head, length, V, EDGE)
-        x = capped(load_edges(row, at, mask), p_cap)
-        z = capped(load_edges(other, at, mask), q_cap)
+        x = capped(load_edges(row, at, mask, None), p_cap)
+        z = capped(load_edges(other, at, mask, None), q_cap)
         more, pull, _ = outcome_at(x, z, p_top, p_log, q_top, q_log, p_scale, q_scale, beta, True, False)
         row_value += tl.sum(more, axis=0)
         row_pulls += tl.sum(pull, axis=0)
@@ -208,8 +208,8 @@ def slope_both_tile(out, row, other, start, V, p_top, p_log, q_top, q_log, p_sca
                     g, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr, MIXED: tl.constexpr,
                     BY_TEACHER: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
-    x = load_tile(row, start, V, p_cap, K, N, W, MASKED, "evict_first")
-    z = load_tile(other, start, V, q_cap, K, N, W, MASKED, "evict_first")
+    x = load_tile(row, start, V, p_cap, None, K, N, W, MASKED, "evict_first")
+    z = load_tile(other, start, V, q_cap, None, K, N, W, MASKED, "evict_first")
     _, pull, p = outcome_at(x, z, p_top, p_log, q_top, q_log, p_scale, q_scale, beta, MIXED, BY_TEACHER)
     d = (slope(pull, p, pulls) * g * slack(x, p_cap)).to(out.dtype.element_ty)
     if MASKED:
@@ -252,21 +252,8 @@ def write_both(out, row, other, V, p_top, p_log, q_top, q_log, p_scale, q_scale,
                             q_scale, p_cap, q_cap, beta, pulls, g, K, N, W, False, MIXED, BY_TEACHER)  # fmt: skip
     if not ALIGNED:
         at, mask = edges_at(head, length, V, EDGE)
-        x = capped(load_edges(row, at, mask), p_cap)
-        z = capped(load_edges(other, at, mask), q_cap)
+        x = capped(load_edges(row, at, mask, None), p_cap)
+        z = capped(load_edges(other, at, mask, None), q_cap)
         _, pull, p = outcome_at(x, z, p_top, p_log, q_top, q_log, p_scale, q_scale, beta, MIXED, BY_TEACHER)
         d = slope(pull, p, pulls) * g * slack(x, p_cap)
         tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
-
-
-@jit
-def write_value(out, value, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-                EDGE: tl.constexpr):  # fmt: skip
-    body, head, length = split(out, V, ALIGNED, W, EDGE)
-    tile = tl.full([K, N * W], value, out.dtype.element_ty)
-    for start in range(0, length, K * N * W):
-        at = tile_at(start, K, N, W)
-        tl.store(body + at, tile, mask=at < length)
-    if not ALIGNED:
-        at, mask = edges_at(head, length, V, EDGE)
-        tl.store(out + at, tl.full([2 * EDGE], value, out.dtype.element_ty), mask=mask)

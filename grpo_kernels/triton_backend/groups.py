@@ -1,7 +1,7 @@
-"""Where each row's group lies, from the sizes of the groups."""
+"""Small kernels over the rewards: where each row's group lies, and the spread of the whole batch."""
 
 from grpo_kernels.objective.language import tl
-from grpo_kernels.triton_backend.rewards import TILE
+from grpo_kernels.triton_backend.rewards import TILE, reward_moments
 from grpo_kernels.triton_backend.row_kernels import kernel
 
 
@@ -28,3 +28,10 @@ def groups_kernel(sizes, groups, B, n):
         here = row < last
         tl.store(groups + row, tl.where(here & (size > 0), first, row).to(tl.int32), mask=row < end)
         tl.store(groups + B + row, tl.where(here, size, 0).to(tl.int32), mask=row < end)
+
+
+@kernel
+def batch_std_kernel(rewards, std, B, UNBIASED: tl.constexpr):
+    """One program: the spread of all rewards, `grpo_kernels.objective.advantages.batch_spread`."""
+    _, spread = reward_moments(rewards, B, UNBIASED)
+    tl.store(std, spread)

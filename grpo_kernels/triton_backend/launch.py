@@ -13,13 +13,19 @@ from grpo_kernels.objective.language import is_interpreted, triton
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import ways
-from grpo_kernels.triton_backend.groups import groups_kernel
-from grpo_kernels.triton_backend.mismatch import mismatch_kernel
+from grpo_kernels.triton_backend.groups import batch_std_kernel, groups_kernel
 from grpo_kernels.triton_backend.objective_kernels import sequence_kernel, total_kernel
 from grpo_kernels.triton_backend.quantile import threshold_kernel
 from grpo_kernels.triton_backend.row_kernels import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
 from grpo_kernels.triton_backend.sequence_kernels import correction_kernel, segments_kernel, spread_kernel
-from grpo_kernels.triton_backend.shapes import OPTIONS, block_shape, gradient_shape, line_bytes, logprob_shape
+from grpo_kernels.triton_backend.shapes import (
+    OPTIONS,
+    block_shape,
+    gradient_shape,
+    line_bytes,
+    logprob_shape,
+    sequence_parts,
+)
 from grpo_kernels.triton_backend.sharded import BLOCK, unite_kernel
 
 
@@ -42,20 +48,18 @@ def logprobs(logits, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Ten
     return logps, entropies, stats
 
 
-def _score(
-    logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, stats, part: bool
-) -> None:
-    ids, gate = batch.ids, batch.adv if batch.gate is None else batch.gate
-    rewards = batch.rewards if batch.gate is None else None
+def _score(logits, batch: Batch, plan: Plan, entropy: bool, logps, entropies, stats, part: bool) -> None:
+    ids, wanted = batch.ids, batch.adv if batch.wanted is None else batch.wanted
+    rewards = batch.rewards if batch.wanted is None else None
     V = logits.shape[2]
     with _on(logits):
         _over(logprob_kernel, ids.numel())(
-            logits, ids, batch.mask, gate, rewards, batch.temperature, batch.groups, batch.batch_std,
+            logits, ids, batch.mask, wanted, rewards, batch.temperature, batch.groups, batch.batch_std,
             batch.segments, logps, entropies, stats,
-            *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(gate), *_strides(batch.temperature),
+            *_strides(logits), *_strides(ids), *_strides(batch.mask), *_strides(wanted), *_strides(batch.temperature),
             batch.sequences, ids.shape[1], V, int(batch.num_generations), 1.0 / batch.one_temperature, batch.cap,
             batch.adv_eps, SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, ENTROPY=entropy,
-            PART=part, **_tile(logprob_shape, V, logits, capped=batch.cap is not None),
+            PART=part, **_support(batch), **_tile(logprob_shape, V, logits, crowding=_crowding(batch)),
         )  # fmt: skip
 
 
@@ -87,8 +91,7 @@ def loss(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Te
     Its gradient goes to ``out`` in the launch that reads the logits.
     """
     logps, entropies = gradient(logits, out, batch, plan, entropy)
-    totals = objective(logps, entropies if entropy else None, batch, plan, True)[:3]
-    return logps, entropies, *totals
+    return logps, entropies, *totals(logps, entropies if entropy else None, batch, plan)
 
 
 def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +104,8 @@ def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torc
     with _on(logits):
         if chip is None:
             run = _over(loss_kernel, B * rows)
-            tile = _tile(gradient_shape, V, logits, out, capped=batch.cap is not None)
+            tile = _tile(gradient_shape, V, logits, out, crowding=_crowding(batch))
+            tile = {**tile, **_support(batch, logits, out)}
         else:
             batch = chip.with_advantages(batch, plan)
             run, tile = chip.launcher(logits, batch, entropy)
@@ -132,7 +136,7 @@ def slope(logits, out, batch: Batch, stats, g, h, up) -> None:
             *_strides(logits), *_strides(out), *_strides(ids), *_strides(batch.mask),
             *_strides(batch.temperature), *_strides(up), _at(batch),
             batch.sequences, ids.shape[1], rows, V, 1.0 / batch.one_temperature, batch.cap,
-            **_tile(gradient_shape, V, logits, out, capped=batch.cap is not None),
+            **_support(batch, logits, out), **_tile(gradient_shape, V, logits, out, crowding=_crowding(batch)),
         )  # fmt: skip
 
 
@@ -147,51 +151,51 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 
 
 def objective(
-    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan, weighted: bool
+    logps: torch.Tensor, entropies: torch.Tensor | None, batch: Batch, plan: Plan
 ) -> tuple[torch.Tensor, ...]:
-    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`."""
-    B = batch.sequences
-    losses, local, h = (torch.empty_like(logps) for _ in range(3))
-    spread, share = (torch.empty_like(logps) if plan.spread else logps.new_empty(0) for _ in range(2))
-    partial = logps.new_empty((B, len(SUM_NAMES)), dtype=torch.float64)
+    """The [B, T] maths: (loss [], sums [S], metrics [M], ℓ, local, spread, share, h), see `sequence_kernel`.
+
+    Empty is what has no reader: ℓ where the loss is weighted, ``spread`` and ``share`` where nothing is spread, ``h``
+    without a bonus.
+    """
+    wanted = (not plan.weighted, True, bool(plan.spread), bool(plan.spread), plan.bonus)
+    out = [torch.empty_like(logps) if each else None for each in wanted]
+    totals = _totals(logps, entropies, batch, plan, *out)
+    return *totals, *(logps.new_empty(0) if x is None else x for x in out)
+
+
+def totals(logps, entropies, batch: Batch, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """(loss [], sums [S], metrics [M]) of an objective whose gradient is written already."""
+    return _totals(logps, entropies, batch, plan, None, None, None, None, None)
+
+
+def _totals(logps, entropies, batch: Batch, plan: Plan, losses, local, spread, share, h) -> tuple[torch.Tensor, ...]:
+    B, T = batch.sequences, batch.ids.shape[1]
+    correction = CORRECTIONS[plan.correction] if plan.correction else None
+    parts = sequence_parts(B, T, plan.of_sequence or (correction is not None and correction.per_sequence))
+    partial = logps.new_empty((B * parts, len(SUM_NAMES)), dtype=torch.float64)
     sums = logps.new_empty(len(SUM_NAMES), dtype=torch.float64)
     total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
     term, own = TERMS[plan.term], plan.own
     with _on(logps):
-        _over(sequence_kernel, B)(
+        _over(sequence_kernel, B * parts)(
             logps, entropies, batch.mask, batch.old, batch.ref, batch.sampling, batch.adv, batch.rewards,
-            batch.gate, batch.is_weight, losses, local, spread, share, h, partial,
+            batch.wanted, batch.is_weight, losses, local, spread, share, h, partial,
             batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef, batch.threshold, batch.groups,
             batch.batch_std, batch.cu,
             *_strides(batch.mask), *_strides(batch.old), *_strides(batch.ref), *_strides(batch.sampling),
-            *_strides(batch.adv), *_strides(batch.gate), *_strides(batch.is_weight), _stride(batch.count),
-            _at(batch), B, batch.ids.shape[1], int(batch.num_generations), batch.beta, batch.w_factor,
-            batch.h_factor, batch.adv_eps, batch.drift, batch.limits, term.kind(*batch.term),
+            *_strides(batch.adv), *_strides(batch.wanted), *_strides(batch.is_weight), _stride(batch.count),
+            parts, B, T, int(batch.num_generations), batch.beta, batch.w_factor, batch.h_factor, batch.adv_eps,
+            batch.drift, batch.correction_low, batch.correction_high, batch.limits, term.kind(*batch.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
             SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
-            LIMITED=plan.limited, CLAMPED=plan.clamped, TRUST=plan.trusts(batch), SUMMARY=plan.of_sequence,
-            WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
-            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, WEIGHTED=weighted,
-            **block_shape(),
+            LIMITED=plan.limited, CLAMPED=plan.clamped, WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
+            CORRECTED=correction.of if correction and batch.sampling is not None else "",
+            SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, **block_shape(),
         )  # fmt: skip
-        if batch.sampling is not None:
-            _mismatch(logps, batch, plan, partial)
-        total_kernel[(1,)](partial, sums, total, metrics, B, SAMPLED=batch.sampling is not None, **block_shape())
-    return total, sums, metrics, losses, local, spread, share, h
-
-
-def _mismatch(logps, batch: Batch, plan: Plan, partial: torch.Tensor) -> None:
-    """The columns of the partial sums that the sampler's log-probabilities are for."""
-    correction = CORRECTIONS[plan.correction] if plan.correction else None
-    B = batch.sequences
-    mismatch_kernel[(B,)](
-        logps, batch.mask, batch.old, batch.sampling, batch.is_weight, partial, batch.cu,
-        *_strides(batch.mask), *_strides(batch.old), *_strides(batch.sampling), *_strides(batch.is_weight),
-        _at(batch), B, batch.ids.shape[1], batch.correction_low, batch.correction_high, SKIP=plan.skip,
-        CORRECTED=correction is not None, ONCE=correction is not None and correction.per_sequence,
-        GATED=correction is not None and correction.gated, **block_shape(),
-    )  # fmt: skip
+        total_kernel[(1,)](partial, sums, total, metrics, B, parts, **block_shape())
+    return total, sums, metrics
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:
@@ -201,8 +205,7 @@ def join(local, spread, share, up, cu) -> torch.Tensor:
     B = local.shape[0] if cu is None else cu.shape[0] - 1
     with _on(local):
         _over(spread_kernel, B)(
-            g, local, spread, share, up, cu, *_strides(up), local.shape[1] if cu is None else 0, B, local.shape[1],
-            **block_shape(),
+            g, local, spread, share, up, cu, *_strides(up), B, local.shape[1], **block_shape(),
         )  # fmt: skip
     return g
 
@@ -214,7 +217,7 @@ def correct(old, batch: Batch, correction: Correction) -> torch.Tensor:
     with _on(old):
         _over(correction_kernel, B)(
             old, batch.sampling, batch.mask, out, batch.cu, *_strides(old), *_strides(batch.sampling),
-            *_strides(batch.mask), _at(batch), B, T, batch.correction_low, batch.correction_high,
+            *_strides(batch.mask), B, T, batch.correction_low, batch.correction_high,
             PER_SEQUENCE=correction.per_sequence, TRUNCATE=correction.truncate, GATED=correction.gated,
             **block_shape(),
         )  # fmt: skip
@@ -239,14 +242,43 @@ def groups(sizes: torch.Tensor, B: int) -> torch.Tensor:
     return out
 
 
+def batch_std(rewards: torch.Tensor, unbiased: bool) -> torch.Tensor:
+    """`grpo_kernels.objective.advantages.batch_spread` in fp32."""
+    std = rewards.new_empty((), dtype=torch.float32)
+    with _on(rewards):
+        batch_std_kernel[(1,)](rewards, std, rewards.shape[0], UNBIASED=unbiased, num_warps=1, **OPTIONS)
+    return std
+
+
 def segments(mask: torch.Tensor | None, cu: torch.Tensor, N: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Of packed input: the sequence of each token [N] int32, and the unmasked tokens of each sequence [B]."""
     B = cu.shape[0] - 1
-    numbers = torch.full((N,), B, dtype=torch.int32, device=cu.device)  # tokens of no sequence
-    lengths = torch.empty(B, device=cu.device)
+    if B == 0:
+        return torch.zeros(N, dtype=torch.int32, device=cu.device), torch.empty(0, device=cu.device)
+    numbers, lengths = torch.empty(N, dtype=torch.int32, device=cu.device), torch.empty(B, device=cu.device)
     with _on(cu):
-        _over(segments_kernel, B)(mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
+        segments_kernel[(B,)](mask, cu, numbers, lengths, *_strides(mask), B, N, **block_shape())
     return numbers, lengths
+
+
+def _support(batch: Batch, *logits_and_out: torch.Tensor) -> dict:
+    """What rows are restricted to, for their kernels; with the logits and ``out``, for those that write a gradient.
+
+    Where it takes the place of the logits, there is room for the entries of all ids.
+    """
+    ids, mask = batch.support, batch.support_mask
+    found = {
+        "support": ids, "support_first": batch.support_first, "support_last": batch.support_last,
+        "keep": None if mask is None else mask.view(torch.uint8), "M": 0 if ids is None else ids.shape[0],
+        **dict(zip(("support_b", "support_t"), _strides(batch.support_first))),
+        **dict(zip(("keep_b", "keep_t"), _strides(mask))),
+        "KEEP_ALIGNED": mask is not None and _is_aligned(mask),
+    }  # fmt: skip
+    if logits_and_out:
+        logits, out = logits_and_out
+        over = ids is not None and logits.untyped_storage()._cdata == out.untyped_storage()._cdata
+        found["scratch"] = ids.new_empty(ids.shape, dtype=torch.float32) if over else None
+    return found
 
 
 def _over(kernel, programs: int):
@@ -259,7 +291,19 @@ def _on(x: torch.Tensor) -> contextlib.AbstractContextManager:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
-def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False) -> dict[str, int]:
+def _crowding(batch: Batch) -> int:
+    """How many times fewer lines a row's pass can hold: under a soft cap, or beside a mask."""
+    if batch.support_mask is not None:
+        return 4
+    return 1 if batch.cap is None else 2
+
+
+def _is_aligned(mask: torch.Tensor) -> bool:
+    """Whether each row of it starts at a multiple of 16 bytes, and its length is one."""
+    return not any(x % 16 for x in (mask.data_ptr(), mask.shape[2], *_strides(mask)))
+
+
+def _tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int = 1) -> dict[str, int]:
     """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
 
     ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
@@ -271,18 +315,18 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, capped: bool = False)
     for x in tensors:
         seq, tok = _strides(x)
         off.append((x.data_ptr() % line, seq * size % line, tok * size % line))
-    return _tile_of(shape, V, size, line, tuple(off), capped)
+    return _tile_of(shape, V, size, line, tuple(off), crowding)
 
 
 @functools.lru_cache(maxsize=256)
 def _tile_of(
-    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], capped: bool
+    shape: Callable, V: int, size: int, line: int, off: tuple[tuple[int, int, int], ...], crowding: int
 ) -> dict[str, int]:
     places = {boundary: {tuple(at % boundary for at in each) for each in off} for boundary in (line, 16)}
     wide = next((boundary for boundary, each in places.items() if len(each) == 1), size)
     aligned = places[16] == {(0, 0, 0)} and V % 16 == 0
     wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
-    return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, capped)}
+    return {"ALIGNED": aligned, "EDGE": wide // size, **shape(V, size, min(wide, 16) // size, crowding)}
 
 
 def _strides(x: torch.Tensor | None) -> tuple[int, int]:

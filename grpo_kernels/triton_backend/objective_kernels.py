@@ -1,12 +1,12 @@
 """The [B, T] kernels: token objective, its sums per sequence, and the sums over sequences.
 
-They run on log-probabilities, not on logits, and so cost next to nothing. Sums over sequences are
-taken in fp64, in a fixed order.
+They run on log-probabilities, not on logits, and so cost next to nothing. Sums are taken in fp64, in a fixed order.
 """
 
 from grpo_kernels.objective.advantages import is_known
+from grpo_kernels.objective.corrections import mismatch, outside
 from grpo_kernels.objective.language import jit, tl
-from grpo_kernels.objective.metrics import summarise
+from grpo_kernels.objective.metrics import SUM_NAMES, summarise
 from grpo_kernels.objective.token import (
     drift_of,
     keeps_sequence,
@@ -18,9 +18,28 @@ from grpo_kernels.objective.token import (
 )
 from grpo_kernels.triton_backend.rewards import group_advantage
 from grpo_kernels.triton_backend.row_kernels import kernel, load_or
-from grpo_kernels.triton_backend.sequence_kernels import BLOCK, SUMS, add, bounds, load_row, nothing, unmasked
+from grpo_kernels.triton_backend.sequence_kernels import (
+    BLOCK,
+    add,
+    bounds,
+    load_row,
+    no_sum,
+    output_row,
+    total_of,
+    unmasked,
+)
 
 _INF = tl.constexpr(float("inf"))
+_NAMES = list(SUM_NAMES)
+SUMS = tl.constexpr(len(_NAMES))
+COLUMNS = tl.constexpr(32)  # the next power of two
+SEQUENCES = tl.constexpr(32)  # whose sums are loaded at a time
+# Columns of the table of sums; of those that are a minimum or a maximum, a bit each.
+LOW, HIGH, CLIPS = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low", "high", "count"))
+LOW_MIN, HIGH_MAX = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low_min", "high_max"))
+MINIMA, MAXIMA = (
+    tl.constexpr(sum(1 << k for k, name in enumerate(_NAMES) if SUM_NAMES[name] == how)) for how in ("min", "max")
+)
 
 
 @jit
@@ -31,33 +50,54 @@ def advantages_at(adv, at, A_seq, inside):
         return tl.where(inside, A_seq, 0.0)
 
 
+@jit
+def share_of(first, end, part, parts):
+    """The tokens from ``first`` to ``end`` in so many parts of whole blocks: where this part begins and ends."""
+    size = tl.cdiv(tl.cdiv(end - first, parts), BLOCK) * BLOCK
+    begin = first + part * size
+    return begin, tl.minimum(begin + size, end)
+
+
 @kernel
 def sequence_kernel(
-    logps, entropy, mask, old, ref, sampling, adv, rewards, gate, is_weight,  # [B, T] ×7, [B], [B, T] ×2
-    losses, local, spread, share, h, partial,  # out: [B, T] ×5, [B, SUMS] fp64
+    logps, entropy, mask, old, ref, sampling, adv, rewards, wanted, is_weight,  # [B, T] ×7, [B], [B, T] ×2
+    losses, local, spread, share, h, partial,  # out: [B, T] ×5, None where nobody reads it; [B·parts, SUMS] fp64
     count, loss_scale, tokens, entropy_coef, threshold, groups, batch_std, cu,
-    mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, gate_b, gate_t, is_b, is_t, count_b,
-    at_b, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
-    drift_limit: tl.float32, limits, c,
+    mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, wanted_b, wanted_t, is_b, is_t, count_b,
+    parts, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
+    drift_limit: tl.float32, correction_low: tl.float32, correction_high: tl.float32, limits, c,
     TERM: tl.constexpr, REGION: tl.constexpr, STATISTIC: tl.constexpr, CORRECTION: tl.constexpr, OWN: tl.constexpr,
     HOW: tl.constexpr, SPREAD: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, OFF_POLICY: tl.constexpr,
-    LIMITED: tl.constexpr, CLAMPED: tl.constexpr, TRUST: tl.constexpr, SUMMARY: tl.constexpr,
-    WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr,
-    SKIP: tl.constexpr, BONUS: tl.constexpr, WEIGHTED: tl.constexpr,
+    LIMITED: tl.constexpr, CLAMPED: tl.constexpr, WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr,
+    CORRECTED: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, BONUS: tl.constexpr,
 ):  # fmt: skip
-    """One program per sequence: ℓ, its derivatives, and the sums of the metrics.
+    """``parts`` programs per sequence: ℓ, its derivatives, and the sums of the metrics.
 
-    ``local`` is ∂L/∂lp of the token itself, ``h`` is ∂L/∂H. With SPREAD ("level" or "term") the
-    sequence also has ``spread``, ∂L/∂r of the ratio that all its tokens share, and ``share``, what each
-    moves it by: `spread_kernel` puts them together. HOW ("", "mean", "sum") makes the level's log
-    ratio of the tokens', OWN ("", "mean", "sum") the term's own statistic; SUMMARY: either exists, or
-    an off-policy mask, so that the sequence is read twice.
+    ``local`` is ∂L/∂lp of the token itself, ``h`` is ∂L/∂H. With ``losses``, ℓ per token, the derivatives are ∂ℓ: the
+    reduction's weight is not in them. With SPREAD ("level" or "term") the sequence also has ``spread``, ∂L/∂r of the
+    ratio that all its tokens share, and ``share``, what each moves it by: `spread_kernel` puts them together.
+
+    HOW ("", "mean", "sum") makes the level's log ratio of the tokens', OWN ("", "mean", "sum") the term's own
+    statistic. Either of them, or an off-policy mask, needs all of a sequence before its first token, which is then
+    read twice, by one program. CORRECTED: importance weights that were made of the sampler's log-probabilities have
+    one value per "token" or "sequence", or are "gated" by the sequence's.
     """
-    seq = tl.program_id(0).to(tl.int64)
+    WHOLE: tl.constexpr = HOW != "" or OWN != "" or OFF_POLICY
+    ALONE: tl.constexpr = WHOLE or CORRECTED == "sequence"
+    TRUST: tl.constexpr = (is_weight is not None and OWN == "") or OFF_POLICY or threshold is not None
+    program = tl.program_id(0).to(tl.int64)
+    seq = program
+    once = 1.0  # what belongs to the sequence is its first part's
+    if not ALONE:
+        seq = program // parts
+        once = tl.where(program % parts == 0, 1.0, 0.0)
     first, last, end = bounds(cu, seq, B, T)
+    row = output_row(cu, seq, T)
     factor = load_or(loss_scale, 0, 1.0)
     w = weight(load_or(count, seq * count_b, 1.0), w_factor, factor)
-    w_slope = w if WEIGHTED else 1.0
+    w_slope = w
+    if losses is not None:
+        w_slope = 1.0
     bonus = 0.0
     if BONUS:
         bonus = weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0), factor)
@@ -66,69 +106,91 @@ def sequence_kernel(
     if rewards is not None:
         A_seq, spread_of_rewards = group_advantage(rewards, groups, batch_std, seq, B, G, adv_eps, SCALE, UNBIASED)
 
-    size = nothing()
-    total_r = nothing()
-    total_own = nothing()
-    total_drift = nothing()
-    if SUMMARY:
+    r_seq = 0.0
+    own = 0.0
+    mean_drift = 0.0
+    inverse = 1.0
+    step = 1.0
+    if WHOLE:
+        sizes = no_sum()
+        sums_r = no_sum()
+        sums_own = no_sum()
+        sums_drift = no_sum()
         for start in range(first, last, BLOCK):
             tok = start + tl.arange(0, BLOCK).to(tl.int64)
             live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
             A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
             if SKIP:
-                live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
-            lp = tl.load(logps + seq * at_b + tok, mask=live, other=0.0)
+                live = live & (load_row(wanted, seq * wanted_b + tok * wanted_t, live, A) != 0.0)
+            lp = tl.load(logps + row + tok, mask=live, other=0.0)
             lp_old = load_row(old, seq * old_b + tok * old_t, live, lp)
             r = log_ratio(lp, lp_old)
-            size = add(size, tl.where(live, 1.0, 0.0))
-            total_r = add(total_r, tl.where(live, r, 0.0))
+            sizes = add(sizes, live, 1.0)
+            if HOW != "":
+                sums_r = add(sums_r, live, r)
             if OWN != "":
                 x, _ = STATISTIC(r, A, c)
                 if is_weight is not None:
                     if not WEIGHT_ONCE:
                         x = x + CORRECTION(load_row(is_weight, seq * is_b + tok * is_t, live, 1.0))
-                total_own = add(total_own, tl.where(live, x, 0.0))
+                sums_own = add(sums_own, live, x)
             if OFF_POLICY:
                 drift = drift_of(lp, load_row(sampling, seq * samp_b + tok * samp_t, live, lp_old))
-                total_drift = add(total_drift, tl.where(live, drift, 0.0))
-    size = tl.where(size < 1.0, 1.0, size)
-    inverse = (1.0 / size).to(tl.float32)
-    mean_drift = (total_drift / size).to(tl.float32)
-    r_seq = total_r.to(tl.float32)
-    step = 1.0
-    if HOW == "mean":
-        r_seq = (total_r / size).to(tl.float32)
-        step = inverse
-    own = total_own.to(tl.float32)
-    if OWN == "mean":
-        own = (total_own / size).to(tl.float32)
-    if OWN != "":
-        if is_weight is not None:
-            if WEIGHT_ONCE:
-                own += CORRECTION(tl.load(is_weight + seq * is_b).to(tl.float32))
+                sums_drift = add(sums_drift, live, drift)
+        size = total_of(sizes)
+        size = tl.where(size < 1.0, 1.0, size)
+        inverse = (1.0 / size).to(tl.float32)
+        if HOW == "mean":
+            r_seq = (total_of(sums_r) / size).to(tl.float32)
+            step = inverse
+        elif HOW != "":
+            r_seq = total_of(sums_r).to(tl.float32)
+        if OWN == "mean":
+            own = (total_of(sums_own) / size).to(tl.float32)
+        elif OWN != "":
+            own = total_of(sums_own).to(tl.float32)
+        if OWN != "":
+            if is_weight is not None:
+                if WEIGHT_ONCE:
+                    own += CORRECTION(tl.load(is_weight + seq * is_b).to(tl.float32))
+        if OFF_POLICY:
+            mean_drift = (total_of(sums_drift) / size).to(tl.float32)
 
-    s_loss = nothing()
-    s_policy = nothing()
-    s_tokens = nothing()
-    s_kl = nothing()
-    s_entropy = nothing()
-    s_low = nothing()
-    s_high = nothing()
-    s_cap = nothing()
-    s_ratio = nothing()
-    s_drift = nothing()
+    s_policy = no_sum()
+    s_bonus = no_sum()
+    s_tokens = no_sum()
+    s_kl = no_sum()
+    s_entropy = no_sum()
+    s_low = no_sum()
+    s_high = no_sum()
+    s_cap = no_sum()
+    s_ratio = no_sum()
+    s_drift = no_sum()
+    s_gap = no_sum()
+    s_heard = no_sum()
+    s_drawn = no_sum()
+    s_corrected = no_sum()
+    s_d = no_sum()
     ratio_min = tl.full([BLOCK], _INF, tl.float32)
     ratio_max = tl.full([BLOCK], -_INF, tl.float32)
-    for start in range(first, end, BLOCK):
+    gap_max = tl.zeros([BLOCK], tl.float32)
+    drawn_min = tl.full([BLOCK], _INF, tl.float32)
+    drawn_max = tl.full([BLOCK], -_INF, tl.float32)
+    begin, stop = first, end
+    if not ALONE:
+        begin, stop = share_of(first, end, program % parts, parts)
+    for start in range(begin, stop, BLOCK):
         tok = start + tl.arange(0, BLOCK).to(tl.int64)
-        at = seq * at_b + tok
-        inside = tok < end
-        live = unmasked(mask, seq * mask_b + tok * mask_t, tok < last)
-        A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, live)
+        at = row + tok
+        inside = tok < stop
+        there = unmasked(mask, seq * mask_b + tok * mask_t, tok < tl.minimum(stop, last))
+        A = advantages_at(adv, seq * adv_b + tok * adv_t, A_seq, there)
+        live = there
         if SKIP:
-            live = live & (load_row(gate, seq * gate_b + tok * gate_t, live, A) != 0.0)
+            live = there & (load_row(wanted, seq * wanted_b + tok * wanted_t, there, A) != 0.0)
         lp = tl.load(logps + at, mask=live, other=0.0)
-        lp_old = load_row(old, seq * old_b + tok * old_t, live, lp)
+        lp_old = load_row(old, seq * old_b + tok * old_t, there, lp)
+        w_token = load_row(is_weight, seq * is_b + tok * is_t, live, 1.0)
         r_token = log_ratio(lp, lp_old)
         r = r_token
         if HOW != "":
@@ -140,7 +202,7 @@ def sequence_kernel(
 
         trust = tl.full([BLOCK], 1.0, tl.float32)
         if OWN == "":
-            trust = trust * load_row(is_weight, seq * is_b + tok * is_t, live, 1.0)
+            trust = trust * w_token
         if OFF_POLICY:
             trust = tl.where(keeps_sequence(mean_drift, A, drift_limit) != 0.0, trust, 0.0)
         H = load_row(entropy, at, live, 0.0)
@@ -156,146 +218,172 @@ def sequence_kernel(
         if KL is not None:
             loss = policy + scaled(beta, kl)
         loss = tl.where(live, loss, 0.0)
-        tl.store(losses + at, loss, mask=inside)
-        if SPREAD == "level":
-            g = d_term + d_lp
-            tl.store(spread + at, tl.where(live, w_slope * d_ratio, 0.0), mask=inside)
-            tl.store(share + at, tl.where(live, step, 0.0), mask=inside)
-        elif SPREAD == "term":
-            g = d_ratio + d_lp
-            _, slope = STATISTIC(r_token, A, c)
-            tl.store(spread + at, tl.where(live, w_slope * d_term, 0.0), mask=inside)
-            tl.store(share + at, tl.where(live, slope * inverse, 0.0), mask=inside)
-        else:
-            g = d_term + d_ratio + d_lp
-        tl.store(local + at, tl.where(live, w_slope * g, 0.0), mask=inside)
-        tl.store(h + at, tl.where(chosen, -bonus, 0.0), mask=inside)
+        if losses is not None:
+            tl.store(losses + at, loss, mask=inside)
+        if local is not None:
+            if SPREAD == "level":
+                g = d_term + d_lp
+                tl.store(spread + at, tl.where(live, w_slope * d_ratio, 0.0), mask=inside)
+                tl.store(share + at, tl.where(live, step, 0.0), mask=inside)
+            elif SPREAD == "term":
+                g = d_ratio + d_lp
+                _, slope = STATISTIC(r_token, A, c)
+                tl.store(spread + at, tl.where(live, w_slope * d_term, 0.0), mask=inside)
+                tl.store(share + at, tl.where(live, slope * inverse, 0.0), mask=inside)
+            else:
+                g = d_term + d_ratio + d_lp
+            tl.store(local + at, tl.where(live, w_slope * g, 0.0), mask=inside)
+        if h is not None:
+            tl.store(h + at, tl.where(chosen, -bonus, 0.0), mask=inside)
 
-        s_policy = add(s_policy, w * loss)
-        s_loss = add(s_loss, w * loss)
-        s_tokens = add(s_tokens, tl.where(live, 1.0, 0.0))
-        s_kl = add(s_kl, tl.where(live, kl, 0.0))
-        s_entropy = add(s_entropy, tl.where(live, H, 0.0))
+        s_policy = add(s_policy, live, w * loss)
+        s_tokens = add(s_tokens, live, 1.0)
+        if KL is not None:
+            s_kl = add(s_kl, live, kl)
+        if entropy is not None:
+            s_entropy = add(s_entropy, live, H)
         if BONUS:
-            s_loss = add(s_loss, tl.where(chosen, -bonus * H, 0.0))
+            s_bonus = add(s_bonus, chosen, bonus * H)
         if not CLIP_ONCE:
             low, high, cap = REGION(r, r_term, lp, lp_old, A, c)
-            s_low = add(s_low, tl.where(live, low, 0.0))
-            s_high = add(s_high, tl.where(live, high, 0.0))
-            s_cap = add(s_cap, tl.where(live, cap, 0.0))
+            s_low = add(s_low, live, low)
+            s_high = add(s_high, live, high)
+            s_cap = add(s_cap, live, cap)
         ratio = tl.exp(r)
-        s_ratio = add(s_ratio, tl.where(live, ratio, 0.0))
-        s_drift = add(s_drift, tl.where(live, ratio - 1.0 - r, 0.0))
+        s_ratio = add(s_ratio, live, ratio)
+        s_drift = add(s_drift, live, ratio - 1.0 - r)
         ranked = live & (ratio == ratio)
         ratio_min = tl.minimum(ratio_min, tl.where(ranked, ratio, _INF))
         ratio_max = tl.maximum(ratio_max, tl.where(ranked, ratio, -_INF))
 
-    s_clips = s_tokens
+        if sampling is not None:
+            sampled = load_row(sampling, seq * samp_b + tok * samp_t, there, 0.0)
+            d = mismatch(lp_old, sampled)
+            heard = live & (sampled == sampled)
+            gap = tl.where(heard, tl.abs(d), 0.0)
+            s_gap = add(s_gap, heard, gap)
+            s_heard = add(s_heard, heard, 1.0)
+            gap_max = tl.maximum(gap_max, tl.where(gap == gap, gap, 0.0))
+            if CORRECTED == "sequence":
+                s_d = add(s_d, there, d)
+            else:
+                drawn = tl.exp(d)
+                if CORRECTED != "":
+                    corrected = outside(drawn, correction_low, correction_high)
+                    drawn = w_token
+                    if CORRECTED == "gated":
+                        corrected = drawn == 0.0
+                    s_corrected = add(s_corrected, live & corrected, 1.0)
+                s_drawn = add(s_drawn, live, drawn)
+                ranked = live & (drawn == drawn)
+                drawn_min = tl.minimum(drawn_min, tl.where(ranked, drawn, _INF))
+                drawn_max = tl.maximum(drawn_max, tl.where(ranked, drawn, -_INF))
+
+    n_policy = total_of(s_policy)
+    n_tokens = total_of(s_tokens)
+    n_clips = n_tokens
     if CLIP_ONCE:
         if adv is not None:
             A_seq = tl.load(adv + seq * adv_b).to(tl.float32)
         r, _ = limited_ratio(r_seq, limits, LIMITED)
         low, high, cap = REGION(r, own if OWN != "" else r, 0.0, 0.0, A_seq, c)
-        s_clips = nothing() + (tl.where(A_seq == 0.0, 0.0, 1.0) if SKIP else 1.0)
-        s_low = s_clips * low
-        s_high = s_clips * high
-        s_cap = s_clips * cap
-    empty = s_clips == 0.0
-    reward = nothing()
-    scored = nothing()
-    flat = nothing()
+        n_clips = tl.where((A_seq == 0.0) & SKIP, 0.0, 1.0)
+        n_low = n_clips * low
+        n_high = n_clips * high
+        n_cap = n_clips * cap
+    else:
+        n_low = total_of(s_low)
+        n_high = total_of(s_high)
+        n_cap = total_of(s_cap)
+    reward = 0.0
+    scored = 0.0
+    flat = 0.0
     if rewards is not None:
         reward = tl.load(rewards + seq).to(tl.float64)
-        scored = tl.where(is_known(reward), 1.0, 0.0).to(tl.float64)
-        reward = tl.where(is_known(reward), reward, 0.0)
-        flat = tl.where(spread_of_rewards == 0.0, 1.0, 0.0).to(tl.float64)
-    row = (
-        s_loss, s_policy, s_tokens, s_kl, s_entropy, s_low, s_high, s_cap, s_clips, s_ratio, s_drift,
-        reward, reward * reward, scored, flat, nothing() + 1.0,
-        tl.min(ratio_min, axis=0).to(tl.float64), tl.where(empty, _INF, s_low / s_clips),
-        tl.max(ratio_max, axis=0).to(tl.float64), tl.where(empty, -_INF, s_high / s_clips),
-        1.0 - scored,
+        scored = tl.where(is_known(reward), once, 0.0)
+        reward = tl.where(scored != 0.0, reward, 0.0)
+        flat = tl.where(spread_of_rewards == 0.0, once, 0.0)
+    n_drawn = 0.0
+    n_draws = 0.0
+    n_corrected = 0.0
+    n_trust = 0.0
+    least = 0.0
+    most = 0.0
+    if sampling is not None:
+        if CORRECTED == "sequence":  # sequences without tokens count too, but not those that were left unread
+            drawn = tl.load(is_weight + seq * is_b).to(tl.float32)
+            n_draws = tl.where((n_tokens == 0.0) & SKIP, 0.0, 1.0)
+            distance = tl.exp(total_of(s_d).to(tl.float32))
+            n_corrected = tl.where(outside(distance, correction_low, correction_high), n_draws, 0.0)
+            n_drawn = tl.where(n_draws > 0.0, drawn, 0.0).to(tl.float64)
+            n_trust = n_drawn * n_tokens
+            known = (n_draws > 0.0) & (drawn == drawn)
+            least = tl.where(known, drawn, _INF)
+            most = tl.where(known, drawn, -_INF)
+        else:
+            n_draws = n_tokens
+            n_corrected = total_of(s_corrected)
+            n_drawn = total_of(s_drawn)
+            n_trust = n_drawn
+            least = tl.min(drawn_min, axis=0)
+            most = tl.max(drawn_max, axis=0)
+    row_of_sums = (
+        n_policy - total_of(s_bonus), n_policy, n_tokens, total_of(s_kl), total_of(s_entropy), n_low, n_high, n_cap,
+        n_clips, total_of(s_ratio), total_of(s_drift), reward, reward * reward, scored, flat, once,
+        tl.min(ratio_min, axis=0), 0.0, tl.max(ratio_max, axis=0), 0.0,  # `total_kernel` has the clipped shares
+        once - scored if rewards is not None else 0.0, total_of(s_gap), total_of(s_heard), n_drawn, n_draws,
+        n_corrected, n_trust, tl.max(gap_max, axis=0), least, most,
     )  # fmt: skip
-    for k in tl.static_range(len(row)):
-        tl.store(partial + seq * SUMS + k, row[k])
+    for k in tl.static_range(len(row_of_sums)):
+        tl.store(partial + program * SUMS + k, row_of_sums[k])
 
 
 @jit
-def column(partial, B, at: tl.constexpr, HOW: tl.constexpr):
-    """Sum, minimum or maximum of one column of the partial sums [B, SUMS], in fp64."""
-    i = tl.arange(0, 128)
-    start_value = 0.0 if HOW == "sum" else (_INF if HOW == "min" else -_INF)
-    acc = tl.full([128], start_value, tl.float64)
-    for start in range(0, B, 128):
-        x = tl.load(partial + (start + i).to(tl.int64) * SUMS + at, mask=start + i < B, other=start_value)
-        if HOW == "sum":
-            acc += x
-        elif HOW == "min":
-            acc = tl.minimum(acc, x)
-        else:
-            acc = tl.maximum(acc, x)
-    if HOW == "sum":
-        return tl.sum(acc, axis=0)
-    elif HOW == "min":
-        return tl.min(acc, axis=0)
-    else:
-        return tl.max(acc, axis=0)
+def entry(values, column, k: tl.constexpr):
+    return tl.sum(tl.where(column == k, values, 0.0), axis=0)
 
 
 @kernel
-def total_kernel(partial, sums, loss, metrics, B, SAMPLED: tl.constexpr):
+def total_kernel(partial, sums, loss, metrics, B, parts):
     """One program: the sums over sequences [SUMS] fp64, the loss [] and the metrics, fp32.
 
-    SAMPLED: `mismatch_kernel` has run, which has the last columns.
+    ``partial`` [B·parts, SUMS] is added up by rows; of the sequences' clipped shares there is a minimum and a maximum.
     """
-    total = column(partial, B, 0, "sum")
-    policy = column(partial, B, 1, "sum")
-    tokens = column(partial, B, 2, "sum")
-    kl = column(partial, B, 3, "sum")
-    entropy = column(partial, B, 4, "sum")
-    low = column(partial, B, 5, "sum")
-    high = column(partial, B, 6, "sum")
-    dual = column(partial, B, 7, "sum")
-    clips = column(partial, B, 8, "sum")
-    ratio = column(partial, B, 9, "sum")
-    drift = column(partial, B, 10, "sum")
-    reward = column(partial, B, 11, "sum")
-    reward_square = column(partial, B, 12, "sum")
-    scored = column(partial, B, 13, "sum")
-    flat = column(partial, B, 14, "sum")
-    sequences = column(partial, B, 15, "sum")
-    ratio_min = column(partial, B, 16, "min")
-    low_min = column(partial, B, 17, "min")
-    ratio_max = column(partial, B, 18, "max")
-    high_max = column(partial, B, 19, "max")
-    not_finite = column(partial, B, 20, "sum")
-    gap = nothing()
-    heard = nothing()
-    drawn = nothing()
-    draws = nothing()
-    corrected = nothing()
-    trust = nothing()
-    gap_max = nothing()
-    drawn_min = nothing()
-    drawn_max = nothing()
-    if SAMPLED:
-        gap = column(partial, B, 21, "sum")
-        heard = column(partial, B, 22, "sum")
-        drawn = column(partial, B, 23, "sum")
-        draws = column(partial, B, 24, "sum")
-        corrected = column(partial, B, 25, "sum")
-        trust = column(partial, B, 26, "sum")
-        gap_max = column(partial, B, 27, "max")
-        drawn_min = column(partial, B, 28, "min")
-        drawn_max = column(partial, B, 29, "max")
-    every = (total, policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored,
-             flat, sequences, ratio_min, low_min, ratio_max, high_max, not_finite, gap, heard, drawn, draws, corrected,
-             trust, gap_max, drawn_min, drawn_max)  # fmt: skip
-    for k in tl.static_range(SUMS):
-        tl.store(sums + k, every[k])
-    tl.store(loss, total.to(tl.float32))
-    values = summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, reward, reward_square, scored,
-                       flat, sequences, ratio_min, low_min, ratio_max, high_max, not_finite, gap, heard, drawn, draws,
-                       corrected, trust, gap_max, drawn_min, drawn_max)  # fmt: skip
-    for k in tl.static_range(len(values)):
-        tl.store(metrics + k, values[k].to(tl.float32))
+    column = tl.arange(0, COLUMNS)
+    is_min = ((MINIMA >> column) & 1) != 0
+    is_max = ((MAXIMA >> column) & 1) != 0
+    nothing = tl.where(is_min, _INF, tl.where(is_max, -_INF, 0.0)).to(tl.float64)
+    table = tl.zeros([SEQUENCES, COLUMNS], tl.float64) + nothing[None, :]
+    low_min = tl.full([SEQUENCES], _INF, tl.float64)
+    high_max = tl.full([SEQUENCES], -_INF, tl.float64)
+    for start in range(0, B, SEQUENCES):
+        seq = start + tl.arange(0, SEQUENCES).to(tl.int64)
+        here = seq < B
+        low = tl.zeros([SEQUENCES], tl.float64)
+        high = tl.zeros([SEQUENCES], tl.float64)
+        clips = tl.zeros([SEQUENCES], tl.float64)
+        for part in range(0, parts):
+            row = partial + (seq * parts + part) * SUMS
+            x = tl.load(row[:, None] + column[None, :], mask=here[:, None] & (column < SUMS)[None, :], other=0.0)
+            x = tl.where(here[:, None], x, nothing[None, :])
+            best = tl.where(is_min[None, :], tl.minimum(table, x), tl.maximum(table, x))
+            table = tl.where((is_min | is_max)[None, :], best, table + x)
+            low += tl.load(row + LOW, mask=here, other=0.0)
+            high += tl.load(row + HIGH, mask=here, other=0.0)
+            clips += tl.load(row + CLIPS, mask=here, other=0.0)
+        some = clips > 0.0
+        clips = tl.where(some, clips, 1.0)
+        low_min = tl.minimum(low_min, tl.where(some, low / clips, _INF))
+        high_max = tl.maximum(high_max, tl.where(some, high / clips, -_INF))
+    total = tl.sum(tl.where((is_min | is_max)[None, :], 0.0, table), axis=0)
+    values = tl.where(is_min, tl.min(table, axis=0), tl.where(is_max, tl.max(table, axis=0), total))
+    values = tl.where(column == LOW_MIN, tl.min(low_min, axis=0), values)
+    values = tl.where(column == HIGH_MAX, tl.max(high_max, axis=0), values)
+    tl.store(sums + column, values, mask=column < SUMS)
+    tl.store(loss, entry(values, column, 0).to(tl.float32))
+    every = ()
+    for k in tl.static_range(1, SUMS):
+        every = every + (entry(values, column, k),)  # noqa: RUF005  Triton knows no (*every, x)
+    found = summarise(*every)
+    for k in tl.static_range(len(found)):
+        tl.store(metrics + k, found[k].to(tl.float32))

@@ -1,11 +1,8 @@
 """The entropy threshold from sorted entropies, by bisection: one small program."""
 
 from grpo_kernels.objective.language import jit, tl
-from grpo_kernels.objective.quantile import FP32_COUNT as _FP32_COUNT
-from grpo_kernels.objective.quantile import interpolated
+from grpo_kernels.objective.quantile import interpolated, rank_of
 from grpo_kernels.triton_backend.row_kernels import kernel
-
-FP32_COUNT = tl.constexpr(_FP32_COUNT)
 
 
 @jit
@@ -26,9 +23,7 @@ def first_at_least(values, n, x):
 def threshold_kernel(ordered, everywhere, value, kept, n, n_everywhere, q: tl.float32):
     """`grpo_kernels.objective.quantile.threshold`, its value and count."""
     last = first_at_least(everywhere, n_everywhere, float("inf")) - 1
-    rank = (last.to(tl.float32) * q).to(tl.float64)
-    rank = tl.where(last < FP32_COUNT, rank, last.to(tl.float64) * q)
-    rank = tl.where(rank < 0.0, 0.0, rank)
+    rank = rank_of(last, (last.to(tl.float32) * q).to(tl.float64), last.to(tl.float64) * q)
     below = tl.floor(rank)
     start = tl.load(everywhere + below.to(tl.int64))
     end = tl.load(everywhere + tl.ceil(rank).to(tl.int64))

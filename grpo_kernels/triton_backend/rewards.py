@@ -36,7 +36,7 @@ def group_advantage(rewards, groups, batch_std, seq, B, G, eps, SCALE: tl.conste
     """(advantage, std it was divided by) of sequence ``seq``; its group is rows [k·G, (k+1)·G).
 
     ``groups`` [2, B]: first row and size of its group, where they differ in size; size 0: it has none, and
-    gets NaN. ``batch_std``: the std of the rewards of all ranks, where they are more than these.
+    gets NaN. ``batch_std``: of `batch_std_kernel`, for SCALE "batch".
     """
     first, size, nothing = seq // G * G, G, 0.0
     if groups is not None:
@@ -46,10 +46,7 @@ def group_advantage(rewards, groups, batch_std, seq, B, G, eps, SCALE: tl.conste
     mean, spread = reward_moments(rewards + first, size, UNBIASED)
     divisor = spread
     if SCALE == "batch":
-        if batch_std is not None:
-            divisor = tl.load(batch_std).to(tl.float32)
-        else:
-            _, divisor = reward_moments(rewards, B, UNBIASED)
+        divisor = tl.load(batch_std).to(tl.float32)
     reward = tl.load(rewards + seq).to(tl.float32)
     if SCALE == "none":
         return standardise(reward, mean, spread, 1.0) + nothing, spread

@@ -7,11 +7,13 @@ tokens) have p = 0.
 What is kept of a row is ``(top, total, mean)``, see `grpo_kernels.objective.softmax`. The first pass takes
 the sampled token's logit as top (`sum_row`): an entry then costs a fused multiply-add, an exponential and
 an addition. Where the sum is not sound, and where a part of a vocabulary has no token, it is the largest
-logit, as a running maximum per thread finds it (`read_row`). With a cap x is the capped logit.
+logit, as a running maximum per thread finds it (`read_row`). With a cap x is the capped logit. Of a row that a mask
+restricts (``only``, see `masks`) the other entries are −inf.
 """
 
 from grpo_kernels.objective.language import constant, is_interpreted, jit, tl
 from grpo_kernels.objective.softmax import LN2, LOG2E, LOWEST, logp_of, token_slope
+from grpo_kernels.triton_backend.masks import moved, within
 
 TWO_BANNED = constant(-(0x007F << 16) - 0x0080)  # the word of two −inf in bf16, 0xFF80 each
 DEEP = constant(-160.0)  # 2^d is 0 from here on: in products d stops here, since 0·(−inf) would be NaN
@@ -50,8 +52,8 @@ def tile_at(start, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr):
 
 
 @jit
-def load_edges(row, at, mask):
-    return tl.load(row + at, mask=mask, other=float("-inf")).to(tl.float32)  # [2·EDGE]
+def load_edges(row, at, mask, only):
+    return within(tl.load(row + at, mask=mask, other=float("-inf")).to(tl.float32), at, only)  # [2·EDGE]
 
 
 @jit
@@ -76,7 +78,7 @@ def load(row, at, V, other, MASKED: tl.constexpr, HINT: tl.constexpr):
 
 
 @jit
-def load_tile(row, start, V, cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
+def load_tile(row, start, V, cap, only, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr,
               HINT: tl.constexpr):  # fmt: skip
     """A tile in fp32, capped, [K, N·W].
 
@@ -87,10 +89,11 @@ def load_tile(row, start, V, cap, K: tl.constexpr, N: tl.constexpr, W: tl.conste
         words = (row + start).to(tl.pointer_type(tl.int32))
         pair = load(words, tile_at(0, K, N, W // 2), (V - start) // 2, TWO_BANNED, MASKED, HINT)
         first, second = (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        return tl.reshape(tl.join(first, second), [K, N * W])
+        return within(tl.reshape(tl.join(first, second), [K, N * W]), tile_at(start, K, N, W), only)
     else:
-        x = load(row, tile_at(start, K, N, W), V, float("-inf"), MASKED, HINT)
-        return capped(x.to(tl.float32), cap)  # cast first: the interpreter's bf16 arithmetic is wrong
+        at = tile_at(start, K, N, W)
+        x = load(row, at, V, float("-inf"), MASKED, HINT)
+        return within(capped(x.to(tl.float32), cap), at, only)  # cast first: the interpreter's bf16 arithmetic is wrong
 
 
 @jit
@@ -110,10 +113,10 @@ def per_thread_sum(x):
 
 
 @jit
-def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr):
-    """(top, total, moment), each [N]: the first thread starts out with what the edges come to."""
+def absorb_edges(row, head, length, V, scale, cap, only, N: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr):
+    """`absorb_tile`'s accumulators as a row begins: the first thread has taken in the edges, the others nothing."""
     at, mask = edges_at(head, length, V, EDGE)
-    x = capped(load_edges(row, at, mask), cap)
+    x = capped(load_edges(row, at, mask, only), cap)
     top = tl.maximum(tl.max(x, axis=0), LOWEST)
     depth = (x - top) * scale
     part = tl.exp2(depth)
@@ -126,10 +129,10 @@ def absorb_edges(row, head, length, V, scale, cap, N: tl.constexpr, EDGE: tl.con
 
 
 @jit
-def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, N: tl.constexpr,
+def absorb_tile(top, total, moment, row, start, V, scale, cap, only, K: tl.constexpr, N: tl.constexpr,
                 W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
-    x = load_tile(row, start, V, cap, K, N, W, MASKED, HINT)
+    x = load_tile(row, start, V, cap, only, K, N, W, MASKED, HINT)
     x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
@@ -143,7 +146,7 @@ def absorb_tile(top, total, moment, row, start, V, scale, cap, K: tl.constexpr, 
 
 
 @jit
-def read_row(row, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
+def read_row(row, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr,
              W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """First pass without a token: (top, total, mean) of a row, top its maximum. NaN in the row makes total NaN."""
     TILE: tl.constexpr = K * N * W
@@ -154,14 +157,16 @@ def read_row(row, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.c
         total = tl.zeros([N], tl.float32)
         moment = tl.zeros([N], tl.float32)
     else:
-        top, total, moment = absorb_edges(row, head, length, V, scale, cap, N, EDGE, ENTROPY)
+        top, total, moment = absorb_edges(row, head, length, V, scale, cap, only, N, EDGE, ENTROPY)
+    if only is not None:
+        only = moved(only, head)
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
-        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, K, N, W, False, ENTROPY,
-                                         HINT)  # fmt: skip
+        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, only, K, N, W, False,
+                                         ENTROPY, HINT)  # fmt: skip
     for at in range(whole, length, REST * N * W):
-        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, REST, N, W, True, ENTROPY,
-                                         HINT)  # fmt: skip
+        top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, only, REST, N, W, True,
+                                         ENTROPY, HINT)  # fmt: skip
 
     row_top = tl.max(top, axis=0)
     drop = (top - row_top) * scale
@@ -190,9 +195,9 @@ def parts_of(x, scale, off):
 
 
 @jit
-def add_tile(total, moment, row, start, V, scale, off, cap, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+def add_tile(total, moment, row, start, V, scale, off, cap, only, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
              MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    x = load_tile(row, start, V, cap, K, N, W, MASKED, HINT)
+    x = load_tile(row, start, V, cap, only, K, N, W, MASKED, HINT)
     part, depth = parts_of(x, scale, off)
     total += per_thread_sum(tl.reshape(part, [K, N, W]))
     if ENTROPY:
@@ -201,7 +206,7 @@ def add_tile(total, moment, row, start, V, scale, off, cap, K: tl.constexpr, N: 
 
 
 @jit
-def sum_row(row, x_token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+def sum_row(row, x_token, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
             EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """First pass: (total, mean) of a row whose top is x_token. Sound if total is: see `score_row`."""
     TILE: tl.constexpr = K * N * W
@@ -212,12 +217,15 @@ def sum_row(row, x_token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr,
     body, head, length = split(row, V, ALIGNED, W, EDGE)
     if not ALIGNED:
         at, mask = edges_at(head, length, V, EDGE)
-        edge_part, edge_depth = parts_of(capped(load_edges(row, at, mask), cap), scale, off)
+        edge_part, edge_depth = parts_of(capped(load_edges(row, at, mask, only), cap), scale, off)
+    if only is not None:
+        only = moved(only, head)
     whole = length // TILE * TILE
     for at in range(0, whole, TILE):
-        total, moment = add_tile(total, moment, body, at, length, scale, off, cap, K, N, W, False, ENTROPY, HINT)
+        total, moment = add_tile(total, moment, body, at, length, scale, off, cap, only, K, N, W, False, ENTROPY, HINT)
     for at in range(whole, length, REST * N * W):
-        total, moment = add_tile(total, moment, body, at, length, scale, off, cap, REST, N, W, True, ENTROPY, HINT)
+        total, moment = add_tile(total, moment, body, at, length, scale, off, cap, only, REST, N, W, True, ENTROPY,
+                                 HINT)  # fmt: skip
     row_total = tl.sum(total, axis=0)
     row_moment = tl.sum(moment, axis=0)
     if not ALIGNED:
@@ -238,7 +246,7 @@ def token_logit(row, token, V, cap):
 
 
 @jit
-def score_row(row, token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+def score_row(row, token, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
               EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     """First pass: (top, total, mean, x_token, log-probability) of a row and a token id.
 
@@ -249,11 +257,11 @@ def score_row(row, token, V, scale, cap, ALIGNED: tl.constexpr, K: tl.constexpr,
     LIMIT: tl.constexpr = MOST_OF_ENTROPIES if ENTROPY else MOST
     x_token = token_logit(row, token, V, cap)
     top = x_token
-    total, mean = sum_row(row, x_token, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+    total, mean = sum_row(row, x_token, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
     if (total > 0.5) & (total < LIMIT):
         total = tl.maximum(total, 1.0)  # no log-probability above 0
     else:
-        top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+        top, total, mean = read_row(row, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
     return top, total, mean, x_token, logp_of((x_token - top) * scale, total)
 
 
@@ -282,30 +290,8 @@ def slope_at(x, scale, off, cap, slope, pull, ENTROPY: tl.constexpr):
 
 
 @jit
-def slope_tile(out, row, start, V, scale, off, cap, slope, pull, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-               MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    at = tile_at(start, K, N, W)
-    x = load_tile(row, start, V, cap, K, N, W, MASKED, HINT)
-    d = slope_at(x, scale, off, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
-    if MASKED:
-        tl.store(out + at, d, mask=at < V)
-    else:
-        tl.store(out + at, d)
-
-
-@jit
-def write_slope(out, row, token, x_token, V, scale, cap, top, total, mean, g, h, ALIGNED: tl.constexpr,
-                K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr,
-                HINT: tl.constexpr):  # fmt: skip
-    """Second pass: out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], safe over the row itself.
-
-    It goes from the row's end to its start: what the first pass read last is what the cache still holds. Every
-    entry is first written as if it were not the token's; the token's own, formed in fp32, comes last, which
-    spares the loop a test per entry.
-    """
-    TILE: tl.constexpr = K * N * W
-    REST: tl.constexpr = 1 if W > 1 else K
-    LINE: tl.constexpr = REST * N * W
+def slopes(x_token, scale, cap, top, total, mean, g, h, ENTROPY: tl.constexpr):
+    """(scale, off, slope, pull) of `slope_at` for a row whose statistics are known, and the token's own entry."""
     inv_temperature = scale * LN2
     g = g * inv_temperature
     token_depth = (x_token - top) * scale
@@ -320,47 +306,15 @@ def write_slope(out, row, token, x_token, V, scale, cap, top, total, mean, g, h,
     if ENTROPY:
         pull = -h * inv_temperature * LN2 / whole_total
         slope -= pull * (mean + rest)
-    body, head, length = split(row, V, ALIGNED, W, EDGE)
-    dst = split(out, V, ALIGNED, W, EDGE)[0]
-    tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
-    whole = length // TILE * TILE
-    lines = (length - whole + LINE - 1) // LINE
-    for i in range(0, lines):
-        at = whole + (lines - 1 - i) * LINE
-        slope_tile(dst, body, at, length, scale, off, cap, slope, pull, REST, N, W, True, ENTROPY, HINT)
-    for i in range(0, whole, TILE):
-        at = whole - TILE - i
-        slope_tile(dst, body, at, length, scale, off, cap, slope, pull, K, N, W, False, ENTROPY, HINT)
-    if not ALIGNED:
-        at, mask = edges_at(head, length, V, EDGE)
-        d = slope_at(capped(load_edges(row, at, mask), cap), scale, off, cap, slope, pull, ENTROPY)
-        tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
-    tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
-    d = token_entry * slack(x_token, cap)
-    tl.store(out + token, d.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))
+    return scale, off, slope, pull, token_entry * slack(x_token, cap)
 
 
 @jit
-def write_zeros(out, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr):
-    body, head, length = split(out, V, ALIGNED, W, EDGE)
-    zeros = tl.zeros([K, N * W], out.dtype.element_ty)
-    for start in range(0, length, K * N * W):
-        at = tile_at(start, K, N, W)
-        tl.store(body + at, zeros, mask=at < length)
-    if not ALIGNED:
-        at, mask = edges_at(head, length, V, EDGE)
-        tl.store(out + at, tl.zeros([2 * EDGE], out.dtype.element_ty), mask=mask)
-
-
-@jit
-def scaled(x, factor):
-    return tl.where(x == 0.0, 0.0, x * factor)  # a row without a gradient has none, whatever the factor
-
-
-@jit
-def scale_tile(out, row, start, V, factor, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, MASKED: tl.constexpr):
+def slope_tile(out, row, start, V, scale, off, cap, only, slope, pull, K: tl.constexpr, N: tl.constexpr,
+               W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
     at = tile_at(start, K, N, W)
-    d = scaled(load_tile(row, start, V, None, K, N, W, MASKED, ""), factor).to(out.dtype.element_ty)
+    x = load_tile(row, start, V, cap, only, K, N, W, MASKED, HINT)
+    d = slope_at(x, scale, off, cap, slope, pull, ENTROPY).to(out.dtype.element_ty)
     if MASKED:
         tl.store(out + at, d, mask=at < V)
     else:
@@ -368,18 +322,55 @@ def scale_tile(out, row, start, V, factor, K: tl.constexpr, N: tl.constexpr, W: 
 
 
 @jit
-def scale_row(out, row, V, factor, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
-              EDGE: tl.constexpr):  # fmt: skip
-    """out = row · factor."""
+def write_slope(out, row, token, x_token, V, scale, cap, only, top, total, mean, g, h, ALIGNED: tl.constexpr,
+                K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr,
+                HINT: tl.constexpr):  # fmt: skip
+    """Second pass: out = (1/temperature)·[g·(onehot − p) + h·p·(x̄ − x)], safe over the row itself.
+
+    It goes from the row's end to its start: what the first pass read last is what the cache still holds. Every
+    entry is first written as if it were not the token's; the token's own, formed in fp32, comes last, which
+    spares the loop a test per entry.
+    """
     TILE: tl.constexpr = K * N * W
     REST: tl.constexpr = 1 if W > 1 else K
+    LINE: tl.constexpr = REST * N * W
+    scale, off, slope, pull, token_entry = slopes(x_token, scale, cap, top, total, mean, g, h, ENTROPY)
     body, head, length = split(row, V, ALIGNED, W, EDGE)
     dst = split(out, V, ALIGNED, W, EDGE)[0]
+    tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
+    inner = only
+    if only is not None:
+        inner = moved(only, head)
     whole = length // TILE * TILE
-    for at in range(0, whole, TILE):
-        scale_tile(dst, body, at, length, factor, K, N, W, False)
-    for at in range(whole, length, REST * N * W):
-        scale_tile(dst, body, at, length, factor, REST, N, W, True)
+    lines = (length - whole + LINE - 1) // LINE
+    for i in range(0, lines):
+        at = whole + (lines - 1 - i) * LINE
+        slope_tile(dst, body, at, length, scale, off, cap, inner, slope, pull, REST, N, W, True, ENTROPY, HINT)
+    for i in range(0, whole, TILE):
+        at = whole - TILE - i
+        slope_tile(dst, body, at, length, scale, off, cap, inner, slope, pull, K, N, W, False, ENTROPY, HINT)
     if not ALIGNED:
         at, mask = edges_at(head, length, V, EDGE)
-        tl.store(out + at, scaled(load_edges(row, at, mask), factor).to(out.dtype.element_ty), mask=mask)
+        d = slope_at(capped(load_edges(row, at, mask, only), cap), scale, off, cap, slope, pull, ENTROPY)
+        tl.store(out + at, d.to(out.dtype.element_ty), mask=mask)
+    tl.debug_barrier()  # the token's entry is stored by another thread than the tile's
+    tl.store(out + token, token_entry.to(out.dtype.element_ty), mask=(token >= 0) & (token < V))
+
+
+@jit
+def write_zeros(out, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr):
+    write_fill(out, 0.0, V, ALIGNED, K, N, W, EDGE)
+
+
+@jit
+def write_fill(out, value, V, ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr,
+               EDGE: tl.constexpr):  # fmt: skip
+    body, head, length = split(out, V, ALIGNED, W, EDGE)
+    values = (tl.zeros([K, N * W], tl.float32) + value).to(out.dtype.element_ty)
+    for start in range(0, length, K * N * W):
+        at = tile_at(start, K, N, W)
+        tl.store(body + at, values, mask=at < length)
+    if not ALIGNED:
+        at, mask = edges_at(head, length, V, EDGE)
+        values = tl.zeros([2 * EDGE], tl.float32) + value
+        tl.store(out + at, values.to(out.dtype.element_ty), mask=mask)

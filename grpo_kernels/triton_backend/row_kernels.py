@@ -13,8 +13,11 @@ import inspect
 from grpo_kernels.objective.language import jit, tl
 from grpo_kernels.objective.softmax import LOG2E, entropy_of
 from grpo_kernels.objective.token import limited_ratio, log_ratio, token_objective, weight
+from grpo_kernels.triton_backend.masks import restriction
 from grpo_kernels.triton_backend.rewards import group_advantage
-from grpo_kernels.triton_backend.row import read_row, scale_row, score_row, token_logit, write_slope, write_zeros
+from grpo_kernels.triton_backend.row import read_row, score_row, token_logit, write_slope, write_zeros
+from grpo_kernels.triton_backend.scaled_row import scale_row
+from grpo_kernels.triton_backend.support_rows import range_of, score_support, write_support
 
 
 def kernel(fn):
@@ -95,6 +98,44 @@ def advantage_of(adv, at, rewards, groups, batch_std, seq, B, G, eps, SCALE: tl.
         return tl.load(adv + at).to(tl.float32)
 
 
+@jit
+def score(row, token, support, first, last, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.constexpr,
+          N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """`score_row`, over the ids of a support where the row has any."""
+    if support is not None:
+        if first < last:
+            top, total, mean, x_token, lp = score_support(row, token, support, first, last, V, scale, cap, N, ENTROPY)
+        else:
+            top, total, mean, x_token, lp = score_row(row, token, V, scale, cap, None, ALIGNED, K, N, W, EDGE, ENTROPY,
+                                                      HINT)  # fmt: skip
+        return top, total, mean, x_token, lp
+    else:
+        return score_row(row, token, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+
+
+@jit
+def write(out, row, token, x_token, support, first, last, scratch, V, scale, cap, only, top, total, mean, g, h,
+          ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
+          ENTROPY: tl.constexpr):  # fmt: skip
+    """`write_slope`, of the ids of a support where the row has any."""
+    if support is not None:
+        if first < last:
+            write_support(out, row, token, x_token, support, first, last, scratch, V, scale, cap, top, total, mean, g,
+                          h, ALIGNED, K, N, W, EDGE, ENTROPY)  # fmt: skip
+        else:
+            write_slope(out, row, token, x_token, V, scale, cap, None, top, total, mean, g, h, ALIGNED, K, N, W, EDGE,
+                        ENTROPY, "evict_first")  # fmt: skip
+    else:
+        write_slope(out, row, token, x_token, V, scale, cap, only, top, total, mean, g, h, ALIGNED, K, N, W, EDGE,
+                    ENTROPY, "evict_first")  # fmt: skip
+
+
+@jit
+def only_of(keep, seq, tok, keep_b, keep_t, token, V, N: tl.constexpr, KEEP_ALIGNED: tl.constexpr):
+    """What a mask restricts this program's row to, see `masks`."""
+    return restriction(row_at(keep, seq, tok, keep_b, keep_t, KEEP_ALIGNED), token, V, N)
+
+
 @kernel
 def logprob_kernel(
     logits, ids, mask, adv, rewards, temperature,  # [B, rows, V], [B, T], [B, T], [B, T], [B], [B, T]
@@ -102,14 +143,17 @@ def logprob_kernel(
     logps, entropy, stats,  # out: [B, T], [B, T], [B·T, 3]
     logits_b, logits_t, ids_b, ids_t, mask_b, mask_t, adv_b, adv_t, temp_b, temp_t,
     B, T, V, G, inv_temperature: tl.float32, cap, adv_eps: tl.float32,
+    support, support_first, support_last, keep, M,  # [M], [B, T] ×2; or [B, T, V]
+    support_b, support_t, keep_b, keep_t,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, PART: tl.constexpr,
+    KEEP_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Log-probability (and entropy) of each token; ``stats`` keeps what a gradient needs of the row.
 
     SKIP leaves rows of advantage 0 unread; the advantages serve nothing else here. Of PART of a
     vocabulary the token's depth takes the place of its log-probability, NaN if it is not in there; no
-    entropy is stored, and total −1 where a row is not read.
+    entropy is stored, and total −1 where a row is not read. Of a row with a support its entries alone are read.
     """
     ENTROPIES: tl.constexpr = ENTROPY and not PART
     seq, tok = place(segments, T)
@@ -131,10 +175,15 @@ def logprob_kernel(
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     if PART:
-        top, total, mean = read_row(row, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_first")
+        top, total, mean = read_row(row, V, scale, cap, None, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_first")
         lp = (token_logit(row, token, V, cap) - top) * scale
     else:
-        top, total, mean, _, lp = score_row(row, token, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_first")
+        only = None
+        if keep is not None:
+            only = only_of(keep, seq, tok, keep_b, keep_t, token, V, N, KEEP_ALIGNED)
+        first, last = range_of(support_first, support_last, seq * support_b + tok * support_t, M)
+        top, total, mean, _, lp = score(row, token, support, first, last, V, scale, cap, only, ALIGNED, K, N, W, EDGE,
+                                        ENTROPY, "evict_first")  # fmt: skip
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPIES)
     store_stats(stats, at, top, total, mean)
 
@@ -145,6 +194,9 @@ def slope_kernel(
     g, h, up,  # [B, T] ∂L/∂lp, [B, T] ∂L/∂H, [B, T] or None: upstream gradient, a factor of both
     logits_b, logits_t, out_b, out_t, ids_b, ids_t, mask_b, mask_t, temp_b, temp_t, up_b, up_t, at_b,
     B, T, rows, V, inv_temperature: tl.float32, cap,
+    support, support_first, support_last, keep, M, scratch,  # [M], [B, T] ×2; or [B, T, V]; [M] or None
+    support_b, support_t, keep_b, keep_t,
+    KEEP_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the logits from two numbers per row; the same for every objective. g = h = 0: not read."""
@@ -175,8 +227,12 @@ def slope_kernel(
     total = tl.load(stats + at * 3 + 1)
     mean = tl.load(stats + at * 3 + 2)
     x_token = token_logit(row, token, V, cap)
-    write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, slope, pull,
-                ALIGNED, K, N, W, EDGE, h is not None, "evict_first")  # fmt: skip
+    only = None
+    if keep is not None:
+        only = only_of(keep, seq, tok, keep_b, keep_t, token, V, N, KEEP_ALIGNED)
+    first, last = range_of(support_first, support_last, seq * support_b + tok * support_t, M)
+    write(dst, row, token, x_token, support, first, last, scratch, V, scale, cap, only, top, total, mean, slope, pull,
+          ALIGNED, K, N, W, EDGE, h is not None)  # fmt: skip
 
 
 @kernel
@@ -190,8 +246,11 @@ def loss_kernel(
     old_b, old_t, ref_b, ref_t, adv_b, adv_t, is_b, is_t, temp_b, temp_t, count_b, at_b,
     B, T, rows, V, G, inv_temperature: tl.float32, cap, beta: tl.float32,
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
+    support, support_first, support_last, keep, M, scratch,  # [M], [B, T] ×2; or [B, T, V]; [M] or None
+    support_b, support_t, keep_b, keep_t,
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
+    KEEP_ALIGNED: tl.constexpr,
     ALIGNED: tl.constexpr, K: tl.constexpr, N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Token-level objectives in one launch: log-probability, loss derivative and gradient of a row."""
@@ -224,7 +283,12 @@ def loss_kernel(
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
-    top, total, mean, x_token, lp = score_row(row, token, V, scale, cap, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_last")
+    only = None
+    if keep is not None:
+        only = only_of(keep, seq, tok, keep_b, keep_t, token, V, N, KEEP_ALIGNED)
+    first, last = range_of(support_first, support_last, seq * support_b + tok * support_t, M)
+    top, total, mean, x_token, lp = score(row, token, support, first, last, V, scale, cap, only, ALIGNED, K, N, W, EDGE,
+                                          ENTROPY, "evict_last")  # fmt: skip
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)
 
     lp_old = load_or(old, seq * old_b + tok * old_t, lp)
@@ -239,8 +303,8 @@ def loss_kernel(
         tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten
         write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
     else:
-        write_slope(dst, row, token, x_token, V, scale, cap, top, total, mean, g, h,
-                    ALIGNED, K, N, W, EDGE, BONUS, "evict_first")  # fmt: skip
+        write(dst, row, token, x_token, support, first, last, scratch, V, scale, cap, only, top, total, mean, g, h,
+              ALIGNED, K, N, W, EDGE, BONUS)  # fmt: skip
 
 
 @kernel

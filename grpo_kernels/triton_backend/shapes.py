@@ -12,20 +12,20 @@ OPTIONS = {"enable_fp_fusion": True}
 _KEPT = 2**18  # bytes of rows in flight on a multiprocessor: what L2 should still hold when the second pass comes
 
 
-def gradient_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave: int = WAVE) -> dict[str, int]:
+def gradient_shape(V: int, itemsize: int, vector: int, crowding: int = 1, wave: int = WAVE) -> dict[str, int]:
     """K, N, W and options of the kernels that write a gradient; a thread moves ``vector`` entries at once.
 
     1024 threads fill a multiprocessor, with as many programs as leave its rows in L2: one program for
     rows of 256 KB, more for shorter ones. What runs once per row costs less on fewer threads, and
     while the threads of one program meet, the others go on. Left to itself ptxas squeezes 1024
-    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64. A soft cap
-    (``capped``) takes more of them per entry, and leaves them for half as many lines.
+    threads into 32 registers, to fit twice as many, and spills; ``maxnreg`` grants them 64. A soft cap or a
+    mask takes more of them per entry, and leaves them for ``crowding`` times fewer lines.
     """
     programs = 1 << max(1, _KEPT // (V * itemsize)).bit_length() - 1  # a power of two
-    return _shape(4, max(4, 1024 // wave // programs), vector, capped, wave)
+    return _shape(4, max(4, 1024 // wave // programs), vector, crowding, wave)
 
 
-def logprob_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave: int = WAVE) -> dict[str, int]:
+def logprob_shape(V: int, itemsize: int, vector: int, crowding: int = 1, wave: int = WAVE) -> dict[str, int]:
     """K, N, W and options of the kernels that read a row once and write no gradient.
 
     No row is needed a second time, so L2 sets no limit: many small programs, which finish and start at
@@ -35,13 +35,13 @@ def logprob_shape(V: int, itemsize: int, vector: int, capped: bool = False, wave
     measured (AMD), the shape is that of the gradient.
     """
     if wave != 32:
-        return gradient_shape(V, itemsize, vector, capped, wave)
+        return gradient_shape(V, itemsize, vector, crowding, wave)
     warps = 8 if itemsize == 4 else 4 if V > 40000 else 2
-    return _shape(4, warps, vector, capped, wave)
+    return _shape(4, warps, vector, crowding, wave)
 
 
-def _shape(lines: int, warps: int, vector: int, capped: bool, wave: int) -> dict[str, int]:
-    lines = lines * 32 // wave // (2 if capped else 1)
+def _shape(lines: int, warps: int, vector: int, crowding: int, wave: int) -> dict[str, int]:
+    lines = max(1, lines * 32 // wave // crowding)
     limit = {"maxnreg": 64} if wave == 32 else {}
     return {"K": lines if vector > 1 else 16, "N": wave * warps, "W": vector, "num_warps": warps, **limit, **OPTIONS}
 
@@ -56,6 +56,18 @@ def line_bytes(device: torch.device) -> int:
     return 64 if device.type == "cpu" else 128
 
 
+def sequence_parts(B: int, T: int, whole: bool) -> int:
+    """How many programs share a sequence; one where it is needed ``whole``. T: packed, the tokens of all sequences.
+
+    A sequence of T tokens gives each eight blocks or more to go through. More than 512 programs hardly run at once, and
+    what they have found is added up by a single one, part after part: hence 16 at most.
+    """
+    return 1 if whole or B == 0 else max(1, min(16, 512 // B, T // 2048))
+
+
 def block_shape(wave: int = WAVE) -> dict[str, int]:
-    """Options of the [B, T] kernels. Left to itself ptxas aims at an occupancy they do not need, and spills."""
-    return {"num_warps": 4, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}
+    """Options of the [B, T] kernels, which hold a token per thread and what is added up of it.
+
+    Left to itself ptxas aims at an occupancy they do not need, and spills.
+    """
+    return {"num_warps": 256 // wave, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}

@@ -29,8 +29,8 @@ def unite_kernel(
         seq, tok = row // T, row % T
         if segments is not None:
             seq, tok = tl.load(segments + row, mask=here, other=0).to(tl.int64), row
-        heat = tl.load(temperature + seq * temp_b + tok * temp_t, mask=here & (unread == 0), other=1.0)
-        scale = 1.0 / heat.to(tl.float32)
+        own = tl.load(temperature + seq * temp_b + tok * temp_t, mask=here & (unread == 0), other=1.0)
+        scale = 1.0 / own.to(tl.float32)
     scale = scale * LOG2E
     top = tl.full([BLOCK], LOWEST, tl.float32)
     total = tl.zeros([BLOCK], tl.float32)

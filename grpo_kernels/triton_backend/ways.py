@@ -68,6 +68,8 @@ def obstacle(logits: torch.Tensor, out: torch.Tensor, batch: Batch) -> str | Non
             return f"rows must start at multiples of 16 bytes, got strides {tuple(x.stride())}"
     if batch.softcap < torch.inf:
         return "a logit softcap is not supported"
+    if batch.support is not None or batch.support_mask is not None:
+        return "a support is not supported"
     if batch.ids.numel() == 0 or batch.sequences == 0:
         return "there are no tokens"
     return None

@@ -1,0 +1,219 @@
+"""Supports: for each token, the ids that a truncating sampler (top-k, top-p, min-p) kept and drew from."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from grpo_kernels.objective.validation import validates
+
+REPEATED = -(2**31)  # in place of an id that its row has already
+_MOST = 2**31 - 1
+
+
+class Support:
+    """The ids that each of N tokens was drawn from, as lists behind each other: row n keeps ``ids[first[n]:last[n]]``.
+
+    The sampler's probabilities are normalised over these, and so are the log-probabilities of a call that is given
+    them (DeepSeek-V3.2, arXiv:2512.02556 §3.1). Rows are tokens in row-major order, N = B·T, or those of packed input.
+    A row without ids is not restricted. The order of the ids in a row does not matter, and one that comes twice counts
+    once. What stands in masked rows is not used.
+
+    Args:
+        token_ids: (M,) int32 or int64.
+        offsets: (N+1,) int32 or int64, from 0 to M, never falling: row n has ``token_ids[offsets[n]:offsets[n+1]]``.
+
+    Raises:
+        ValueError: wrong shape or device; on the CPU, offsets that fall, or do not go from 0 to M.
+        TypeError: wrong dtype.
+
+    On a GPU no value is looked at (GRPO_KERNELS_VALIDATE=1 changes that) and the host does not wait. Ids are checked
+    where the vocabulary is known, in the call.
+    """
+
+    __slots__ = ("first", "ids", "last")
+
+    def __init__(self, token_ids: Tensor, offsets: Tensor):
+        _check_integers("token_ids", token_ids, "(M,)")
+        _check_integers("offsets", offsets, "(N+1,)")
+        if offsets.shape[0] == 0:
+            raise ValueError("offsets must be (N+1,), from 0 to the number of token_ids, got none: [0] for no row.")
+        if offsets.device != token_ids.device:
+            raise ValueError(f"offsets are on {offsets.device}, token_ids on {token_ids.device}. Move them together.")
+        M = token_ids.shape[0]
+        if validates(offsets.device) and not torch.compiler.is_compiling():
+            falls = (offsets.diff() < 0).nonzero()
+            if len(falls) or int(offsets[0]) != 0 or int(offsets[-1]) != M:
+                where = f"falls after row {int(falls[0])}" if len(falls) else f"{int(offsets[0])} to {int(offsets[-1])}"
+                raise ValueError(f"offsets must rise from 0 to {M}, the number of token_ids, got {where}.")
+        self._set(token_ids, offsets)
+
+    def _set(self, token_ids: Tensor, offsets: Tensor, repeats: bool = True) -> None:
+        ids = token_ids.clamp(1 - 2**31, _MOST).int()
+        self.ids: Tensor = _mark_repeated(ids, offsets) if repeats else ids  # (M,) int32
+        self.first: Tensor = offsets[:-1]  # (N,) of its ids, the place of a row's first
+        self.last: Tensor = offsets[1:]  # (N,) and the place behind its last
+
+    @classmethod
+    def _made(cls, token_ids: Tensor, offsets: Tensor, repeats: bool = True) -> "Support":
+        """Without a look at the offsets, which end at M or before it."""
+        it = cls.__new__(cls)
+        it._set(token_ids, offsets, repeats)
+        return it
+
+    def __len__(self) -> int:
+        """N, the number of rows."""
+        return self.first.shape[0]
+
+    def __repr__(self) -> str:
+        return f"Support({len(self)} rows, {self.ids.shape[0]} ids, {self.ids.device})"
+
+    def __getitem__(self, rows: slice | Tensor) -> "Support":
+        """Some rows: a slice, or their numbers (n,). Of a micro-batch of sequences: ``[first · T : last · T]``."""
+        if not isinstance(rows, (slice, Tensor)):
+            raise TypeError(f"a Support takes a slice of rows, or a tensor of their numbers, got {rows!r}.")
+        return self._with(self.ids, self.first[rows], self.last[rows])
+
+    def to(self, device: torch.device | str) -> "Support":
+        return self._with(*(x.to(device, non_blocking=True) for x in (self.ids, self.first, self.last)))
+
+    @classmethod
+    def _with(cls, ids: Tensor, first: Tensor, last: Tensor) -> "Support":
+        it = cls.__new__(cls)
+        it.ids, it.first, it.last = ids, first, last
+        return it
+
+    @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> "Support":
+        """From a list of ids per token, N of them.
+
+        Raises:
+            TypeError: a row is not a list of integers; TRL's and vLLM's lists per completion hold lists per token.
+        """
+        for n, row in enumerate(rows):
+            if len(row) and (isinstance(row[0], (str, float)) or not hasattr(row[0], "__index__")):
+                raise TypeError(
+                    f"row {n} of a support must be a list of token ids, got {type(row[0]).__name__} in it. Lists per "
+                    "completion must be joined first: [row for completion in completions for row in completion]."
+                )
+        counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+        ids = torch.tensor([int(j) for row in rows for j in row], dtype=torch.int64)
+        return cls.from_counts(ids, counts).to(device)
+
+    @classmethod
+    def from_counts(cls, token_ids: Tensor, counts: Tensor) -> "Support":
+        """From ids (M,), and how many of them each token has, (N,) or (B, T).
+
+        Raises:
+            ValueError: on the CPU, negative counts, or counts that do not add up to M. TypeError: wrong dtype.
+        """
+        _check_integers("token_ids", token_ids, "(M,)")
+        _check_integers("counts", counts, None)
+        counts = counts.reshape(-1)
+        if validates(counts.device) and (bool((counts < 0).any()) or int(counts.sum()) != token_ids.shape[0]):
+            raise ValueError(
+                f"counts must be at least 0 and add up to the {token_ids.shape[0]} token_ids, got "
+                f"{int(counts.min())} at least and {int(counts.sum())} together."
+            )
+        return cls._made(token_ids, _offsets(counts))
+
+    @classmethod
+    def from_padded(cls, token_ids: Tensor, sizes: Tensor | None = None) -> "Support":
+        """From ids (B, T, K) or (N, K), of which negative ones are absent.
+
+        Args:
+            sizes: (B, T) or (N,): how many of a row's ids count, from its start; None: all that are there.
+
+        Raises:
+            ValueError: wrong shape. TypeError: wrong dtype.
+        """
+        _check_integers("token_ids", token_ids, None)
+        if token_ids.dim() not in (2, 3):
+            raise ValueError(f"token_ids must be (B, T, K) or (N, K), got {tuple(token_ids.shape)}.")
+        there = token_ids >= 0
+        if sizes is not None:
+            _check_integers("sizes", sizes, None)
+            if sizes.shape != token_ids.shape[:-1]:
+                raise ValueError(f"sizes must be {tuple(token_ids.shape[:-1])}, got {tuple(sizes.shape)}.")
+            there = there & (torch.arange(token_ids.shape[-1], device=token_ids.device) < sizes[..., None])
+        if token_ids.device.type == "cpu":
+            return cls._made(token_ids[there], _offsets(there.sum(-1).reshape(-1)))
+        # How many there are only the device knows: those that are there move to the front of as many places.
+        flat = there.reshape(-1)
+        place = torch.where(flat, flat.cumsum(0) - 1, flat.shape[0])
+        front = token_ids.new_full((flat.shape[0] + 1,), -1).scatter_(0, place, token_ids.reshape(-1))
+        return cls._made(front[:-1], _offsets(there.sum(-1).reshape(-1)))
+
+    @classmethod
+    def from_mask(cls, mask: Tensor) -> "Support":
+        """From a bool mask (B, T, V) or (N, V). The host waits for the device, which counts; a call takes masks, too.
+
+        Raises:
+            ValueError: wrong shape. TypeError: not bool.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}.")
+        if mask.dim() not in (2, 3):
+            raise ValueError(f"mask must be (B, T, V) or (N, V), got {tuple(mask.shape)}.")
+        ids = mask.reshape(-1, mask.shape[-1]).nonzero()[:, 1]
+        return cls._made(ids, _offsets(mask.sum(-1).reshape(-1)), repeats=False)
+
+    @classmethod
+    def from_vllm(
+        cls, outputs: Sequence[object], num_tokens: int | None = None, padding: str = "right",
+        device: torch.device | str = "cpu",
+    ) -> "Support":  # fmt: skip
+        """From vLLM's completions, whose ``sampling_mask.token_ids`` has a list of ids per generated token.
+
+        Args:
+            outputs: B of them, ``[completion for request in requests for completion in request.outputs]``.
+            num_tokens: T, to which completions are padded; None: packed, one behind the other.
+            padding: the side of it, ``"right"`` or ``"left"``.
+
+        Raises:
+            ValueError: an output without a mask, or longer than T. TypeError: it is not a `CompletionOutput`.
+        """
+        if padding not in ("right", "left"):
+            raise ValueError(f"padding must be 'right' or 'left', got {padding!r}.")
+        rows: list[Sequence[int]] = []
+        for n, output in enumerate(outputs):
+            if hasattr(output, "outputs"):
+                raise TypeError(
+                    f"outputs[{n}] is a {type(output).__name__}. Pass its completions: [completion for request in "
+                    "requests for completion in request.outputs]."
+                )
+            mask = getattr(output, "sampling_mask", None)
+            if mask is None or mask.token_ids is None:
+                raise ValueError(
+                    f"outputs[{n}] has no sampling_mask. Ask vLLM (0.28 or newer) for it; where nothing was truncated "
+                    "no support is needed."
+                )
+            lists = list(mask.token_ids)
+            missing = 0 if num_tokens is None else num_tokens - len(lists)
+            if missing < 0:
+                raise ValueError(f"outputs[{n}] has {len(lists)} tokens, more than num_tokens={num_tokens}.")
+            pad: list[Sequence[int]] = [()] * missing
+            rows += [*lists, *pad] if padding == "right" else [*pad, *lists]
+        return cls.from_lists(rows, device)
+
+
+def _check_integers(name: str, x: Tensor, shape: str | None) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}. From lists: Support.from_lists.")
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}. Cast them: .long().")
+    if shape is not None and x.dim() != 1:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}.")
+
+
+def _offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
+
+
+def _mark_repeated(ids: Tensor, offsets: Tensor) -> Tensor:
+    """`REPEATED` in place of every id that its row has already."""
+    places = torch.arange(ids.shape[0], device=ids.device)
+    rows = torch.searchsorted(offsets[1:].contiguous().long(), places, right=True)
+    key, order = ((rows << 32) + ids).sort(stable=True)
+    again = torch.nn.functional.pad(key[1:] == key[:-1], (1, 0))[: ids.shape[0]]
+    return ids.masked_fill(torch.zeros_like(again).scatter_(0, order, again), REPEATED)

@@ -1,0 +1,60 @@
+"""What the losses from hidden states allocate: a chunk and the gradients, and no [N, V]. Counted on the CPU."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.baselines_linear import eager_linear
+from benchmarks.cases import Case
+from benchmarks.linear_data import make_linear_inputs
+from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
+
+CASE = Case(4, 64, 8000, torch.float32, hidden=32)
+ROW = CASE.vocab * 4
+CHUNK = 32  # of 256 rows
+SCRATCH = CHUNK * ROW  # the probabilities of a chunk
+SMALL = 1 << 19  # what is [N] or [N, H]; the logits of a chunk are 1 MB, of all rows 8 MB
+
+
+def peak_bytes(call):
+    """The most that tensors held at a time, above what they held before; results included."""
+    call()  # what is kept for good is there now
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
+    return held.max().item()
+
+
+def ours(inputs, frozen="", **kwargs):
+    hidden = inputs.hidden.detach().requires_grad_("h" not in frozen)
+    weight = inputs.weight.detach().requires_grad_("w" not in frozen)
+    loss = fused_linear_grpo_loss(hidden, weight, inputs.completion_ids, inputs.advantages, old_logps=inputs.old_logps,
+                                  chunk_bytes=CHUNK * ROW, **kwargs).loss  # fmt: skip
+    return torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return make_linear_inputs(CASE, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo"))
+def test_a_chunk_and_the_gradients(inputs, loss_type):
+    for frozen, gradients in (("", inputs.weight.nbytes), ("w", 0)):
+        peak = peak_bytes(lambda frozen=frozen: ours(inputs, frozen, loss_type=loss_type))
+        chunk = CHUNK * ROW  # sequences of two chunks, where whole ones count
+        assert chunk + gradients <= peak <= chunk + gradients + SCRATCH + SMALL
+
+
+def test_a_quarter_of_eager_pytorch(inputs):
+    """Whose peak is three times the logits: log-probs, their gradient and the logits' gradient."""
+    eager, chunked = peak_bytes(lambda: eager_linear(inputs, None)), peak_bytes(lambda: ours(inputs))
+    assert eager >= 3 * CASE.logits_bytes
+    assert chunked <= eager / 4
+
+
+def test_log_probs_take_a_chunk(inputs):
+    call = lambda: linear_token_logprobs(inputs.hidden, inputs.weight, inputs.completion_ids, chunk_bytes=CHUNK * ROW)  # noqa: E731
+    with torch.no_grad():
+        assert peak_bytes(call) <= CHUNK * ROW + SCRATCH + SMALL
