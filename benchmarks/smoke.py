@@ -30,6 +30,7 @@ else:
 from benchmarks import environment
 from benchmarks.interpreter import hasten
 from benchmarks.smoke_cases import Case, all_cases
+from benchmarks.smoke_distillation import DistillationJob
 from benchmarks.smoke_job import Job, errors, obstacle
 
 WARM_UP_SECONDS = 150  # after which checks begin anyway, and compile what is missing
@@ -40,10 +41,14 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def job_of(case: Case) -> Job:
+    return (DistillationJob if case.kind.endswith("distil") else Job)(case, device())
+
+
 def compile_kernels(index: int, with_compile: bool) -> None:
     """In a worker process: whatever the case launches is in Triton's cache afterwards."""
     hasten()
-    job = Job(all_cases(with_compile)[index], device())
+    job = job_of(all_cases(with_compile)[index])
     if job.case.how != "compile":
         job._run(job.fresh())
     if job.device.type == "cuda":
@@ -57,7 +62,7 @@ def start_workers(count: int, indices: Sequence[int], with_compile: bool) -> tup
 
 def prepared(case: Case) -> tuple[Job, dict] | Exception:
     try:
-        job = Job(case, device())
+        job = job_of(case)
         return job, job.truth()
     except Exception as error:  # one bad case must not stop the rest: it becomes this case's line
         return error
