@@ -16,9 +16,9 @@ TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/
 # Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
 # own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
-NOT_OF_A_GPU    ?= reference trainer trl_trainer examples group_size ppo_vs_grpo distributed linear_distributed \
-    vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package explain host \
-    pretend_gpu
+NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo distributed \
+    linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
+    explain host pretend_gpu
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \

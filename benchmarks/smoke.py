@@ -9,6 +9,7 @@ status 1 if anything was wrong.
 from __future__ import annotations
 
 import argparse
+import math
 import multiprocessing
 import os
 import re
@@ -16,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 
 import torch
@@ -30,7 +31,9 @@ else:
 from benchmarks import environment
 from benchmarks.interpreter import hasten
 from benchmarks.smoke_cases import Case, all_cases
-from benchmarks.smoke_job import Job, errors, obstacle
+from benchmarks.smoke_distillation import DistillationJob
+from benchmarks.smoke_job import Job, Truth, obstacle
+from benchmarks.smoke_support import SupportJob
 
 WARM_UP_SECONDS = 150  # after which checks begin anyway, and compile what is missing
 WIDTH = 80
@@ -40,10 +43,15 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def job_of(case: Case) -> Job:
+    kind = DistillationJob if case.kind.endswith("distil") else SupportJob if case.kept else Job
+    return kind(case, device())
+
+
 def compile_kernels(index: int, with_compile: bool) -> None:
     """In a worker process: whatever the case launches is in Triton's cache afterwards."""
     hasten()
-    job = Job(all_cases(with_compile)[index], device())
+    job = job_of(all_cases(with_compile)[index])
     if job.case.how != "compile":
         job._run(job.fresh())
     if job.device.type == "cuda":
@@ -57,7 +65,7 @@ def start_workers(count: int, indices: Sequence[int], with_compile: bool) -> tup
 
 def prepared(case: Case) -> tuple[Job, dict] | Exception:
     try:
-        job = Job(case, device())
+        job = job_of(case)
         return job, job.truth()
     except Exception as error:  # one bad case must not stop the rest: it becomes this case's line
         return error
@@ -68,6 +76,18 @@ def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
         return x.contiguous().reshape(-1).view(torch.uint8)
 
     return a.keys() == b.keys() and all(torch.equal(raw(a[name]), raw(b[name])) for name in a)
+
+
+def errors(results: dict[str, torch.Tensor], truth: Truth) -> Iterator[tuple[float, str]]:
+    """(error as a multiple of what is tolerated, of what); NaN where it is wanted is right, elsewhere wrong."""
+    for name, got in results.items():
+        want, allowed = truth[name]
+        if got.shape != want.shape:
+            raise ValueError(f"{name} has shape {tuple(got.shape)}, wanted {tuple(want.shape)}")
+        got = got.double()
+        error = (got - want).abs() / allowed
+        error = torch.where(want.isnan(), torch.where(got.isnan(), 0.0, math.inf), error)
+        yield error.nan_to_num(nan=math.inf, posinf=math.inf).amax().item() if error.numel() else 0.0, name
 
 
 def timed(job: Job) -> tuple[dict[str, torch.Tensor], float]:

@@ -15,7 +15,7 @@ class Case:
     what: str
     V: int = QWEN
     dtype: torch.dtype = BF16
-    kind: str = "loss"  # "logps", "head", "head logps", "policy", "parts"
+    kind: str = "loss"  # "logps", "head", "head logps", "policy", "parts"; "distil", "head distil"
     layout: str = "padded"  # "extra": (B, T+1, V); "packed": (N, V)
     masked: bool = True
     old: bool = True
@@ -23,6 +23,8 @@ class Case:
     upstream: float = 1.0
     backward: bool = True
     bias: bool = False
+    top: int = 0  # of a distillation: how many tokens the teacher tells; 0: all
+    told: torch.dtype | None = None  # and the dtype of its logits; None: the student's
     tokens: int = 8  # of each of four sequences
     kept: int = 0  # ids that each row's sampler kept, its own among them; 0: no support
     dense: bool = False  # the support as a mask
@@ -98,6 +100,47 @@ def support_cases() -> list[Case]:
         case("head: support", 32000, kind="head", kept=64, chunk_bytes=10 * 64000, **full),
         case("head log-probs: mask", 131, FP32, kind="head logps", kept=20, dense=True),
     ]
+
+
+def distillation_cases() -> list[Case]:
+    def distil(what: str, V: int = QWEN, dtype: torch.dtype = BF16, beta: float = 1.0, kind="distil", **rest) -> Case:
+        return case(f"{kind}: {what}", V, dtype, kind=kind, beta=beta, **rest)
+
+    betas = {"forward": 0.0, "reverse": 1.0, "mixed": 0.3}
+    teachers = {"": {}, ", top 32": {"top": 32, "tail": True}, ", top 32 alone": {"top": 32, "tail": False},
+                ", top 32 as is": {"top": 32, "tail": None}}  # fmt: skip
+    cases = [distil(name + teacher, V, dtype, beta, small=(V, teacher) == (131, "") and beta < 1, **options)
+             for V, dtype in ((QWEN, BF16), (32000, BF16), (131, FP32))
+             for name, beta in betas.items() for teacher, options in teachers.items()
+             if beta == 0 or teacher != ", top 32 as is"]  # fmt: skip
+    return [
+        *cases,
+        *(distil(f"{name}, in place", V, BF16, beta, inplace=True)
+          for V in (QWEN, GPT2) for name, beta in betas.items()),
+        distil("top 32, in place", inplace=True, top=32),
+        distil("top 32 alone, in place", GPT2, inplace=True, top=32, tail=False),
+        distil("forward", GPT2, FP32, 0.0),
+        distil("mixed, fp16", 32000, FP16, 0.3),
+        distil("teacher in fp32", told=FP32),
+        distil("teacher in fp32", GPT2, beta=0.3, told=FP32),
+        distil("(B, T+1, V)", layout="extra"),
+        distil("packed", GPT2, layout="packed"),
+        distil("packed, top 32", layout="packed", top=32),
+        distil("temperatures (B,)", temperature="sequences"),
+        distil("temperature 0.7, no mask", beta=0.3, temperature=0.7, masked=False),
+        distil("reduction none", reduction="none"),
+        distil("no reduction, top 32, in place", 131, FP32, small=True, reduction="none", top=32, inplace=True),
+        distil("half a vocabulary of -inf", beta=0.3, spoil="inf"),
+        distil("upstream 3", upstream=3.0),
+        distil("without gradient", backward=False, beta=0.3),
+        distil("CUDA graph", how="graph"),
+        distil("reverse", kind="head distil"),
+        distil("mixed, chunks, bias", 32000, beta=0.3, kind="head distil", bias=True, chunk_bytes=20 * 64000),
+        distil("forward, soft cap", 32000, BF16, 0.0, kind="head distil", logit_scale=0.5, softcap=5.0),
+        distil("fp16, scale, soft cap", 131, FP16, small=True, kind="head distil", logit_scale=0.5, softcap=5.0),
+        distil("top 32", 32000, kind="head distil", top=32),
+        distil("top 32 alone", 131, FP32, kind="head distil", top=32, tail=False),
+    ]  # fmt: skip
 
 
 def all_cases(with_compile: bool = False) -> list[Case]:
@@ -179,11 +222,13 @@ def all_cases(with_compile: bool = False) -> list[Case]:
         case("loss: CUDA graph", how="graph", **full),
         case("loss: CUDA graph, gspo", GPT2, how="graph", loss_type="gspo"),
         *support_cases(),
+        *distillation_cases(),
         *on_chip_cases(),
     ]
     if with_compile:
         cases += [
             case("loss: torch.compile", how="compile", **full),
             case("loss: torch.compile, gspo", how="compile", loss_type="gspo", **full),
+            case("distil: torch.compile", how="compile", kind="distil"),
         ]
     return cases

@@ -12,14 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.smoke_cases import BF16, FP16, FP32, Case
-from grpo_kernels import (
-    Support,
-    fused_grpo_loss,
-    fused_linear_grpo_loss,
-    linear_token_logprobs,
-    policy_loss,
-    token_logprobs,
-)
+from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, linear_token_logprobs, policy_loss, token_logprobs
 from grpo_kernels.call import ops as kernel_ops
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
@@ -61,12 +54,20 @@ class Job:
             size = (sequences,) if self.temperature == "sequences" else self.shape
             self.temperature = self._uniform(*size, low=0.7, high=1.3)
         self.head: dict[str, Tensor] = {}
-        self.whole = self.z = self._logits_of_head() if case.head else self._logits()
-        self.support = self._restrict() if case.kept else None
+        self.more: dict = {}  # keywords of the call that the reference has no word for
+        self._graph = None
+        self._fill(sequences)
+
+    # --- data -----------------------------------------------------------------------------------
+
+    def _fill(self, sequences: int) -> None:
+        """What the call is given."""
+        case = self.case
+        self.z = self._logits_of_head() if case.head else self._logits()
         near, _ = exact_token_logprobs(self._rows(self._scores(self.z.double())), self._rows(self.ids),
                                        self._rows(self.temperature), self._rows(self.mask))  # fmt: skip
         near = near.view(self.shape)
-        signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], device=device)[:sequences]
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], device=self.device)[:sequences]
         advantages = signs * self._uniform(sequences, low=0.5, high=1.5)
         if case.options.get("skip_zero_advantage"):
             advantages[1] = 0.0
@@ -78,15 +79,12 @@ class Job:
             "sampling_logps": (old + self._uniform(*self.shape, low=-0.3, high=0.3)),
             # A group's are far from equal: else its mean, rounded as they are, is off by much of what they differ by.
             "rewards": self._uniform(sequences, low=-0.5, high=0.5) + 2.0 * (signs < 0),
-            "num_items_in_batch": torch.tensor(40.0, device=device),
+            "num_items_in_batch": torch.tensor(40.0, device=self.device),
         }
         self.g, self.h = (self._uniform(*self.shape, low=-1.0, high=1.0) for _ in range(2))
         self.ids = torch.where(self.mask, self.ids, -100)
         self.odd = 3 if bool(self.mask.view(-1)[3]) else 0  # the row that is NaN, or has no id
         self.given = self._spoilt()
-        self._graph = None
-
-    # --- data -----------------------------------------------------------------------------------
 
     def _uniform(self, *size: int, low: float, high: float) -> Tensor:
         return torch.zeros(size, device=self.device).uniform_(low, high, generator=self.generator)
@@ -109,32 +107,28 @@ class Job:
         return logits.to(self.case.dtype).view(*self.shape, V)
 
     def _logits_of_head(self) -> Tensor:
-        """Multiples of 1/32 whose sums fp32 holds: in whatever order, products are exact before their rounding."""
-        dtype, n = self.case.dtype, self.mask.numel()
-        self.head["hidden"] = (self._normal(*self.shape, H).mul_(2).round_() / 2).clamp_(-2, 2).to(dtype)
-        self.head["weight"] = (self._normal(self.V, H).mul_(4).round_() / 16).clamp_(-1, 1).to(dtype)
-        if self.case.bias:
-            self.head["bias"] = (self._normal(self.V).mul_(4).round_() / 16).to(dtype)
-        z = self.head["hidden"].double().view(n, H) @ self.head["weight"].double().T
-        z = (z + self.head["bias"].double() if self.case.bias else z).to(dtype)
-        noise = torch.empty(n, self.V, device=self.device).exponential_(generator=self.generator)
-        self.ids = (torch.softmax(self._scores(z.float()), -1) / noise).argmax(-1).view(self.shape)
-        return z.view(*self.shape, self.V)
+        self.head, z = self._made_head()
+        noise = torch.empty(self.mask.numel(), self.V, device=self.device).exponential_(generator=self.generator)
+        self.ids = (torch.softmax(self._scores(z.float()).view(noise.shape), -1) / noise).argmax(-1).view(self.shape)
+        return z
 
-    def _restrict(self) -> Tensor | Support:
-        """The ids that a sampler kept; the fourth row has none, which restricts nothing. `z` is −inf elsewhere."""
-        n, V = self.mask.numel(), self.V
-        kept = torch.rand(n, V, device=self.device, generator=self.generator).argsort(-1)[:, : self.case.kept]
-        kept[:, 0] = self.ids.view(n)
-        rows = [*kept[:3].tolist(), [], *kept[4:].tolist()]
-        mask = torch.zeros(n, V, dtype=torch.bool, device=self.device).scatter_(-1, kept, True)
-        mask[3] = True
-        self.z = torch.where(mask.view(self.z.shape), self.z, -math.inf)
-        return mask.view(self.z.shape) if self.case.dense else Support.from_lists(rows, device=self.device)
+    def _made_head(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Hidden states, weight and bias, and the logits that they give.
+
+        Multiples of 1/32 whose sums fp32 holds: in whatever order, products are exact before their rounding.
+        """
+        dtype, n = self.case.dtype, self.mask.numel()
+        head = {"hidden": (self._normal(*self.shape, H).mul_(2).round_() / 2).clamp_(-2, 2).to(dtype),
+                "weight": (self._normal(self.V, H).mul_(4).round_() / 16).clamp_(-1, 1).to(dtype)}  # fmt: skip
+        if self.case.bias:
+            head["bias"] = (self._normal(self.V).mul_(4).round_() / 16).to(dtype)
+        z = head["hidden"].double().view(n, H) @ head["weight"].double().T
+        z = (z + head["bias"].double() if self.case.bias else z).to(dtype)
+        return head, z.view(*self.shape, self.V)
 
     def _spoilt(self) -> tuple[Tensor, Tensor]:
         """(logits, ids) as they are handed over; masked rows and the position that is not read hold NaN."""
-        case, z, ids = self.case, self.whole.clone(), self.ids.clone()
+        case, z, ids = self.case, self.z.clone(), self.ids.clone()
         z[~self.mask] = math.nan
         if case.spoil == "nan":
             z.view(-1, self.V)[self.odd, self.V // 3] = math.nan
@@ -161,7 +155,7 @@ class Job:
         options |= {name: self.tensors[name] if ours else self.tensors[name].double() for name in wanted}
         if ours and isinstance(self.temperature, Tensor):
             options["temperature"] = self.temperature
-        options |= {"support": self.support} if ours and self.case.kept else {}
+        options |= self.more if ours else {}
         return {**options, "completion_mask": self.mask, "cu_seqlens": self.cu}
 
     # --- the call -------------------------------------------------------------------------------
@@ -194,7 +188,7 @@ class Job:
             return self._run_parts(leaves["logits"])
         if case.kind in ("logps", "head logps"):
             options = {**case.options, "temperature": self.temperature, "mask": self.mask, "backend": "triton"}
-            options |= {"support": self.support} if case.kept else {}
+            options |= self.more
             function = linear_token_logprobs if case.head else token_logprobs
             out = function(**leaves, completion_ids=ids, **options)
             results, loss = {"logps": out.logps}, out.logps
@@ -208,8 +202,7 @@ class Job:
             elif case.head:
                 out = fused_linear_grpo_loss(**leaves, completion_ids=ids, **inputs)
             else:
-                function = _compiled() if case.how == "compile" else fused_grpo_loss
-                out = function(leaves["logits"], ids, **inputs)
+                out = (_compiled() if case.how == "compile" else fused_grpo_loss)(leaves["logits"], ids, **inputs)
             results, loss = {"loss": out.loss, "logps": out.logps}, out.loss
             up = torch.full_like(loss, case.upstream)
             results |= {f"metric {name}": value for name, value in out.metrics.items() if case.metrics}
@@ -217,7 +210,10 @@ class Job:
                 del results["logps"]
         if getattr(out, "entropy", None) is not None:
             results["entropy"] = out.entropy
-        if case.backward:
+        return self._with_gradients(results, leaves, loss, up)
+
+    def _with_gradients(self, results: dict, leaves: dict[str, Tensor], loss: Tensor, up) -> dict[str, Tensor]:
+        if self.case.backward:
             grads = torch.autograd.grad(loss, tuple(leaves.values()), up)
             results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads)}
         return {name: x.detach() for name, x in results.items()}
@@ -294,10 +290,7 @@ class Job:
         bound = self._bound(grad, lp.detach(), entropy.detach(), z.detach(), g.abs(), h.abs(), slack)
         if case.head:
             return found | self._of_head(grad, bound)
-        if case.layout == "extra":
-            last = torch.zeros_like(grad[:, :1])
-            grad, bound = torch.cat([grad, last], 1), torch.cat([bound, last + 1e-300], 1)
-        found["gradient of logits"] = grad, bound
+        found["gradient of logits"] = self._of_logits(grad, bound)
         return self._odd(found)
 
     def _values(self, out, lp: Tensor, g: Tensor, moved: Tensor) -> Truth:
@@ -322,11 +315,20 @@ class Job:
         bound = p * (factor[..., None] + SUMS * (h / heat)[..., None] * terms)
         bound.scatter_add_(-1, self.ids.clamp(min=0)[..., None], factor[..., None])
         bound += ((g + h * (1 + entropy)) / heat)[..., None] * TAIL
-        scale = case.options.get("logit_scale", 1.0)
-        bound *= scale
-        roundings = (2 if self.interpreted else 1) * (2 if case.upstream != 1 else 1)
-        bound += grad.abs() * (roundings * ROUNDING[case.dtype]) + SUBNORMAL[case.dtype] + 1e-30
+        return self._rounded(grad, bound.mul_(case.options.get("logit_scale", 1.0)))
+
+    def _rounded(self, grad: Tensor, bound: Tensor) -> Tensor:
+        """The bound of dlogits before they are rounded, with what rounding adds."""
+        roundings = (2 if self.interpreted else 1) * (2 if self.case.upstream != 1 else 1)
+        bound += grad.abs() * (roundings * ROUNDING[self.case.dtype]) + SUBNORMAL[self.case.dtype] + 1e-30
         return bound.mul_(self.mask[..., None]).add_(1e-300)  # a masked row's gradient is 0
+
+    def _of_logits(self, grad: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with the position that is not read."""
+        if self.case.layout != "extra":
+            return grad, bound
+        last = torch.zeros_like(grad[:, :1])
+        return torch.cat([grad, last], 1), torch.cat([bound, last + 1e-300], 1)
 
     def _of_head(self, dz: Tensor, bound: Tensor) -> Truth:
         """The products of dz: its own errors weighted as they enter, the rounding of sums, and the last one."""
@@ -387,15 +389,3 @@ def obstacle(case: Case, device: torch.device) -> str | None:
 @functools.cache
 def _compiled() -> Callable:
     return torch.compile(fused_grpo_loss, fullgraph=True)
-
-
-def errors(results: dict[str, Tensor], truth: Truth) -> Iterator[tuple[float, str]]:
-    """(error as a multiple of what is tolerated, of what); NaN where it is wanted is right, elsewhere wrong."""
-    for name, got in results.items():
-        want, allowed = truth[name]
-        if got.shape != want.shape:
-            raise ValueError(f"{name} has shape {tuple(got.shape)}, wanted {tuple(want.shape)}")
-        got = got.double()
-        error = (got - want).abs() / allowed
-        error = torch.where(want.isnan(), torch.where(got.isnan(), 0.0, math.inf), error)
-        yield error.nan_to_num(nan=math.inf, posinf=math.inf).amax().item() if error.numel() else 0.0, name

@@ -41,6 +41,15 @@ def is_one(up: Tensor) -> bool:
     return type(up) is Tensor and up.device.type == "cpu" and not torch.compiler.is_compiling() and up.item() == 1.0
 
 
+def times(grad: Tensor, up: Tensor, backend: str) -> Tensor:
+    """The gradient that a forward has written, by the upstream gradient; in place where nobody needs it again."""
+    if backward_may_run_again():
+        return ops.scale_op(grad, up, backend)
+    if not is_one(up):
+        ops.scale_op_(grad, up, backend)
+    return grad
+
+
 class Objective:
     """The [B, T] maths after the log-probabilities: loss, metrics, and the derivatives by lp and H."""
 
@@ -95,12 +104,7 @@ class _OneLaunch(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up, *_):
         refuse_double_backward()
-        (grad,) = ctx.saved_tensors
-        if backward_may_run_again():
-            grad = ops.scale_op(grad, up, ctx.backend)
-        elif not is_one(up):
-            ops.scale_op_(grad, up, ctx.backend)  # ours alone from here on
-        return grad, *(None,) * 6
+        return times(*ctx.saved_tensors, up, ctx.backend), *(None,) * 6
 
 
 class _TwoLaunches(torch.autograd.Function):
@@ -124,7 +128,8 @@ class _TwoLaunches(torch.autograd.Function):
         logits, numbers, stats, *rest = ctx.saved_tensors
         saved, tensors = rest[:4], rest[4:]
         g, h, up = slopes_of(ctx, saved, up, Batch(*tensors).cu)
-        grad = write_gradient(logits, tensors, numbers, stats, g, h, up, ctx.backend, ctx.inplace)
+        how = ctx.inplace, ops.slope_op, ops.slope_op_
+        grad = write_gradient(logits, *how, tensors, numbers, stats, g, h, up, ctx.backend)
         return grad, *(None,) * 8
 
 
@@ -172,7 +177,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
         refuse_double_backward()
         logits, numbers, stats, *tensors = ctx.saved_tensors
         g, h = given_slopes(g, h if ctx.entropy else None, tensors[0])
-        grad = write_gradient(logits, tensors, numbers, stats, g, h, None, ctx.backend, False)
+        grad = ops.slope_op(logits, tensors, numbers, stats, g, h, None, ctx.backend)
         return grad, *(None,) * 6
 
 
@@ -182,15 +187,15 @@ def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tenso
     return g, None if h is None else h.contiguous()
 
 
-def write_gradient(logits, tensors, numbers, stats, g, h, up, backend, inplace) -> Tensor:
-    """The gradient of the logits, in a new tensor or in the logits' own."""
+def write_gradient(logits, inplace: bool, op, op_, *arguments) -> Tensor:
+    """What ``op`` makes of the logits and the arguments; in place ``op_`` writes it over the logits."""
     guarded = inplace and overwritten.are_guarded()
     if guarded or not inplace:
-        grad = ops.slope_op(logits, tensors, numbers, stats, g, h, up, backend)
+        grad = op(logits, *arguments)
         if guarded:
             overwritten.give_up(logits)
         return grad
-    ops.slope_op_(logits, tensors, numbers, stats, g, h, up, backend)
+    op_(logits, *arguments)
     return logits.detach()
 
 

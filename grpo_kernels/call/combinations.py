@@ -40,12 +40,20 @@ def check_arguments(
             raise ValueError(
                 "importance_weights are made from sampling_logps when sampling_correction is set: pass one of the two."
             )
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
-    if layout.packed and AGGREGATIONS[config.aggregation].needs_horizon and config.max_completion_length is None:
-        raise ValueError(f"loss_agg_mode={config.aggregation!r} on packed input needs max_completion_length.")
+    check_reduction(reduction)
+    check_horizon(layout, config.aggregation, config.max_completion_length)
     if skip_zero_advantage:
         _check_skipping(config)
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "none"):
+        raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
+
+
+def check_horizon(layout: Layout, loss_agg_mode: str, max_completion_length: object) -> None:
+    if layout.packed and AGGREGATIONS[loss_agg_mode].needs_horizon and max_completion_length is None:
+        raise ValueError(f"loss_agg_mode={loss_agg_mode!r} on packed input needs max_completion_length.")
 
 
 def _check_skipping(config: LossConfig) -> None:

@@ -15,7 +15,7 @@ class LossOutput(NamedTuple):
     """What a loss function returns; everything but the loss is detached and stays on the device."""
 
     loss: torch.Tensor  # () fp32, or (B, T), packed (N,), with reduction="none"
-    logps: torch.Tensor  # (B, T) or (N,) fp32, 0 where masked
+    logps: torch.Tensor | None  # (B, T) or (N,) fp32, 0 where masked; None of a distillation
     entropy: torch.Tensor | None  # likewise
     metrics: dict[str, torch.Tensor]  # 0-d fp32
     sums: dict[str, torch.Tensor]  # 0-d fp64, see grpo_kernels.objective.metrics.combine

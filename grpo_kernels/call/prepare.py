@@ -59,21 +59,15 @@ def prepare(
         one_advantage=one_advantage, skip=skip_zero_advantage,
     )  # fmt: skip
 
-    mask, cu = layout.tokens(completion_mask), _in_a_row(cu_seqlens)
-    segments = lengths = None
-    if layout.packed:
-        segments, lengths = ops.segments_op(mask, cu, layout.T, backend)
-    sizes = Sizes(
-        mask, lengths, layout.B, layout.T,
-        num_items=checks.check_count("num_items_in_batch", num_items_in_batch, ids),
-        horizon=_or(checks.check_count("max_completion_length", config.max_completion_length, ids), layout.T),
-        global_batch_size=checks.check_count("global_batch_size", config.global_batch_size, ids),
+    mask, cu, segments, sizes = count_tokens(
+        layout, ids, completion_mask, cu_seqlens, backend, num_items_in_batch=num_items_in_batch,
+        max_completion_length=config.max_completion_length, global_batch_size=config.global_batch_size,
     )  # fmt: skip
     count, w_factor = AGGREGATIONS[config.aggregation].function(sizes)
     # Where the bonus goes to tokens of high entropy alone, their number follows from the entropies.
     tokens, h_factor = batch_tokens(sizes) if plan.bonus and not plan.quantile else (None, 1.0)
-    scale_number, scale_tensor = _apart(checks.check_factor("loss_scale", loss_scale, ids))
-    bonus, bonus_tensor = _apart(checks.check_factor("entropy_coef", config.entropy_coef, ids) if plan.bonus else 0.0)
+    scale_number, scale_tensor = apart(checks.check_factor("loss_scale", loss_scale, ids))
+    bonus, bonus_tensor = apart(checks.check_factor("entropy_coef", config.entropy_coef, ids) if plan.bonus else 0.0)
     adv, per_token_temperature = layout.rows(advantages), isinstance(temperature, torch.Tensor)
     sizes_of_groups, low_high = group_sizes(num_generations, ids), config.log_ratio_bounds
     batch = Batch(
@@ -117,6 +111,24 @@ def prepare(
     if plan.correction and not plan.late_correction:
         batch = batch._replace(is_weight=ops.correct_op(batch.old, *batch.pack(), plan.correction, backend))
     return batch, plan
+
+
+def count_tokens(
+    layout: Layout, like: torch.Tensor, completion_mask: torch.Tensor | None, cu_seqlens: torch.Tensor | None,
+    backend: str, *, num_items_in_batch, max_completion_length, global_batch_size,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, Sizes]:  # fmt: skip
+    """Mask, bounds and segments as a batch has them, and what an aggregation divides by; counts are checked."""
+    mask, cu = layout.tokens(completion_mask), _in_a_row(cu_seqlens)
+    segments = lengths = None
+    if layout.packed:
+        segments, lengths = ops.segments_op(mask, cu, layout.T, backend)
+    sizes = Sizes(
+        mask, lengths, layout.B, layout.T,
+        num_items=checks.check_count("num_items_in_batch", num_items_in_batch, like),
+        horizon=_or(checks.check_count("max_completion_length", max_completion_length, like), layout.T),
+        global_batch_size=checks.check_count("global_batch_size", global_batch_size, like),
+    )  # fmt: skip
+    return mask, cu, segments, sizes
 
 
 def prepare_logprobs(
@@ -164,7 +176,7 @@ def _plan(
     )
 
 
-def _apart(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
+def apart(value: torch.Tensor | float) -> tuple[float, torch.Tensor | None]:
     """A factor as a number times a tensor, where it is one."""
     return (1.0, value) if isinstance(value, torch.Tensor) else (traced(value), None)
 

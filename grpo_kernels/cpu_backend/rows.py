@@ -50,7 +50,7 @@ def read_rows(
             given, of the whole rows; else taken, of the part, and the tokens' depths instead of log-probabilities.
     """
     V, T, part, whole = logits.shape[2], batch.ids.shape[1], stats is not None, stats if out is not None else None
-    pieces = _pieces(logits, out, read, T, height := max(1, min(CHUNK_ELEMENTS // V, batch.ids.numel())))
+    pieces = row_pieces(logits, out, read, T, height := max(1, min(CHUNK_ELEMENTS // V, batch.ids.numel())))
     cap = batch.cap
     buffers = torch.empty(1 + entropy + (cap is not None), height, V, device=logits.device)
     every_id = batch.ids.reshape(-1, 1).long()
@@ -79,7 +79,7 @@ def read_rows(
         if shifted or cap or out_of is not None or x.dtype != torch.float32:
             x = (buffers[1, :n] if entropy else p).copy_(x)
         if cap:
-            slack = _soft_cap(x, cap, None if out is None else buffers[-1, :n])
+            slack = soft_cap(x, cap, None if out is None else buffers[-1, :n])
         if out_of is not None:
             x.masked_fill_(out_of, -torch.inf)
         if shifted:
@@ -98,7 +98,7 @@ def read_rows(
             small = (logps < _LEAST_LOGP)[:, 0]
             x_small = source[place][small].float()
             if cap:
-                _soft_cap(x_small, cap, None)
+                soft_cap(x_small, cap, None)
             if out_of is not None:
                 x_small.masked_fill_(out_of[small], -torch.inf)
             x_small -= x_small.amax(-1, keepdim=True)
@@ -138,7 +138,7 @@ def write_gradient(rows: Rows, g: Tensor, h: Tensor | None) -> None:
     d.scatter_(1, ids, d_token)
 
 
-def _soft_cap(x: Tensor, cap: Cap, slack: Tensor | None) -> Tensor | None:
+def soft_cap(x: Tensor, cap: Cap, slack: Tensor | None) -> Tensor | None:
     """x = bound·tanh(inner·x), in place; ``slack`` takes its derivative, (1 − tanh²)·inner·bound."""
     x.mul_(cap.inner).tanh_()
     if slack is not None:
@@ -147,7 +147,7 @@ def _soft_cap(x: Tensor, cap: Cap, slack: Tensor | None) -> Tensor | None:
     return slack
 
 
-def _pieces(logits: Tensor, out: Tensor | None, read: Tensor | None, T: int, height: int) -> list[tuple]:
+def row_pieces(logits: Tensor, out: Tensor | None, read: Tensor | None, T: int, height: int) -> list[tuple]:
     """(block of logits, of out, rows of the block, their tokens), ``height`` at most; other rows get gradient 0.
 
     A block is 2-D: all logits, if their rows are evenly spaced in memory, else a sequence.

@@ -14,6 +14,11 @@ class Cap(NamedTuple):
     inner: float
     per_bound: float  # 1 / bound: a division costs eight instructions
 
+    @classmethod
+    def of(cls, bound: float, scale: float) -> "Cap | None":
+        """None without a bound, where the scale is part of the temperature."""
+        return None if bound == torch.inf else cls(bound, scale / bound, 1.0 / bound)
+
 
 class Batch(NamedTuple):
     """Tensors of a call, None where there is none; and its numbers.
@@ -74,8 +79,7 @@ class Batch(NamedTuple):
 
     @property
     def cap(self) -> Cap | None:
-        bound = self.softcap
-        return None if bound == torch.inf else Cap(bound, self.logit_scale / bound, 1.0 / bound)
+        return Cap.of(self.softcap, self.logit_scale)
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
@@ -86,15 +90,8 @@ class Batch(NamedTuple):
         return self._replace(**{**_NO_TENSORS, **tensors})
 
     def pack(self) -> tuple[tuple[torch.Tensor | None, ...], torch.Tensor]:
-        """What an op takes: the tensors, and the numbers as one fp32 CPU tensor, whose values recompile nothing.
-
-        Under torch.compile the values stay tensors: numbers would be constants of it.
-        """
-        values = (*self[_TENSORS:-1], *self.term)
-        if torch.compiler.is_compiling():
-            one = torch.ones((), device="cpu")
-            return self.tensors, torch.stack([one * value for value in values])
-        return self.tensors, torch.tensor(values, dtype=torch.float32, device="cpu")
+        """What an op takes: the tensors, and the numbers as `one_tensor`."""
+        return self.tensors, one_tensor((*self[_TENSORS:-1], *self.term))
 
     @classmethod
     def unpack(cls, tensors: tuple | list, numbers: torch.Tensor) -> "Batch":
@@ -107,6 +104,17 @@ class Batch(NamedTuple):
 _TENSORS = Batch._fields.index("one_temperature")
 SUPPORT = ("support", "support_first", "support_last", "support_mask")
 _NO_TENSORS = dict.fromkeys(Batch._fields[:_TENSORS])
+
+
+def one_tensor(values: tuple[float, ...]) -> torch.Tensor:
+    """Numbers as one fp32 CPU tensor, whose values recompile nothing.
+
+    Under torch.compile the values stay tensors: numbers would be constants of it.
+    """
+    if torch.compiler.is_compiling():
+        one = torch.ones((), device="cpu")
+        return torch.stack([one * value for value in values])
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def exchange(tensors: tuple, **fields: torch.Tensor | None) -> tuple:

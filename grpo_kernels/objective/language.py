@@ -76,6 +76,8 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
     sqrt=lambda x: x**0.5,  # of a number, too
     abs=torch.abs,
     where=_where,
+    sum=lambda x, axis: x.sum(axis),
+    max=lambda x, axis: x.amax(axis),
     constexpr=None,
 )
 

@@ -73,6 +73,10 @@ METRIC_NAMES = (
     "sampling/weight_mean",
 )
 
+# Of a distillation: as SUM_NAMES, all of them added up, and as METRIC_NAMES, each the mean of the sum of its name.
+DISTILLATION_SUMS = ("loss", "tokens", "divergence", "entropy", "teacher_entropy")
+DISTILLATION_METRICS = DISTILLATION_SUMS[2:]
+
 
 @jit
 def mean_of(total, count):
@@ -196,6 +200,11 @@ def named(values: torch.Tensor, names: tuple[str | None, ...]) -> dict[str, torc
     return {name: value for name, value in zip(names, values[: len(names)].unbind()) if name}
 
 
+def distillation_metrics(sums: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Means over the tokens, fp32, of the sums that are named so."""
+    return {name: on_torch(mean_of)(sums[name], sums["tokens"]).float() for name in DISTILLATION_METRICS}
+
+
 def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Metrics of a whole batch from the ``out.sums`` of its micro-batches (or ranks).
 
@@ -214,6 +223,8 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         raise ValueError("combine() needs the sums of at least one call.")
     if any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError("combine() got the sums of calls with different configurations: their names differ.")
+    if "divergence" in parts[0]:
+        return distillation_metrics({name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]})
     reports = _CLIP if "clip_ratio/low" in parts[0] else ""
     for name in parts[0]:
         if name.endswith("/count") and name not in SUM_NAMES:

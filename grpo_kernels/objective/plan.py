@@ -29,11 +29,11 @@ class Plan(NamedTuple):
     weighted: bool = True  # the loss is one number, its aggregation's; else one per token
 
     def key(self) -> str:
-        return _key(self)
+        return key_of(self)
 
     @classmethod
     def from_key(cls, key: str) -> "Plan":
-        return _plan(key)
+        return plan_of(cls, key)
 
     @property
     def of_sequence(self) -> bool:
@@ -72,11 +72,13 @@ class Plan(NamedTuple):
 
 
 @cached
-def _key(plan: Plan) -> str:
+def key_of(plan: NamedTuple) -> str:
+    """A structure, of flags and strings, as one string."""
     return "/".join(str(int(value)) if isinstance(value, bool) else value for value in plan)
 
 
 @cached
-def _plan(key: str) -> Plan:
-    values = zip(Plan._field_defaults.values(), key.split("/"))
-    return Plan(*(value == "1" if isinstance(default, bool) else value for default, value in values))
+def plan_of(kind: type, key: str) -> NamedTuple:
+    """The structure whose `key_of` it is."""
+    values = zip(kind._field_defaults.values(), key.split("/"))
+    return kind(*(value == "1" if isinstance(default, bool) else value for default, value in values))

@@ -308,19 +308,20 @@ def _is_aligned(mask: torch.Tensor) -> bool:
 
 
 def _tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int = 1) -> dict[str, int]:
-    """How rows are cut into tiles, by where they start; of one tensor, or of two that are read and written together.
+    """How rows are cut into tiles, by where they start; of one tensor, or of several that go together.
 
-    ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if both rows are
+    ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if all rows are
     equally far off a boundary of 16 bytes; if not, every entry by itself. EDGE: the body starts at a multiple of so
-    many entries, those of a line of memory if both rows are equally far off one.
+    many entries, those of a line of memory if all rows are equally far off one.
     """
-    first, last = tensors[0], tensors[-1]
-    size, line = first.element_size(), line_bytes(first)
-    seq, tok, other_seq, other_tok = _strides(first, last)
-    # Where rows start, and how far those of one tensor are apart from the other's. All of several numbers are
-    # multiples of a power of two where their bitwise or is one.
-    at = first.data_ptr() | seq * size | tok * size
-    apart = (first.data_ptr() - last.data_ptr()) | (seq - other_seq) * size | (tok - other_tok) * size
+    first, size, line = tensors[0], tensors[0].element_size(), line_bytes(tensors[0])
+    seq, tok = _strides(first)
+    # Where rows start, and how far those of one tensor are apart from another's. All of several numbers are multiples
+    # of a power of two where their bitwise or is one.
+    at, apart = first.data_ptr() | seq * size | tok * size, 0
+    for x in tensors[1:]:
+        other_seq, other_tok = _strides(x)
+        apart |= (first.data_ptr() - x.data_ptr()) | (seq - other_seq) * size | (tok - other_tok) * size
     wide = line if apart % line == 0 else 16 if apart % 16 == 0 else size
     aligned = wide >= 16 and at % 16 == 0 and V % 16 == 0
     wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts

@@ -29,7 +29,7 @@ def kernel(fn):
     strides = [n for n in inspect.signature(fn).parameters if n.endswith(("_b", "_t"))]
     fn.__annotations__.update(dict.fromkeys(strides, tl.int64))
     runtime = [n for n, p in inspect.signature(fn).parameters.items() if p.annotation is not tl.constexpr]
-    plain = [n for n in runtime if n not in ("V", "c", "cap", "limits")]
+    plain = [n for n in runtime if n not in ("V", "c", "cap", "teacher_cap", "limits")]
     return jit(fn, do_not_specialize=plain, do_not_specialize_on_alignment=plain)
 
 

@@ -1,5 +1,6 @@
 """`python -m benchmarks.smoke`: passes, says where it ran, and fails on every fault without stopping at it."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -9,9 +10,10 @@ import pytest
 import torch
 
 from benchmarks import smoke
-from benchmarks.smoke_cases import all_cases, case, on_chip_cases
-from benchmarks.smoke_job import ROUNDING, Job, errors
-from grpo_kernels.triton_backend import launch
+from benchmarks.smoke import errors
+from benchmarks.smoke_cases import all_cases, case, distillation_cases, on_chip_cases
+from benchmarks.smoke_job import ROUNDING, Job
+from grpo_kernels.triton_backend import distillation_launch, launch
 
 BF16_LOSS, PACKED_LOGPS = "loss: grpo, KL k3 bf16 131", "log-probs: and backward, packed"
 
@@ -23,14 +25,16 @@ def run(capsys, *only: str) -> tuple[int, list[str]]:
 
 def spoil(monkeypatch, function: str, change) -> None:
     """``change(results, arguments)`` after every launch of that kind."""
-    original = getattr(launch, function)
+    monkeypatch.setattr(launch, function, changed(getattr(launch, function), change))
 
+
+def changed(function, change):
     def spoilt(*args, **kwargs):
-        results = original(*args, **kwargs)
+        results = function(*args, **kwargs)
         change(results, args)
         return results
 
-    monkeypatch.setattr(launch, function, spoilt)
+    return spoilt
 
 
 def test_the_command():
@@ -147,6 +151,25 @@ def test_what_users_meet_is_there():
         *((151936, torch.bfloat16, kind, "padded") for kind in ("logps", "parts", "head", "head logps")),
     ):  # fmt: skip
         assert wanted in {(each.V, each.dtype, each.kind, each.layout) for each in all_cases()}
+
+
+def test_every_divergence_is_there():
+    found = {(each.V, each.dtype, each.options["beta"], each.top, each.options.get("tail"))
+             for each in distillation_cases() if each.kind == "distil"}  # fmt: skip
+    for V, dtype in ((151936, torch.bfloat16), (32000, torch.bfloat16), (131, torch.float32)):
+        for beta, (top, tail) in itertools.product((0.0, 0.3, 1.0), ((0, None), (32, True), (32, False))):
+            assert (V, dtype, beta, top, tail) in found
+    assert {each.top for each in distillation_cases() if each.kind == "head distil"} == {0, 32}
+
+
+def test_planted_divergence_and_gradient(monkeypatch, capsys):
+    def off_by_a_percent(results, args):
+        args[2][0, 0].mul_(1.01)
+
+    monkeypatch.setattr(distillation_launch, "gradient", changed(distillation_launch.gradient, off_by_a_percent))
+    status, lines = run(capsys, "distil: mixed", "distil: forward")
+    assert status == 1 and lines[2].endswith("WRONG") and "gradient of logits is off by" in lines[3]
+    assert lines[4].endswith("WRONG") and "2 faults" in lines[-1]
 
 
 def test_on_chip_cases_have_more_rows_than_there_are_programs():

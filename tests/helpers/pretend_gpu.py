@@ -256,8 +256,8 @@ def _gradients_like(outputs, gradients):
 @contextlib.contextmanager
 def pretended_gpu(monkeypatch):
     """Pretends within the context. torch.cuda stays as it is: a test that needs streams or graphs is skipped."""
-    from grpo_kernels.call import ops
-    from grpo_kernels.linear import head_ops
+    from grpo_kernels.call import distillation_ops, ops
+    from grpo_kernels.linear import distillation_head_ops, head_ops
     from grpo_kernels.triton_backend import launch
 
     sizes = ops.stats_shape
@@ -266,7 +266,8 @@ def pretended_gpu(monkeypatch):
 
     monkeypatch.setitem(ops._BACKENDS, "triton", "pretended_backend")
     monkeypatch.setattr(launch, "is_interpreted", lambda kernel: False)
-    for module in (ops, head_ops):
+    monkeypatch.setitem(distillation_ops._BACKENDS, "triton", distillation_ops._BACKENDS["torch"])
+    for module in (ops, head_ops, distillation_ops, distillation_head_ops):
         monkeypatch.setattr(module, "stats_shape", lambda rows, backend: sizes(rows, "torch"))
     # Neither traces under a mode. What would be compiled runs as it is, on the same devices.
     monkeypatch.setattr(torch, "compile", _uncompiled)
@@ -279,9 +280,11 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
     ops.backend_of.cache_clear()
+    distillation_ops.backend_of.cache_clear()
     storages = _Storages()
     try:
         with storages, _Calls(storages):
             yield
     finally:
         ops.backend_of.cache_clear()
+        distillation_ops.backend_of.cache_clear()

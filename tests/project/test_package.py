@@ -26,12 +26,14 @@ def test_works_without_triton():
         import sys
         sys.modules["triton"] = None
         import torch
-        from grpo_kernels import fused_grpo_loss, group_advantages, token_logprobs
+        from grpo_kernels import TopK, distillation_loss, fused_grpo_loss, token_logprobs
         logits = torch.randn(2, 3, 11, requires_grad=True)
         ids = torch.randint(0, 11, (2, 3))
         out = fused_grpo_loss(logits, ids, rewards=torch.tensor([0., 1.]), num_generations=2)
         out.loss.backward()
         assert logits.grad.abs().max() > 0 and token_logprobs(logits, ids).logps.shape == (2, 3)
+        logps, top = torch.log_softmax(torch.randn(2, 3, 11), -1).topk(4)
+        assert distillation_loss(logits, TopK(top, logps)).loss > 0
         try:
             fused_grpo_loss(logits, ids, torch.ones(2), backend="triton")
         except ValueError as error:

@@ -1,0 +1,116 @@
+"""Launches of distillation: the Triton backend, with the same functions as `grpo_kernels.cpu_backend.distillation`."""
+
+import torch
+
+from grpo_kernels.objective.distillation import DistillationBatch, DistillationPlan
+from grpo_kernels.objective.language import triton
+from grpo_kernels.objective.metrics import DISTILLATION_METRICS, DISTILLATION_SUMS
+from grpo_kernels.triton_backend.distillation_kernels import (
+    batch_sums_kernel,
+    few_tokens_kernel,
+    sequence_sums_kernel,
+    whole_teacher_kernel,
+)
+from grpo_kernels.triton_backend.launch import _on, _over, _stride, _strides, _tile
+from grpo_kernels.triton_backend.shapes import block_shape, gradient_shape, logprob_shape
+
+STATS = 5  # numbers that are kept of a row between two launches
+
+
+def gradient(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T: int) -> torch.Tensor:
+    """Values [3, B, T] of the rows: divergence, entropy, the teacher's; the gradient goes to ``out`` in the launch."""
+    values = _values(logits, T)
+    _rows(logits, teacher, out, batch, plan, T, values=values)
+    return values
+
+
+def compare(
+    logits, teacher, batch: DistillationBatch, plan: DistillationPlan, T: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [3, B, T], stats [B·T, 5], which `slope` needs)"""
+    values = _values(logits, T)
+    stats = values.new_empty((values[0].numel(), STATS))
+    _rows(logits, teacher, None, batch, plan, T, values=values, stats=stats)
+    return values, stats
+
+
+def slope(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T: int, stats, up) -> None:
+    """The gradient times ``up``, by what `compare` has kept."""
+    _rows(logits, teacher, out, batch, plan, T, stats=stats, up=up.expand(logits.shape[0], T))
+
+
+def _values(logits, T: int) -> torch.Tensor:
+    return logits.new_empty((3, logits.shape[0], T), dtype=torch.float32)
+
+
+def _at(batch: DistillationBatch, T: int) -> int:
+    """How far apart sequences lie in the values, 0 for packed input, where a token's place is its own."""
+    return T if batch.cu is None else 0
+
+
+def _rows(
+    logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T: int, *, values=None, stats=None, up=None
+) -> None:
+    B, rows, V = logits.shape
+    wanted = [x for x in (logits, teacher, out) if x is not None]
+    shape = logprob_shape if out is None else gradient_shape
+    student, told = batch.student, batch.teacher
+    # Two rows take twice the registers per entry: half as many lines, as under a cap. With a mixture half of these.
+    crowding = 1 if teacher is None and student.cap is None else 4 if teacher is not None and plan.mixed else 2
+    tile = _tile_of_both(shape, V, *wanted, crowding=crowding)
+    # Without a gradient nothing but the scored positions is there to run over.
+    programs = B * (rows if out is not None else T)
+    rows = rows if out is not None else T
+    n, sequences = B * T, batch.sequences(B)
+    weighted = plan.weighted and out is not None
+    count, loss_scale = (batch.count, batch.loss_scale) if weighted else (None, None)
+    common = dict(WEIGHTED=weighted, MIXED=plan.mixed, BY_TEACHER=plan.by_teacher, VALUES=values is not None,
+                  GRADIENT=out is not None, **tile)  # fmt: skip
+    with _on(logits):
+        if teacher is not None:
+            _over(whole_teacher_kernel, programs)(
+                logits, teacher, out, batch.mask, batch.temperature, batch.segments, values, stats, up, count,
+                loss_scale, *_strides(logits, teacher, out, batch.mask, batch.temperature, up), _stride(count),
+                _at(batch, T), sequences, T, rows, V, n,
+                1.0 / batch.one_temperature, student.factor, told.factor, student.cap, told.cap, batch.beta,
+                batch.w_factor, **common,
+            )  # fmt: skip
+        else:
+            L = batch.token_ids.shape[-1]
+            _over(few_tokens_kernel, programs)(
+                logits, out, batch.token_ids, batch.teacher_logps, batch.mask, batch.temperature, batch.segments,
+                values, stats, up, count, loss_scale,
+                *_strides(logits, out, batch.token_ids, batch.teacher_logps, batch.mask, batch.temperature, up),
+                _stride(count), _at(batch, T), sequences, T, rows, V, n, L,
+                1.0 / batch.one_temperature, student.factor, student.cap, batch.beta, batch.w_factor,
+                REST=plan.outcomes == "rest", FEW=plan.outcomes == "few", LANES=triton.next_power_of_2(max(L, 1)),
+                **common,
+            )  # fmt: skip
+
+
+def _tile_of_both(shape, V: int, *tensors: torch.Tensor, crowding: int) -> dict[str, int]:
+    """`_tile` of rows that may differ in their dtype; then they are cut alike only if every row starts at 16 bytes."""
+    if len({x.element_size() for x in tensors}) == 1:
+        return _tile(shape, V, *tensors, crowding=crowding)
+    aligned = V % 16 == 0 and all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in _strides(x)) for x in tensors
+    )
+    size = tensors[0].element_size()
+    width = 16 // size if aligned else 1
+    return {"ALIGNED": aligned, "EDGE": width, **shape(V, size, width, crowding)}
+
+
+def totals(values, batch: DistillationBatch, plan: DistillationPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(loss [], sums [S], metrics [M]) of the values [3, B, T] of all rows."""
+    _, B, T = values.shape
+    sequences = batch.sequences(B)
+    partial = values.new_empty((sequences, len(DISTILLATION_SUMS)), dtype=torch.float64)
+    sums = values.new_empty(len(DISTILLATION_SUMS), dtype=torch.float64)
+    loss, metrics = values.new_empty(()), values.new_empty(len(DISTILLATION_METRICS))
+    with _on(values):
+        _over(sequence_sums_kernel, sequences)(
+            values, batch.mask, batch.count, batch.loss_scale, batch.cu, partial, *_strides(batch.mask),
+            _stride(batch.count), _at(batch, T), sequences, T, B * T, batch.w_factor, **block_shape(),
+        )  # fmt: skip
+        batch_sums_kernel[(1,)](partial, sums, loss, metrics, sequences, **block_shape())
+    return loss, sums, metrics
