@@ -33,7 +33,7 @@ class Tokens(NamedTuple):
         if isinstance(count, Tensor) and not isinstance(factor, Tensor):
             factor = count.new_full((), factor)  # torch would multiply a number by the reciprocal
         w = on_torch(token.weight)(count, factor)
-        w = w[:, None] if isinstance(w, Tensor) and w.dim() else w
+        w = w.unsqueeze(1) if isinstance(w, Tensor) and w.dim() else w
         bonus = on_torch(token.weight)(words, batch.h_factor * coef * scale) if plan.bonus else 0.0
         every = cls(advantages(batch, plan), batch.old, batch.ref, batch.is_weight, w, bonus)
         return every.each(lambda x: x.float() if batch.cu is None else expand(x.float(), batch))
