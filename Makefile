@@ -26,7 +26,7 @@ GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
 
 # Whatever compares numbers that rounding reaches, and is quick.
 NUMERICAL       := anchor autograd counts edges groups layouts linear logprobs loss metrics microbatch objectives packed \
-    row_starts sampling_metrics
+    rounding row_starts sampling_metrics
 NUMERICAL_TESTS ?= $(foreach f,$(NUMERICAL),tests/*/test_$(f).py)
 
 # The first interpreter that is new enough; empty if there is none.

@@ -17,6 +17,7 @@ what larger terms leave: its bound is that of the terms.
 **The objective**, which makes (loss, g, h, metrics) of the rows' log-probs and entropies, is known to the tests as a
 function, `reference.policy_loss`, whose terms have different sizes in every variant. It is evaluated in float64 at
 inputs moved by their own errors (δlp, δH; some roundings of each other input), and what it moves by is carried on.
+The policy term is off by its own roundings besides (`term_tolerance.py`): those of the exponents that it takes.
 Advantages of rewards move as inputs do: R − mean is off by the rounding of the mean, which is that of the rewards
 themselves, however near to each other they lie.
 A bound near which a ratio lies to within its rounding widens what is allowed in the same way. What a sum or a
@@ -37,9 +38,9 @@ from torch import Tensor
 
 import reference
 from reference.metrics import reward_metrics
+from term_tolerance import U, policy_loss_off
 from variation import unshifted
 
-U = 2.0**-24  # unit roundoff of fp32
 DRAWS, SAFETY = 8, 2  # the largest of eight uniform draws is below half of the worst case once in 256
 KL_METRICS = ("kl", "approx_kl")
 ADVANTAGES = ("scale_rewards", "advantage_eps", "advantage_unbiased")  # knobs of `reference.group_advantages`
@@ -147,12 +148,16 @@ def gradient_error(r: Rows, g: Tensor, h: Tensor, d_g: Tensor, d_h: Tensor) -> T
 # --- the objective -------------------------------------------------------------------------------
 
 
-def tail(fixed: dict, up, logps: Tensor, entropy: Tensor, rewards=None, **floats: Tensor) -> dict[str, Tensor]:
+def tail(
+    fixed: dict, up, logps: Tensor, entropy: Tensor, term: Tensor, rewards=None, **floats: Tensor
+) -> dict[str, Tensor]:
     """Everything that the reference's objective makes of log-probs and entropies, and ∂/∂ of both.
 
     Rewards are here for their metrics alone: the advantages come with them, as they have errors of their own.
+    `term`: (sequences, 1), the share of its own roundings, up to ±1, that the policy term is off by.
     """
-    out = reference.policy_loss(logps, entropy=entropy, **fixed, **{k: v.detach() for k, v in floats.items()})
+    floats = {k: v.detach() for k, v in floats.items()}
+    out = policy_loss_off(term, logps, entropy=entropy, **fixed, **floats)
     metrics = out.metrics
     if rewards is not None:
         scale_rewards = fixed.get("scale_rewards", "group")
@@ -257,9 +262,12 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     if "rewards" in sizes:
         sizes["rewards"] = sizes["rewards"].amax()  # a mean is subtracted
         floats["advantages"], sizes["advantages"] = of_rewards(floats["rewards"], kwargs)
-    evaluate = functools.partial(tail, fixed, up)
+    cu = kwargs.get("cu_seqlens")
+    term = torch.zeros(mask.shape[0] if cu is None else len(cu) - 1, 1, dtype=torch.float64)
     exact, errors = carried(
-        evaluate, {"logps": logps, "entropy": entropy, **floats}, {"logps": drift, "entropy": d_entropy, **sizes}
+        functools.partial(tail, fixed, up),
+        {"logps": logps, "entropy": entropy, "term": term, **floats},
+        {"logps": drift, "entropy": d_entropy, "term": torch.ones_like(term), **sizes},
     )
 
     # What sums and KL estimates lose of their own terms.
