@@ -36,6 +36,8 @@ from benchmarks.baselines_linear import (
     trl_linear_missing,
 )
 from benchmarks.cases import EPSILON, OBJECTIVES, Case, Inputs
+from benchmarks.distillation import IMPLEMENTATIONS as DISTILLATION
+from benchmarks.distillation import OBJECTIVE
 
 COMPILE_WHEN = ("none", "auto", "all")
 NOT_COMPILED = "not measured; --compile auto"
@@ -227,7 +229,7 @@ OURS = Implementation(
 EAGER = Implementation(
     "eager PyTorch",
     {"loss": eager, "logprobs": eager_logprobs, "entropies": eager_entropies, "linear": eager_linear},
-    objectives=tuple(OBJECTIVES),
+    objectives=tuple(name for name in OBJECTIVES if name != OBJECTIVE),
 )
 
 
@@ -273,6 +275,7 @@ def implementations(compile_when: str = "none") -> tuple[Implementation, ...]:
             missing=quack_missing,
             objectives=("cross-entropy",),
         ),
+        *DISTILLATION,
     )
 
 

@@ -21,7 +21,9 @@ OBJECTIVES: dict[str, str] = {
     "token": "grpo: a ratio per token",
     "sequence": "gspo: a ratio per sequence",
     "cross-entropy": "another loss, for the kernels of others: -log p of every token, summed",
+    "distillation": "another loss: reverse KL from a teacher",
 }
+OTHER_LOSSES = ("cross-entropy", "distillation")
 EPSILON = 0.2
 ROWS_PER_CHUNK_ELEMENTS = 1 << 24  # float64 work on the logits is done on this many at a time
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -68,7 +70,7 @@ class Case:
     @property
     def beta(self) -> float:
         """Of the KL, for everyone. A row whose advantage is 0 has no gradient only without it."""
-        return 0.0 if self.zero_advantage or self.objective == "cross-entropy" else 0.04
+        return 0.0 if self.zero_advantage or self.objective in OTHER_LOSSES else 0.04
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -111,7 +113,8 @@ class Case:
 
         Rows that are masked or, where β = 0, have no advantage need not be read. The logits are read
         once, for a loss whose ratio is the sequence's twice: no row's gradient is known before the last
-        row of its sequence has been read, and a sequence is too large to be kept on the chip.
+        row of its sequence has been read, and a sequence is too large to be kept on the chip. A
+        distillation reads the teacher's too.
         """
         if mode == "linear":  # its time is that of the head's products
             return 0
@@ -120,7 +123,7 @@ class Case:
         read = sum(lengths) * self.vocab * self.dtype.itemsize
         if no_loss:
             return read
-        return read * (2 if self.objective == "sequence" else 1) + self.logits_bytes
+        return read * (2 if self.objective in ("sequence", "distillation") else 1) + self.logits_bytes
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,9 @@ class Inputs:
     mask: Tensor  # (B, T) int64
     hidden: Tensor | None = None  # (B, T, H)
     weight: Tensor | None = None  # (V, H)
+    teacher: Tensor | None = None  # of a distillation: the teacher's logits, as the student's; or these two
+    teacher_hidden: Tensor | None = None
+    teacher_weight: Tensor | None = None
 
     def objective(self) -> dict:
         """The case's objective, as keywords of this package's losses and of the reference's."""
@@ -227,6 +233,7 @@ QWEN, LLAMA, GEMMA, GPT2, LLAMA2 = 151936, 128256, 262144, 50257, 32000  # vocab
 MODELS = {QWEN: "Qwen2.5", LLAMA: "Llama-3", GEMMA: "Gemma-3", GPT2: "gpt2", LLAMA2: "Llama-2"}
 FP32, BF16 = torch.float32, torch.bfloat16
 HALF_MASKED, HALF_ZERO, SEQUENCE = {"masked": 0.5}, {"zero_advantage": 0.5}, {"objective": "sequence"}
+DISTILLATION = {"objective": "distillation"}
 
 
 def _case(batch: int, length: int, vocab: int, dtype: torch.dtype, **what: object) -> Case:
@@ -240,6 +247,8 @@ SUITES: dict[str, tuple[Case, ...]] = {
         Case(4, 8, 512, FP32, **HALF_ZERO),
         Case(4, 8, 512, BF16, **SEQUENCE),
         Case(4, 8, 512, FP32, hidden=16),
+        Case(2, 8, 512, BF16, **DISTILLATION),
+        Case(4, 8, 512, FP32, hidden=16, **DISTILLATION),
     ),
     "quick-cpu": (
         *(_case(4, 128, 32000, dtype) for dtype in (FP32, BF16)),
@@ -254,7 +263,8 @@ SUITES: dict[str, tuple[Case, ...]] = {
             for dtype in (FP32, BF16)
         ),
         *(_case(4, 128, 32000, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
-        *(_case(4, 128, 32000, FP32, hidden=2048, **what) for what in ({}, SEQUENCE)),
+        *(_case(4, 128, 32000, FP32, hidden=2048, **what) for what in ({}, SEQUENCE, DISTILLATION)),
+        _case(4, 128, 32000, BF16, **DISTILLATION),
     ),
     "quick-gpu": (
         _case(8, 1024, QWEN, BF16),
@@ -262,6 +272,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         _case(2, 1024, QWEN, BF16),
         *(_case(8, 1024, QWEN, BF16, **what) for what in (HALF_MASKED, HALF_ZERO, SEQUENCE)),
         _case(8, 1024, QWEN, BF16, hidden=4096),
+        *(_case(8, 1024, QWEN, BF16, hidden=hidden, **DISTILLATION) for hidden in (0, 4096)),
     ),
     # What the README quotes comes first: what the time budget no longer reaches is left out.
     "gpu": (
@@ -273,6 +284,7 @@ SUITES: dict[str, tuple[Case, ...]] = {
         _case(8, 1024, QWEN, BF16, **SEQUENCE, compiled=True),
         _case(8, 1024, QWEN, BF16, **HALF_MASKED),
         _case(8, 1024, QWEN, BF16, hidden=4096, compiled=True),
+        *(_case(8, 1024, QWEN, BF16, hidden=hidden, **DISTILLATION) for hidden in (0, 4096)),
         _case(8, 1024, QWEN, BF16, objective="cross-entropy"),
         _case(8, 1024, QWEN, BF16, **HALF_ZERO),
         _case(8, 1024, LLAMA2, BF16),

@@ -45,13 +45,18 @@ class LinearOracle:
 
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
-        case, hidden, weight = inputs.case, inputs.hidden.double(), inputs.weight.double()
-        chunks = row_chunks(case)
+        self.loss = torch.zeros((), dtype=torch.float64, device=inputs.hidden.device)
+        self.d_hidden = torch.zeros_like(inputs.hidden, dtype=torch.float64)
+        self.d_weight = torch.zeros_like(inputs.weight, dtype=torch.float64)
+        self._find()
+
+    def _find(self) -> None:
+        inputs, hidden, weight = self.inputs, self.inputs.hidden.double(), self.inputs.weight.double()
+        chunks = row_chunks(inputs.case)
         logps = torch.zeros_like(inputs.old_logps, dtype=torch.float64)
         for b, start, stop in chunks:
             logps[b, start:stop] = self._rows(hidden, weight, b, start, stop)[1][0].detach()
         self.loss, slopes = loss_and_slopes(inputs, logps)
-        self.d_hidden, self.d_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
         for b, start, stop in chunks:
             x, lp = self._rows(hidden, weight, b, start, stop)
             (dz,) = torch.autograd.grad(lp, x, slopes[b : b + 1, start:stop])
@@ -86,14 +91,22 @@ class LinearOracle:
 
 
 class Products:
-    """The three matrix products of a head alone, with everything allocated: what no implementation does without."""
+    """The three matrix products of a head alone, with everything allocated: what no implementation does without.
+
+    Of a distillation the one that makes the teacher's logits, too.
+    """
 
     def __init__(self, inputs: Inputs) -> None:
         self.hidden, self.weight = inputs.hidden.flatten(0, 1), inputs.weight
         self.z = self.hidden.new_empty(self.hidden.shape[0], self.weight.shape[0])
         self.d_hidden, self.d_weight = torch.empty_like(self.hidden), torch.empty_like(self.weight)
+        self.teacher = None
+        if inputs.teacher_hidden is not None:
+            self.teacher = inputs.teacher_hidden.flatten(0, 1), inputs.teacher_weight.T
 
     def __call__(self) -> None:
+        if self.teacher is not None:
+            torch.mm(*self.teacher, out=self.z)
         torch.mm(self.hidden, self.weight.T, out=self.z)
         torch.mm(self.z, self.weight, out=self.d_hidden)
         torch.mm(self.z.T, self.hidden, out=self.d_weight)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.counting import Device, bare_ops, launches
-from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
+from grpo_kernels import TopK, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_token_logprobs
 
 B, T, H, V = 4, 8, 2, 1001  # H is small: what is as large as the weight is not taken for a chunk
 HEIGHT = 8  # rows of logits at a time
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     frozen: str = ""  # letters of "h", "w"
     height: int = HEIGHT
     logps_only: bool = False
+    teacher: str = ""  # of a distillation: "whole", or "top"
 
 
 GSPO = {"loss_type": "gspo"}
@@ -55,6 +56,12 @@ CASES = (
     Case("head: gspo", Law(launches=2), GSPO),
     Case("head: gspo, a mask", Law(launches=2, waits=2), GSPO, masked=True),
     Case("head: gspo, sequences of two chunks", Law(launches=2, products=4), GSPO, height=T // 2),
+    Case("head: distil", Law(products=4), teacher="whole"),
+    Case("head: distil, a mask", Law(products=4, waits=1), masked=True, teacher="whole"),
+    Case("head: distil, head frozen", Law(products=3), frozen="w", teacher="whole"),
+    Case("head: distil, loss only", Law(products=2), frozen="hw", teacher="whole"),
+    Case("head: distil, reduction none", Law(launches=2, products=6), {"reduction": "none"}, teacher="whole"),
+    Case("head: distil, top 4", Law(), teacher="top"),
 )
 
 
@@ -66,14 +73,20 @@ def count(case: Case) -> dict:
     bias = torch.empty(V, **on_meta, requires_grad="w" not in case.frozen) if case.bias else None
     ids = torch.empty(B, T, dtype=torch.long, device="meta")
     mask = torch.empty(B, T, device="meta") if case.masked else None
-    kwargs = {"bias": bias, "chunk_bytes": case.height * V * weight.element_size(), "backend": "triton", **case.kwargs}
-    if not case.logps_only:
+    size = weight.element_size() * (2 if case.teacher == "whole" else 1)  # both models' logits
+    kwargs = {"bias": bias, "chunk_bytes": case.height * V * size, "backend": "triton", **case.kwargs}
+    told = (torch.empty(B, T, 2 * H, **on_meta), torch.empty(V, 2 * H, **on_meta))
+    if case.teacher == "top":
+        told = (TopK(torch.empty(B, T, 4, dtype=torch.long, device="meta"), torch.empty(B, T, 4, device="meta")),)
+    if not case.logps_only and not case.teacher:
         kwargs |= {"advantages": torch.empty(B, device="meta"), "old_logps": torch.empty(B, T, device="meta")}
     wanted = [x for x in (hidden, weight, bias) if x is not None and x.requires_grad]
     upstream = torch.empty(B, T, device="meta"), torch.empty((), device="meta")
     device = Device(answers=(None, [k * T for k in range(B + 1)])[: case.law.waits])
     with bare_ops(), launches(run=False) as seen, device:
-        if case.logps_only:
+        if case.teacher:
+            out = fused_linear_distillation_loss(hidden, weight, *told, completion_mask=mask, **kwargs).loss
+        elif case.logps_only:
             out = linear_token_logprobs(hidden, weight, ids, mask=mask, **kwargs).logps
         else:
             out = fused_linear_grpo_loss(hidden, weight, ids, completion_mask=mask, **kwargs).loss

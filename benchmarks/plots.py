@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from benchmarks.cases import OTHER_LOSSES
 from benchmarks.records import OURS, PEERS, PLOT, Line, quoted, tokens
 from benchmarks.suite import OK, OOM
 
@@ -190,7 +191,7 @@ def out_of_memory(ax, rows: Sequence[Row]) -> None:
 
 def share_of_copy_bandwidth(environment: dict[str, object], rows: Sequence[Row]):
     chosen = [r for r in rows if r["status"] == OK and r["mode"] in ("loss", "inplace")]
-    chosen = [r for r in chosen if r["objective"] != "cross-entropy"]  # another loss
+    chosen = [r for r in chosen if r["objective"] not in OTHER_LOSSES]
     if not chosen:
         raise PlotError("needs a row of forward + backward")
     dtype = "bf16" if any(r["dtype"] == "bf16" for r in chosen) else chosen[0]["dtype"]

@@ -25,6 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import environment
+from benchmarks.cases import OBJECTIVES
 from benchmarks.suite import OK
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ BLOCK = re.compile(r"(<!-- record:)([\w.-]+)( -->\n).*?(<!-- /record -->)", re.D
 OURS = "grpo_kernels"
 PEERS = ("Liger-Kernel", "TRL kernel", "eager PyTorch", "torch.compile")
 ORDER = ("loss", "logprobs", "entropies", "linear")
+NAMED = {"sequence": ["sequence level"], "distillation": ["distillation"]}
 PHRASES = {
     "loss": "forward + backward", "logprobs": "log-probs only", "entropies": "log-probs and entropies",
     "linear": "head, forward + backward",
@@ -177,12 +179,12 @@ def tokens(row: Row) -> int:
     return row["batch"] * row["length"]
 
 
-def _special(row: Row) -> tuple[bool, ...]:
-    return row["objective"] != "token", row["masked"] > 0, row["zero_advantage"] > 0
+def _special(row: Row) -> tuple[int | bool, ...]:
+    return list(OBJECTIVES).index(row["objective"]), row["masked"] > 0, row["zero_advantage"] > 0
 
 
 def _title(row: Row, first: Row) -> str:
-    parts = [PHRASES[row["mode"]], *["sequence level"] * (row["objective"] == "sequence")]
+    parts = [PHRASES[row["mode"]], *NAMED.get(row["objective"], ())]
     parts += [f"{row['masked']:.0%} masked"] * bool(row["masked"])
     parts += [f"{row['zero_advantage']:.0%} with A = 0"] * bool(row["zero_advantage"])
     parts += [f"V = {row['vocab']} {row['dtype']}", *[f"H = {row['hidden']}"] * bool(row["hidden"])]

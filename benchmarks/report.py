@@ -24,6 +24,7 @@ LEGEND = (
     "comes from an implementation whose result was checked in this run against float64; ms is the median. "
     "From hidden states: x GEMMs is the time as a multiple of the head's three matrix products alone, in the "
     "same rounds; MiB the peak above the inputs, beyond that without the gradients of hidden states and weight. "
+    "distillation: reverse KL from a teacher, whose logits are read too, or made by a fourth product. "
     "quack: cross-entropy, another loss and no GRPO, by the nearest kernel that writes its gradient in one launch."
 )
 SHORT_STATUS = {MISSING: "-", OOM: "OOM", WRONG: "wrong", ERROR: "error"}
@@ -81,7 +82,8 @@ def linear_table(rows: Sequence[Row]) -> str:
         lines.append(f"  {'':<14}{'ms':>9}  {'p20-p80':<13}{'x GEMMs':>8}{'MiB':>10}{'beyond':>9}{'vs eager':>9}")
     products_ms = next((row.products_ms for row in rows if row.products_ms is not None), None)
     if products_ms is not None:
-        lines.append(f"  {'three products':<14}{products_ms:>9.3f}{'':<15}{1:>8.2f}")
+        number = "four" if rows[0].objective == "distillation" else "three"
+        lines.append(f"  {f'{number} products':<14}{products_ms:>9.3f}{'':<15}{1:>8.2f}")
     return "\n".join(lines + [linear_line(row) for row in rows])
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from benchmarks import distillation
 from benchmarks.baselines import Implementation
 from benchmarks.budget import Budget
 from benchmarks.cases import DTYPE_NAMES, Case, Inputs, make_inputs
@@ -144,11 +145,18 @@ def prepare(
 
     With hidden states in its place the head's products alone.
     """
+    inputs = inputs_of(case, device, seed)
+    distils = case.objective == distillation.OBJECTIVE
     if case.hidden:
-        inputs = make_linear_inputs(case, device, seed)
-        return inputs, LinearOracle(inputs), Products(inputs)
-    inputs = make_inputs(case, device, seed)
-    return inputs, Oracle(inputs), torch.empty_like(inputs.logits)
+        oracle = distillation.LinearDistillationOracle if distils else LinearOracle
+        return inputs, oracle(inputs), Products(inputs)
+    oracle = distillation.DistillationOracle if distils else Oracle
+    return inputs, oracle(inputs), torch.empty_like(inputs.logits)
+
+
+def inputs_of(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    inputs = (make_linear_inputs if case.hidden else make_inputs)(case, device, seed)
+    return distillation.with_teacher(inputs, seed) if case.objective == distillation.OBJECTIVE else inputs
 
 
 def run_mode(

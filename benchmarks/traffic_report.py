@@ -33,10 +33,11 @@ from torch.utils._pytree import tree_map_only
 from benchmarks import linear_traffic
 from benchmarks.counting import Device, Launch, bare_ops, launches, lines_as_on_a_gpu
 from benchmarks.interpreter import hasten
-from grpo_kernels import Support, fused_grpo_loss, token_logprobs
+from grpo_kernels import Support, TopK, distillation_loss, fused_grpo_loss, token_logprobs
 from grpo_kernels.objective.catalogue import LEVELS, LOSS_TYPES, TERMS
 
 KEPT = 64  # ids that a support keeps of each row, besides the token
+TOLD = 64  # tokens that a teacher tells, where it does not tell all
 B, T, V = 4, 4, 17001  # whole tiles of bf16 logits, lines of the rest, and rows that start anywhere
 ALIGNED = 17024  # a V with which every row starts at a line of memory
 PARTS = 3  # of lines, per row: the line of its start, and that of its end in whole accesses and by the entry
@@ -53,7 +54,7 @@ class Law(NamedTuple):
     write: float
     issued: float  # reads, by both passes
     rows: int = 1  # launches that move logits or their gradient
-    over: float = 0.0  # writes issued over others: the entries of id lists, over zeros
+    over: float = 0.0  # writes issued over others: the entries of id lists, over zeros; of a teacher's tokens
 
 
 READ_ONCE = Law(1, 0, 1)
@@ -62,7 +63,7 @@ TWO_LAUNCHES = Law(2, 1, 2, rows=2)
 
 
 class Case(NamedTuple):
-    """A call: keywords of `fused_grpo_loss`, and the law it is under."""
+    """A call: keywords of `fused_grpo_loss`, or of `distillation_loss`, and the law it is under."""
 
     name: str
     law: Law
@@ -76,6 +77,7 @@ class Case(NamedTuple):
     logps_only: bool = False
     V: int = V
     kept: bool = False  # rows are restricted to id lists
+    teacher: str = ""  # of a distillation: "whole", or "top"
 
 
 def law_of(loss_type: str) -> Law:
@@ -115,12 +117,29 @@ def cases() -> Iterator[Case]:
     yield Case("log-probs only, id lists", Law(entries, 0, 2 * entries), gradient=False, logps_only=True, kept=True)
     yield Case("grpo, id lists", Law(entries, 1, 3 * entries, over=entries), kept=True)
     yield Case("gspo, id lists", Law(2 * entries, 1, 3 * entries, 2, entries), {"loss_type": "gspo"}, kept=True)
+    yield from distillations()
     for loss_type in LOSS_TYPES:
         yield Case(loss_type, law_of(loss_type), {"loss_type": loss_type})
 
 
+def distillations() -> Iterator[Case]:
+    """Both rows count as reads. Each token that is told is read once more, and written over what the row's rest has."""
+    both, told = Law(2, 1, 4), TOLD / V
+    top = Law(1, 1, 2 + told, over=told)
+    for name, beta, law in (("forward", 0.0, both), ("reverse", 1.0, both), ("mixed", 0.5, Law(2, 1, 6))):
+        yield Case(f"distil: {name}", law, {"beta": beta}, teacher="whole")
+    yield Case("distil: in place", both, {"inplace": True}, teacher="whole")
+    yield Case("distil: reduction none", Law(4, 1, 4, rows=2), {"reduction": "none"}, teacher="whole")
+    yield Case("distil: loss only", Law(2, 0, 2), gradient=False, teacher="whole")
+    yield Case("distil: half masked", Law(1, 1, 2), half="masked", teacher="whole")
+    yield Case("distil: top 64", top, {"tail": True}, teacher="top")
+    yield Case("distil: top 64, in place", top, {"tail": True, "inplace": True}, teacher="top")
+    yield Case("distil: top 64 as is", top, {"tail": None}, teacher="top")
+    yield Case("distil: top 64 alone", Law(told, 1, told, over=told), {"tail": False}, teacher="top")
+
+
 def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """(logits, ids, keywords), in which no row but a chosen half is without a gradient."""
+    """(logits, ids or a teacher, keywords), in which no row but a chosen half is without a gradient."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(B, T + case.extra, case.V, generator=g).to(case.dtype)
     ids = torch.randint(0, case.V, (B, T), generator=g)
@@ -143,12 +162,20 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, dict]:
         token = dict(zip(token, values)) | {"cu_seqlens": torch.arange(0, B * T + 1, T, dtype=torch.int32)}
     if case.kept:
         token["support"] = Support.from_padded(kept[..., 1:])
+    if case.teacher:
+        teacher = torch.randn(logits.shape, generator=g).to(case.dtype)
+        few = kept[..., :TOLD]
+        top = TopK(few, torch.log_softmax(teacher.float(), -1).gather(-1, few))
+        return logits, top if case.teacher == "top" else teacher, {"completion_mask": token["completion_mask"],
+                                                                  **case.kwargs}  # fmt: skip
     return logits, ids, {**token, **sequence, **case.kwargs}
 
 
-def run(case: Case, x: torch.Tensor, ids: torch.Tensor, upstream: torch.Tensor, kwargs: dict) -> None:
+def run(case: Case, x: torch.Tensor, ids: torch.Tensor | TopK, upstream: torch.Tensor, kwargs: dict) -> None:
     """The call, forward and backward."""
-    if case.logps_only:
+    if case.teacher:
+        out = distillation_loss(x, ids, backend="triton", **kwargs).loss
+    elif case.logps_only:
         entropy = kwargs.get("return_entropy", False)
         mask, support = kwargs["completion_mask"], kwargs.get("support")
         out = token_logprobs(x, ids, mask=mask, support=support, return_entropy=entropy, backend="triton").logps
@@ -177,14 +204,15 @@ def bytes_moved(seen: list[Launch], logits: torch.Tensor) -> list[dict]:
     return found
 
 
-def counted(case: Case, logits, *arguments, interpret: bool = True) -> tuple[list[Launch], list[tuple[str, int]]]:
+def counted(case: Case, logits, told, *arguments, interpret: bool = True) -> tuple[list[Launch], list[tuple[str, int]]]:
     """Launches of a call, and torch's own operations if it is on ``meta`` tensors."""
     device = contextlib.nullcontext() if interpret else Device()
     with lines_as_on_a_gpu() as output:
         x = logits.requires_grad_() if case.gradient else logits
         x = output(x) if interpret else x * 1  # as a model's output: no leaf
+        told = output(told) if interpret and case.teacher == "whole" else told
         with launches(run=interpret) as seen, device, np.errstate(invalid="ignore", over="ignore"):  # −inf at the end
-            run(case, x, *arguments)
+            run(case, x, told, *arguments)
     return seen, [] if interpret else device.ops
 
 
@@ -196,7 +224,7 @@ def count(case: Case) -> dict:
     """One row of the report."""
     logits, ids, kwargs = inputs(case)
     per_token = case.logps_only or kwargs.get("reduction") == "none"
-    upstream = torch.full(ids.shape if per_token else (), case.upstream)
+    upstream = torch.full((B, T) if per_token else (), case.upstream)
     arguments = [logits, ids, upstream, kwargs]
     seen, _ = counted(case, *arguments)
     moved = bytes_moved(seen, logits)

@@ -20,9 +20,8 @@ import torch
 from benchmarks.baselines import Implementation
 from benchmarks.baselines_peers import apart, implementations
 from benchmarks.cases import MODES, SUITES, Case
-from benchmarks.linear_data import make_linear_inputs
 from benchmarks.measure import first_line
-from benchmarks.suite import make_inputs, missing, offers
+from benchmarks.suite import inputs_of, missing, offers
 
 LENGTH = 16  # tokens of a sequence: as the cases' own lengths, a multiple of 16, which kernels are specialised for
 MOST_SECONDS = 30.0  # the first cases are compiled first
@@ -46,7 +45,7 @@ def run_jobs(chosen: Sequence[tuple[Case, str]], who: Sequence[Implementation], 
     """
     problems = []
     for case, mode in chosen:
-        inputs = make_linear_inputs(case, device) if case.hidden else make_inputs(case, device)
+        inputs = inputs_of(case, device)
         for each in who:
             if not offers(each, case, mode) or missing(each, case, mode, device):
                 continue

@@ -55,9 +55,7 @@ def _rows(
     wanted = [x for x in (logits, teacher, out) if x is not None]
     shape = logprob_shape if out is None else gradient_shape
     student, told = batch.student, batch.teacher
-    # Two rows take twice the registers per entry: half as many lines, as under a cap. With a mixture half of these.
-    crowding = 1 if teacher is None and student.cap is None else 4 if teacher is not None and plan.mixed else 2
-    tile = _tile_of_both(shape, V, *wanted, crowding=crowding)
+    tile = _tile_of_both(shape, V, *wanted, crowding=_crowding(batch, plan, out is not None))
     # Without a gradient nothing but the scored positions is there to run over.
     programs = B * (rows if out is not None else T)
     rows = rows if out is not None else T
@@ -86,6 +84,18 @@ def _rows(
                 REST=plan.outcomes == "rest", FEW=plan.outcomes == "few", LANES=triton.next_power_of_2(max(L, 1)),
                 **common,
             )  # fmt: skip
+
+
+def _crowding(batch: DistillationBatch, plan: DistillationPlan, gradient: bool) -> int:
+    """How many times fewer lines a pass can hold than one over a single row.
+
+    Two rows take twice the registers per entry. A mixture takes more, and so do caps. Without a gradient the first
+    pass spills on sm_100 with half of the lines (Triton 3.7.1), and programs are so small that many run at once.
+    """
+    capped = batch.student.cap is not None or batch.teacher.cap is not None
+    if plan.outcomes != "all":
+        return 2 if capped else 1
+    return 4 if plan.mixed or capped or not gradient else 2
 
 
 def _tile_of_both(shape, V: int, *tensors: torch.Tensor, crowding: int) -> dict[str, int]:

@@ -124,7 +124,7 @@ def test_report_is_at_most_80_columns_wide():
         blocks.setdefault((row.case, row.mode), []).append(row)
     assert max(len(line) for block in blocks.values() for line in report.table(block).splitlines()) <= 80
     lines = report.summary(rows).splitlines()
-    ours = sum(len(case.modes) for case in SUITES["gpu"] if case.objective != "cross-entropy")
+    ours = sum(len(case.modes) for case in SUITES["gpu"] if case.objective != "cross-entropy")  # another's loss
     assert max(map(len, lines)) <= 80 and len(lines) == 1 + ours == len({line[:35] for line in lines})
     assert "OOM" in lines[1]
 

@@ -232,7 +232,7 @@ KINDS = [{"masked": 0.0}, {}, SEQUENCE, NO_ADVANTAGE, CROSS_ENTROPY, {"hidden": 
 def test_peers_compute_the_same(name, compiled):
     """In Triton's interpreter, where there is no GPU. Kernels do not read masked rows."""
     pytest.importorskip(PEERS[name])
-    (peer,) = (i for i in implementations("all") if i.name == name)
+    peer = next(i for i in implementations("all") if i.name == name)
     checked = []
     for case in (replace(CASE, **what) for what in KINDS if what.get("objective", "token") in peer.objectives):
         inputs = make_linear_inputs(case, DEVICE) if case.hidden else make_inputs(case, DEVICE)
@@ -271,7 +271,7 @@ def test_what_is_not_run_says_why(monkeypatch):
         ("auto", "torch.compile", "loss", marked, CPU, "timed on a GPU only; --compile all"),
         ("all", "torch.compile", "loss", CASE, CPU, None),
     ):
-        (peer,) = (i for i in implementations(when) if i.name == name)
+        peer = next(i for i in implementations(when) if i.name == name)
         said = missing(peer, case, mode, device)
         assert said == reason if reason is None else said.startswith(reason), (when, name, mode, device, said)
     monkeypatch.setattr(shutil, "which", lambda name: None)
