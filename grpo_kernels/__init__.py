@@ -7,6 +7,7 @@ from grpo_kernels.api.loss import LossOutput, fused_grpo_loss, policy_loss
 from grpo_kernels.api.microbatch import microbatch
 from grpo_kernels.objective.config import LossConfig
 from grpo_kernels.objective.supports import Support
+from grpo_kernels.objective.targets import Targets
 
 __version__ = "0.1.0"
 
@@ -14,6 +15,7 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "Support",
+    "Targets",
     "TokenLogprobs",
     "fused_grpo_loss",
     "fused_linear_grpo_loss",

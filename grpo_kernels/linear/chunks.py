@@ -112,7 +112,7 @@ def row_chunks(
         if entropy:
             entropies[start:end] = H[:, 0]
         head.add(into, start, end, h, z[:, 0], start == 0)
-    _finish(head, into)
+    finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
@@ -166,7 +166,7 @@ def sequence_chunks(
             tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
             run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None)
             head.add(into, a, b, h, z[0], a == 0)
-    _finish(head, into)
+    finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
 
@@ -206,7 +206,7 @@ def pull_back(
                                **rows.restricted(start, end))  # fmt: skip
         run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))
         head.add(into, start, end, x, z[0], start == 0)
-    _finish(head, into)
+    finish(head, into)
 
 
 def _pieces(start: int, end: int, height: int) -> Iterator[tuple[int, int]]:
@@ -243,7 +243,7 @@ def _empty(head: ChunkedHead, entropy: bool) -> tuple[Tensor, Tensor]:
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 
-def _finish(head: ChunkedHead, into: Gradients) -> None:
+def finish(head: ChunkedHead, into: Gradients) -> None:
     """Without a row no chunk has written the weight's gradient."""
     if head.count == 0:
         into.weight.zero_()

@@ -35,18 +35,18 @@ class ChunkOptions(NamedTuple):
     backend: str
 
 
-def _wanted(ctx) -> str:
+def wanted_by(ctx) -> str:
     return "".join(letter for letter, needed in zip("hwb", ctx.needs_input_grad) if needed)
 
 
-def _given(gradients: tuple[Tensor, ...], wanted: str) -> tuple[Tensor | None, ...]:
+def given(gradients: tuple[Tensor, ...], wanted: str) -> tuple[Tensor | None, ...]:
     return tuple(x if letter in wanted else None for letter, x in zip("hwb", gradients))
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, tensors, numbers, plan, entropy, options: ChunkOptions):
-        ctx.wanted, ctx.backend = _wanted(ctx), options.backend
+        ctx.wanted, ctx.backend = wanted_by(ctx), options.backend
         logps, entropies, loss, sums, metrics, *gradients = head_ops.linear_loss_op(
             hidden, weight, bias, tensors, numbers, plan, entropy, ctx.wanted,
             options.in_fp32, options.height, options.count, options.backend,
@@ -65,7 +65,7 @@ class _Fused(torch.autograd.Function):
             x if dtype is None else _times(x, up, dtype, again, ctx.backend)
             for x, dtype in zip(ctx.saved_tensors, ctx.dtypes)
         ]
-        return *_given(gradients, ctx.wanted), *(None,) * 5
+        return *given(gradients, ctx.wanted), *(None,) * 5
 
 
 def _times(x: Tensor, up: Tensor, dtype: torch.dtype, again: bool, backend: str) -> Tensor:
@@ -90,7 +90,7 @@ class _Deferred(torch.autograd.Function):
             options.count, options.backend,
         )  # fmt: skip
         it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, options.backend, data_group)
-        ctx.wanted, ctx.plan, ctx.options = _wanted(ctx), plan, options
+        ctx.wanted, ctx.plan, ctx.options = wanted_by(ctx), plan, options
         ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *it.save(ctx), *tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
@@ -112,7 +112,7 @@ def _pull_back(ctx, hidden, weight, bias, tensors, numbers, stats, count, g, h, 
         ctx.options.in_fp32, ctx.options.height, count, ctx.options.backend,
     )  # fmt: skip
     dtypes = (hidden.dtype, weight.dtype, weight.dtype)
-    return _given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted)
+    return given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted)
 
 
 class LinearLogprobsFunction(torch.autograd.Function):
@@ -124,7 +124,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
             hidden, weight, bias, tensors, numbers, plan, entropy, options.height,
             options.count, options.backend,
         )  # fmt: skip
-        ctx.wanted, ctx.plan, ctx.options, ctx.entropy = _wanted(ctx), plan, options, entropy
+        ctx.wanted, ctx.plan, ctx.options, ctx.entropy = wanted_by(ctx), plan, options, entropy
         ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *tensors)
         ctx.set_materialize_grads(False)
         if not entropy:
