@@ -145,8 +145,8 @@ def linear_token_logprobs(
         hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32:
             as in `fused_linear_grpo_loss`.
         completion_ids: (B, T) or (N,), integers; or several targets per row, (B, T, K), packed (N, K), or `Targets`,
-            as in `token_logprobs`. With `Targets` the host waits for the device once more, in the backward too, to
-            learn which of them belong to a chunk.
+            as in `token_logprobs`. With `Targets` the host waits for the device once more, to learn which of them
+            belong to a chunk.
         temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
         mask: of zeros and ones, (B, T) or (N,); masked rows take no part, and have log-probability 0.
         support: what a truncating sampler drew each token from, as in `fused_grpo_loss`. Not with several targets.

@@ -40,10 +40,10 @@ def split_targets(
         if dim == 3:
             shape = _padded_shape(len(completion_ids), scored)
         ids, offsets = completion_ids.token_ids, completion_ids.offsets
-        tokens, flat = ids.new_empty(shape), Flat(ids, offsets, ids.shape)
+        tokens, flat = offsets[1:].reshape(shape), Flat(ids, offsets, ids.shape)
     elif isinstance(completion_ids, Tensor) and completion_ids.dim() == dim in (2, 3):
         ids = completion_ids
-        tokens = ids[..., 0] if ids.shape[-1] else ids.new_empty(ids.shape[:-1])
+        tokens = ids[..., 0] if ids.shape[-1] else ids.new_zeros(ids.shape[:-1])
         flat = Flat(ids.reshape(-1), None, ids.shape)
     else:
         return completion_ids, None
@@ -144,14 +144,12 @@ def targets_slope_op(
     if batch.ids.numel() == 0:
         return out.zero_()
     entries = Entries.of(ids, offsets, batch.mask, batch.ids.numel())
-    flat = (None if x is None else x.reshape(-1) for x in (h, None if h is None else entropies, batch.mask))
-    h_rows, H_rows, mask = flat
-    of_rows, columns, values = maths.gradient(
-        entries, g, logps, batch.ids.reshape(-1), anchor_logps.reshape(-1), h_rows, H_rows, maths.temperatures(batch),
-        mask, V,
-    )  # fmt: skip
+    h_rows, H_rows = (None, None) if h is None else (h.view(-1), entropies.view(-1))
+    of_rows, written = maths.gradient(
+        entries, g, logps, batch.ids.view(-1), anchor_logps.view(-1), h_rows, H_rows, maths.temperatures(batch), V
+    )
     ops.backend_of(backend).slope(logits, out, batch, stats, of_rows.view(batch.ids.shape), h, None)
-    out[entries.rows // T, entries.rows % T, columns] = values.to(out.dtype)
+    written.over(out, (entries.rows // T, entries.rows % T))
     return out
 
 

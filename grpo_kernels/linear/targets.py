@@ -26,10 +26,13 @@ class _Read:
 
     Attributes:
         entries: their rows count among the rows read.
-        bounds: where among them those of each chunk begin; of lists the host asks the device for it.
+        bounds: where among them those of each chunk begin, and the last end.
+
+    Args:
+        bounds: as found before; None: of lists the host asks the device for them.
     """
 
-    def __init__(self, entries: Entries, lists: bool, rows: Rows, head: ChunkedHead):
+    def __init__(self, entries: Entries, lists: bool, rows: Rows, head: ChunkedHead, bounds: list[int] | None = None):
         N, count, height = rows.batch.ids.numel(), head.count, head.buffer.shape[0]
         self.K = None if lists else entries.ids.shape[0] // N
         self.N, self.index = N, rows.index
@@ -40,8 +43,10 @@ class _Read:
             self.entries = Entries(self.pick(entries.ids), of_rows, self.pick(entries.there))
         else:
             of_rows = entries.rows if self.index is None else torch.searchsorted(self.index, entries.rows)
-            steps = torch.arange(len(starts), device=of_rows.device) * height
-            self.bounds = torch.searchsorted(of_rows, steps.clamp(max=count)).tolist()
+            if bounds is None:
+                steps = torch.arange(len(starts), device=of_rows.device) * height
+                bounds = torch.searchsorted(of_rows, steps.clamp(max=count)).tolist()
+            self.bounds = bounds
             self.entries = entries._replace(rows=of_rows.clamp(max=count - 1))
 
     def pick(self, x: Tensor) -> Tensor:
@@ -73,7 +78,7 @@ def linear_targets_op(
     ids: Tensor, offsets: Tensor | None, plan: str, entropy: bool, height: int, count: int, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps (M,), entropies (B, T); for `linear_targets_slope_op` of the rows that are read what it needs, their
-    anchors and the anchors' log-probabilities, and how many they are, on the host)"""
+    anchors and the anchors' log-probabilities; on the host how many they are, and then `_Read.bounds`)"""
     batch, plan, run = Batch.unpack(tensors, numbers), Plan.from_key(plan), ops.backend_of(backend)
     N = batch.ids.numel()
     logps = hidden.new_zeros(ids.shape, dtype=torch.float32)
@@ -82,9 +87,11 @@ def linear_targets_op(
     entries = checked_entries(ids, offsets, batch, weight.shape[0]) if N else None
     rows = Rows(batch, plan, count)
     head = ChunkedHead(hidden, weight, bias, rows.index, batch.ids.shape[1], height)
-    entropies = entropies[: head.count]
+    entropies, known = entropies[: head.count], torch.zeros(N // height + 3, dtype=torch.int64, device="cpu")
+    known[0] = head.count
     if head.count:
         read = _Read(entries, offsets is not None, rows, head)
+        known[1 : 1 + len(read.bounds)] = torch.tensor(read.bounds, device="cpu")
         found = read.pick(logps)
         for k, (start, end, part) in enumerate(_batches(head, batch, rows, anchors)):
             first, last = read.bounds[k : k + 2]
@@ -96,7 +103,7 @@ def linear_targets_op(
                 entropies[start:end] = H[0]
         logps = read.spread_out(found)
     entropies = rows.spread_out(entropies) if entropy else entropies
-    return logps, entropies, stats, anchors, anchor_logps, torch.tensor(head.count, device="cpu")
+    return logps, entropies, stats, anchors, anchor_logps, known
 
 
 @fake(linear_targets_op)
@@ -105,8 +112,8 @@ def _(hidden, weight, bias, tensors, numbers, ids, offsets, plan, entropy, heigh
     logps, entropies = ops.fake_rows(hidden, tensors[0], entropy)
     stats = logps.new_empty(ops.stats_shape(N, backend))
     anchors = logps.new_empty(N, dtype=torch.int64)
-    number = torch.empty((), dtype=torch.int64, device="cpu")
-    return logps.new_empty(ids.shape), entropies, stats, anchors, logps.new_empty(N), number
+    known = torch.empty(N // height + 3, dtype=torch.int64, device="cpu")
+    return logps.new_empty(ids.shape), entropies, stats, anchors, logps.new_empty(N), known
 
 
 @operator()
@@ -114,31 +121,33 @@ def linear_targets_slope_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor,
     stats: Tensor, ids: Tensor, offsets: Tensor | None, logps: Tensor, entropies: Tensor, anchors: Tensor,
     anchor_logps: Tensor, g: Tensor, h: Tensor | None, plan: str, wanted: str, in_fp32: bool, height: int,
-    count: Tensor, backend: str,
+    known: Tensor, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden states, weight and bias from ∂L/∂lp (M,) and ∂L/∂H (B, T)."""
+    n, *bounds = known.tolist()  # of a CPU tensor: no device is waited for
     batch, run, V = Batch.unpack(tensors, numbers), ops.backend_of(backend), weight.shape[0]
-    rows = Rows(batch, Plan.from_key(plan), n := int(count))  # of a CPU tensor: no device is waited for
+    rows = Rows(batch, Plan.from_key(plan), n)
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     head = ChunkedHead(hidden, weight, bias, rows.index, batch.ids.shape[1], height)
     if n:
-        read = _Read(Entries.of(ids, offsets, batch.mask, batch.ids.numel()), offsets is not None, rows, head)
+        entries = Entries.of(ids, offsets, batch.mask, batch.ids.numel())
+        read = _Read(entries, offsets is not None, rows, head, bounds)
         heat = rows.per_token(batch.temperature)
         h, H = rows.per_token(h), None if h is None else rows.per_token(entropies)
-        of_rows, columns, values = maths.gradient(
+        of_rows, written = maths.gradient(
             read.entries, read.pick(g), read.pick(logps), anchors[:n], anchor_logps[:n], h, H,
-            batch.one_temperature if heat is None else heat.float(), None, V,
+            batch.one_temperature if heat is None else heat.float(), V,
         )  # fmt: skip
         for k, (start, end, part) in enumerate(_batches(head, batch, rows, anchors)):
             first, last = read.bounds[k : k + 2]
             x = head.rows(start, end)
             z = head.logits(x)
-            places, own = (read.entries.rows[first:last] - start, columns[first:last]), values[first:last]
+            at = read.entries.rows[first:last] - start
             if batch.cap is not None:  # before the gradient takes the place of the logits
-                own = torch.where(own == 0.0, 0.0, own * maths.cap_slope(z[places], batch.cap))
+                written.cap(z, at, batch.cap, first, last)
             slope_h = None if h is None else h[None, start:end]
             run.slope(z[None], z[None], part, stats[start:end], of_rows[None, start:end], slope_h, None)
-            z[places] = own.to(z.dtype)
+            written.over(z, (at,), first, last)
             head.add(into, start, end, x, z, start == 0)
     finish(head, into)
     return into.hidden, into.weight, into.bias
@@ -146,7 +155,7 @@ def linear_targets_slope_op(
 
 @fake(linear_targets_slope_op)
 def _(hidden, weight, bias, tensors, numbers, stats, ids, offsets, logps, entropies, anchors, anchor_logps, g, h, plan,
-      wanted, in_fp32, height, count, backend):  # fmt: skip
+      wanted, in_fp32, height, known, backend):  # fmt: skip
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     return into.hidden, into.weight, into.bias
 
@@ -170,12 +179,12 @@ class LinearTargetsFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, h):
         refuse_double_backward()
-        (hidden, weight, bias, numbers, ids, offsets, logps, entropies, stats, anchors, anchor_logps, count,
+        (hidden, weight, bias, numbers, ids, offsets, logps, entropies, stats, anchors, anchor_logps, known,
          *tensors) = ctx.saved_tensors  # fmt: skip
         g, h = given_slopes(g, h if ctx.entropy else None, ids)
         gradients = linear_targets_slope_op(
             hidden, weight, bias, tensors, numbers, stats, ids, offsets, logps, entropies, anchors, anchor_logps, g, h,
-            ctx.plan, ctx.wanted, ctx.options.in_fp32, ctx.options.height, count, ctx.options.backend,
+            ctx.plan, ctx.wanted, ctx.options.in_fp32, ctx.options.height, known, ctx.options.backend,
         )  # fmt: skip
         dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         return *given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted), *(None,) * 7

@@ -126,18 +126,36 @@ def logprobs_from(x: Tensor, top: Tensor, logps: Tensor, temperature: Tensor | f
     return torch.where(entries.there, logps[entries.rows] + d, 0.0)
 
 
+class Written(NamedTuple):
+    """The targets' entries in a gradient, (M,) each. Targets of one token have equal values."""
+
+    ids: Tensor  # an absent target's: its row's anchor
+    values: Tensor
+    known: Tensor  # bool; False in a row without a target, whose entries are right already
+
+    def over(self, out: Tensor, rows: tuple[Tensor, ...], start: int = 0, end: int | None = None) -> None:
+        """Writes those of [start, end) over the gradient; ``rows`` are their rows, as indices of ``out``."""
+        ids, values, known = (x[start:end] for x in self)
+        places = (*rows, ids)
+        out[places] = torch.where(known, values.to(out.dtype), out[places])
+
+    def cap(self, logits: Tensor, rows: Tensor, cap: Cap, start: int, end: int) -> None:
+        """Multiplies those of [start, end) by a soft cap's derivative at the logits (n, V), which are not capped."""
+        ids, values, _ = (x[start:end] for x in self)
+        t = torch.tanh(logits[rows, ids].float() * cap.inner)
+        slope = (1.0 - t * t) * (cap.inner * cap.bound)
+        values.copy_(torch.where(values == 0.0, 0.0, values * slope))
+
+
 def gradient(
     entries: Entries, g: Tensor, logps: Tensor, anchor_ids: Tensor, anchor_logps: Tensor, h: Tensor | None,
-    entropies: Tensor | None, temperature: Tensor | float, mask: Tensor | None, V: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(n,) Σ_k g_k of the rows; and of the targets' entries in the gradient, (M,) each, the token id and the value.
-
-    An absent target stands for its row's anchor, and the targets of one token have equal values.
+    entropies: Tensor | None, temperature: Tensor | float, V: int,
+) -> tuple[Tensor, Written]:  # fmt: skip
+    """(n,) Σ_k g_k of the rows, and the targets' entries.
 
     Args:
         g: (M,) ∂L/∂lp.
         h, entropies: (n,) ∂L/∂H and H, or None.
-        mask: (n,) zeros and ones; None: all rows are read.
     """
     ids, rows, there = entries
     M, n = ids.shape[0], anchor_ids.shape[0]
@@ -151,21 +169,16 @@ def gradient(
     bounds = torch.searchsorted(run, torch.arange(M + 1, device=key.device))
     of_ids = _sums(ordered[:, None], bounds)[:, 0].float()[run]
     own = torch.empty_like(of_ids).scatter_(0, order, of_ids)
-    pull, quiet = of_rows[rows], own == 0.0
+    pull = of_rows[rows]
+    quiet = (own == 0.0) & (pull == 0.0)
     if h is not None:
-        pull = pull + h[rows] * (lp.clamp(min=_FLOOR) + entropies[rows])
-        quiet = quiet & (h[rows] == 0.0)
-    value = (own - lp.exp() * pull) / _at(temperature, entries)
-    quiet = quiet & (of_rows[rows] == 0.0)  # such a row is not read: NaN of its log-probabilities stays out
-    if mask is not None:
-        quiet = quiet | (mask == 0)[rows]
-    return of_rows, ids, torch.where(quiet, 0.0, value)
-
-
-def cap_slope(x: Tensor, cap: Cap) -> Tensor:
-    """The derivative of a soft cap at logits that it has not been applied to."""
-    t = torch.tanh(x.float() * cap.inner)
-    return (1.0 - t * t) * (cap.inner * cap.bound)
+        slope = h[rows]
+        pull = pull + slope * (lp.clamp(min=_FLOOR) + entropies[rows])
+        quiet = quiet & (slope == 0.0)
+    values = (own - lp.exp() * pull) / _at(temperature, entries)
+    known = there.new_zeros(n, dtype=torch.int64).scatter_add_(0, rows, there.long()) > 0
+    # where no slope is, the row is not read: NaN of its log-probabilities stays out
+    return of_rows, Written(ids, torch.where(quiet, 0.0, values), known[rows])
 
 
 def temperatures(batch: Batch) -> Tensor | float:
