@@ -41,7 +41,7 @@ def split_targets(
             shape = _padded_shape(len(completion_ids), scored)
         ids, offsets = completion_ids.token_ids, completion_ids.offsets
         tokens, flat = offsets[1:].reshape(shape), Flat(ids, offsets, ids.shape)
-    elif isinstance(completion_ids, Tensor) and completion_ids.dim() == dim in (2, 3):
+    elif _is_several(completion_ids, scored):
         ids = completion_ids
         tokens = ids[..., 0] if ids.shape[-1] else ids.new_zeros(ids.shape[:-1])
         flat = Flat(ids.reshape(-1), None, ids.shape)
@@ -58,6 +58,21 @@ def split_targets(
             "call reads the logits once."
         )
     return tokens, flat
+
+
+def _is_several(ids: object, scored: object) -> bool:
+    """Whether ids are (B, T, K), or (N, K). Shapes that fit nothing go to the checks of ids (B, T) and (N,)."""
+    if not (isinstance(ids, Tensor) and isinstance(scored, Tensor) and ids.dim() == scored.dim() in (2, 3)):
+        return False
+    if ids.dim() == 2:
+        return ids.shape[0] == scored.shape[0]
+    B, T = ids.shape[:2]
+    if tuple(scored.shape[:2]) not in ((B, T), (B, T + 1)):
+        raise ValueError(
+            "completion_ids must be (B, T), or packed (N,), or of several targets per row (B, T, K), packed (N, K); "
+            f"got {tuple(ids.shape)} for {tuple(scored.shape)}. [b, t, k] is scored by what stands in [b, t]."
+        )
+    return True
 
 
 def _padded_shape(N: int, scored: Tensor) -> tuple[int, int]:
