@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from grpo_kernels.call import distillation_ops, ops
+from grpo_kernels.call import distillation_ops, ops, targets
 from grpo_kernels.call.library import BODIES
 from grpo_kernels.linear import distillation_head_ops, head_ops
+from grpo_kernels.linear import targets as linear_targets
 from grpo_kernels.triton_backend import launch
 
 LINE, WARP = 128, 512  # bytes of a line of a GPU's memory, and of what a warp stores at once, 16 a thread
@@ -205,7 +206,7 @@ def _patched(owner, name: str, value) -> Iterator[None]:
 def bare_ops() -> Iterator[None]:
     """The custom ops as plain functions: on ``meta`` tensors torch would run their fakes instead."""
     with contextlib.ExitStack() as patches:
-        for module in (ops, distillation_ops, head_ops, distillation_head_ops):
+        for module in (ops, targets, distillation_ops, head_ops, linear_targets, distillation_head_ops):
             for name, op in list(vars(module).items()):
                 if isinstance(op, torch._ops.OpOverload):
                     patches.enter_context(_patched(module, name, BODIES[op]))

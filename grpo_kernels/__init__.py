@@ -10,6 +10,7 @@ from grpo_kernels.api.microbatch import microbatch
 from grpo_kernels.call.distillation_checks import TopK
 from grpo_kernels.objective.config import LossConfig
 from grpo_kernels.objective.supports import Support
+from grpo_kernels.objective.targets import Targets
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "LossConfig",
     "LossOutput",
     "Support",
+    "Targets",
     "TokenLogprobs",
     "TopK",
     "distillation_loss",

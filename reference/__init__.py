@@ -4,6 +4,7 @@ from reference.advantages import group_advantages
 from reference.distillation import TopK, distillation_loss
 from reference.grpo import LossOutput, TokenLogprobs, grpo_loss, policy_loss, token_logprobs
 from reference.knobs import LOSS_TYPES, Knobs
+from reference.targets import target_logprobs
 
 __all__ = [
     "LOSS_TYPES",
@@ -15,5 +16,6 @@ __all__ = [
     "group_advantages",
     "grpo_loss",
     "policy_loss",
+    "target_logprobs",
     "token_logprobs",
 ]

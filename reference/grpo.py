@@ -15,7 +15,7 @@ function in a table: `terms.py`, `levels.py`, `kl.py`, `weights.py`; `knobs.py` 
 loss type stands for. `grpo_loss` turns logits into log-probs, and `policy_loss` puts the rest
 together. Reading order: this file, `advantages.py`, `knobs.py`, the four tables; then
 `corrections.py` for samplers that disagree with the trainer, `supports.py` for those that truncate,
-`packed.py`, `metrics.py`, and `tensors.py` for the helpers.
+`targets.py` for several tokens at one position, `packed.py`, `metrics.py`, and `tensors.py` for the helpers.
 
 Autograd makes the gradients. It is given only what it may see: values at masked positions are
 replaced *before* any arithmetic touches them, since 0·NaN is NaN in a backward pass too. Everything

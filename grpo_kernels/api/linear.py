@@ -10,13 +10,16 @@ from grpo_kernels.call import checks, ops
 from grpo_kernels.call.output import LossOutput, output
 from grpo_kernels.call.prepare import prepare, prepare_logprobs
 from grpo_kernels.call.supports import check_support
+from grpo_kernels.call.targets import split_targets
 from grpo_kernels.linear import head_autograd
 from grpo_kernels.linear.head import chunk_rows
 from grpo_kernels.linear.head_autograd import ChunkOptions
 from grpo_kernels.linear.head_checks import check_count, check_hidden, check_number, head_tensors
+from grpo_kernels.linear.targets import LinearTargetsFunction
 from grpo_kernels.objective.config import LossConfig, resolve_config
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.supports import Support
+from grpo_kernels.objective.targets import Targets
 
 
 def fused_linear_grpo_loss(
@@ -120,7 +123,7 @@ def fused_linear_grpo_loss(
 def linear_token_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor | torch.nn.Module,
-    completion_ids: torch.Tensor,
+    completion_ids: torch.Tensor | Targets,
     *,
     bias: torch.Tensor | None = None,
     temperature: torch.Tensor | float = 1.0,
@@ -139,32 +142,40 @@ def linear_token_logprobs(
     For old and reference passes, and for objectives of one's own. A backward computes the logits again.
 
     Args:
-        hidden, weight, completion_ids, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32:
+        hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32:
             as in `fused_linear_grpo_loss`.
+        completion_ids: (B, T) or (N,), integers; or several targets per row, (B, T, K), packed (N, K), or `Targets`,
+            as in `token_logprobs`. With `Targets` the host waits for the device once more, to learn which of them
+            belong to a chunk.
         temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
-        mask: of zeros and ones, shaped as the ids; masked rows take no part, and have log-probability 0.
-        support: what a truncating sampler drew each token from, as in `fused_grpo_loss`.
+        mask: of zeros and ones, (B, T) or (N,); masked rows take no part, and have log-probability 0.
+        support: what a truncating sampler drew each token from, as in `fused_grpo_loss`. Not with several targets.
         return_entropy: compute the entropies as well.
         backend: None (by device), ``"triton"`` or ``"torch"``.
 
     Returns:
-        ``TokenLogprobs(logps, entropy)``, fp32, shaped as the ids, in nats; entropy is None unless asked for.
+        ``TokenLogprobs(logps, entropy)`` as `token_logprobs`.
 
     Raises:
         ValueError, TypeError, IndexError: as `fused_linear_grpo_loss`.
     """
     weight, bias = head_tensors(weight, bias)
+    completion_ids, targets = split_targets(completion_ids, hidden, support)
     layout = check_hidden(hidden, weight, bias, completion_ids, None)
     checks.check_mask("mask", mask, hidden, layout)
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
     batch = prepare_logprobs(layout, completion_ids, mask, temperature, softcap=softcap, logit_scale=logit_scale)
     batch = batch._replace(**check_support(support, layout, weight.shape[0], hidden))
-    logps, entropy = head_autograd.LinearLogprobsFunction.apply(
-        layout.tokens(hidden), weight, bias, *batch.pack(), Plan().key(), return_entropy,
-        _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
-    )  # fmt: skip
-    return TokenLogprobs(layout.restore(logps), layout.restore(entropy) if return_entropy else None)
+    given = (layout.tokens(hidden), weight, bias, *batch.pack(), Plan().key())
+    options = _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend)
+    if targets is None:
+        logps, entropy = head_autograd.LinearLogprobsFunction.apply(*given, return_entropy, options)
+        logps = layout.restore(logps)
+    else:
+        logps, entropy = LinearTargetsFunction.apply(*given, targets.ids, targets.offsets, return_entropy, options)
+        logps = logps.view(targets.shape)
+    return TokenLogprobs(logps, layout.restore(entropy) if return_entropy else None)
 
 
 def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.Tensor | float, float, float]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from grpo_kernels.objective.lists import check_integers, check_lists, joined, offsets_of, rows_of
 from grpo_kernels.objective.validation import validates
 
 REPEATED = -(2**31)  # in place of an id that its row has already
@@ -34,18 +35,7 @@ class Support:
     __slots__ = ("first", "ids", "last")
 
     def __init__(self, token_ids: Tensor, offsets: Tensor):
-        _check_integers("token_ids", token_ids, "(M,)")
-        _check_integers("offsets", offsets, "(N+1,)")
-        if offsets.shape[0] == 0:
-            raise ValueError("offsets must be (N+1,), from 0 to the number of token_ids, got none: [0] for no row.")
-        if offsets.device != token_ids.device:
-            raise ValueError(f"offsets are on {offsets.device}, token_ids on {token_ids.device}. Move them together.")
-        M = token_ids.shape[0]
-        if validates(offsets.device) and not torch.compiler.is_compiling():
-            falls = (offsets.diff() < 0).nonzero()
-            if len(falls) or int(offsets[0]) != 0 or int(offsets[-1]) != M:
-                where = f"falls after row {int(falls[0])}" if len(falls) else f"{int(offsets[0])} to {int(offsets[-1])}"
-                raise ValueError(f"offsets must rise from 0 to {M}, the number of token_ids, got {where}.")
+        check_lists(token_ids, offsets, "Support")
         self._set(token_ids, offsets)
 
     def _set(self, token_ids: Tensor, offsets: Tensor, repeats: bool = True) -> None:
@@ -90,14 +80,7 @@ class Support:
         Raises:
             TypeError: a row is not a list of integers; TRL's and vLLM's lists per completion hold lists per token.
         """
-        for n, row in enumerate(rows):
-            if len(row) and (isinstance(row[0], (str, float)) or not hasattr(row[0], "__index__")):
-                raise TypeError(
-                    f"row {n} of a support must be a list of token ids, got {type(row[0]).__name__} in it. Lists per "
-                    "completion must be joined first: [row for completion in completions for row in completion]."
-                )
-        counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        ids = torch.tensor([int(j) for row in rows for j in row], dtype=torch.int64)
+        ids, counts = joined(rows, "a support")
         return cls.from_counts(ids, counts).to(device)
 
     @classmethod
@@ -107,15 +90,15 @@ class Support:
         Raises:
             ValueError: on the CPU, negative counts, or counts that do not add up to M. TypeError: wrong dtype.
         """
-        _check_integers("token_ids", token_ids, "(M,)")
-        _check_integers("counts", counts, None)
+        check_integers("token_ids", token_ids, "(M,)", "Support")
+        check_integers("counts", counts, None, "Support")
         counts = counts.reshape(-1)
         if validates(counts.device) and (bool((counts < 0).any()) or int(counts.sum()) != token_ids.shape[0]):
             raise ValueError(
                 f"counts must be at least 0 and add up to the {token_ids.shape[0]} token_ids, got "
                 f"{int(counts.min())} at least and {int(counts.sum())} together."
             )
-        return cls._made(token_ids, _offsets(counts))
+        return cls._made(token_ids, offsets_of(counts))
 
     @classmethod
     def from_padded(cls, token_ids: Tensor, sizes: Tensor | None = None) -> "Support":
@@ -127,18 +110,18 @@ class Support:
         Raises:
             ValueError: wrong shape. TypeError: wrong dtype.
         """
-        _check_integers("token_ids", token_ids, None)
+        check_integers("token_ids", token_ids, None, "Support")
         if token_ids.dim() not in (2, 3):
             raise ValueError(f"token_ids must be (B, T, K) or (N, K), got {tuple(token_ids.shape)}.")
         there = token_ids >= 0
         if sizes is not None:
-            _check_integers("sizes", sizes, None)
+            check_integers("sizes", sizes, None, "Support")
             if sizes.shape != token_ids.shape[:-1]:
                 raise ValueError(f"sizes must be {tuple(token_ids.shape[:-1])}, got {tuple(sizes.shape)}.")
             there = there & (torch.arange(token_ids.shape[-1], device=token_ids.device) < sizes[..., None])
         if token_ids.device.type == "cpu":
-            return cls._made(token_ids[there], _offsets(there.sum(-1).reshape(-1)))
-        return cls._made(_at_front(token_ids, there), _offsets(there.sum(-1).reshape(-1)))
+            return cls._made(token_ids[there], offsets_of(there.sum(-1).reshape(-1)))
+        return cls._made(_at_front(token_ids, there), offsets_of(there.sum(-1).reshape(-1)))
 
     @classmethod
     def from_mask(cls, mask: Tensor) -> "Support":
@@ -152,7 +135,7 @@ class Support:
         if mask.dim() not in (2, 3):
             raise ValueError(f"mask must be (B, T, V) or (N, V), got {tuple(mask.shape)}.")
         ids = mask.reshape(-1, mask.shape[-1]).nonzero()[:, 1]
-        return cls._made(ids, _offsets(mask.sum(-1).reshape(-1)), repeats=False)
+        return cls._made(ids, offsets_of(mask.sum(-1).reshape(-1)), repeats=False)
 
     @classmethod
     def from_vllm(
@@ -193,19 +176,6 @@ class Support:
         return cls.from_lists(rows, device)
 
 
-def _check_integers(name: str, x: Tensor, shape: str | None) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}. From lists: Support.from_lists.")
-    if x.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} must be int32 or int64, got {x.dtype}. Cast them: .long().")
-    if shape is not None and x.dim() != 1:
-        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}.")
-
-
-def _offsets(counts: Tensor) -> Tensor:
-    return torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int64), (1, 0))
-
-
 def _at_front(token_ids: Tensor, there: Tensor) -> Tensor:
     """The ids that are there, then −1: as many places as ids, since only the device knows how many are there."""
     flat = there.reshape(-1)
@@ -215,8 +185,6 @@ def _at_front(token_ids: Tensor, there: Tensor) -> Tensor:
 
 def _mark_repeated(ids: Tensor, offsets: Tensor) -> Tensor:
     """`REPEATED` in place of every id that its row has already."""
-    places = torch.arange(ids.shape[0], device=ids.device)
-    rows = torch.searchsorted(offsets[1:].contiguous().long(), places, right=True)
-    key, order = ((rows << 32) + ids).sort(stable=True)
+    key, order = ((rows_of(offsets, ids.shape[0]) << 32) + ids).sort(stable=True)
     again = torch.nn.functional.pad(key[1:] == key[:-1], (1, 0))[: ids.shape[0]]
     return ids.masked_fill(torch.zeros_like(again).scatter_(0, order, again), REPEATED)
