@@ -24,6 +24,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -312,7 +313,9 @@ def defects(row: dict) -> list[str]:
     return found
 
 
-def report(vocabularies: list[int], dtypes: list[str], targets: list[str], brief: bool = False) -> list[dict]:
+def report(
+    vocabularies: list[int], dtypes: list[str], targets: list[str], brief: bool = False, only: str = ""
+) -> list[dict]:
     """One row per launch form × target × dtype × vocabulary.
 
     `brief`: every term for the first target alone, of the others what stands with the clipped one, as a term is a few
@@ -322,6 +325,8 @@ def report(vocabularies: list[int], dtypes: list[str], targets: list[str], brief
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
         terms = {"clipped"} if brief and target != targets[0] else set(TERMS)
         for each in record_launches(V, dtype, TARGETS[target].warp_size):
+            if not re.search(only, each.label):
+                continue
             if each.label.split()[1] in terms or each.label.split()[1] not in TERMS:
                 jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
 
@@ -365,10 +370,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bf16", "fp32"], help="dtypes of the logits")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS), help="GPUs to compile for")
     parser.add_argument("--brief", action="store_true", help="fewer launches, as the tests have them: see `report`")
+    parser.add_argument("--only", metavar="REGEX", default="", help="launches whose label matches")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("compile_report compiles: unset TRITON_INTERPRET.")
-    rows = report(args.vocab, args.dtype, args.target, args.brief)
+    rows = report(args.vocab, args.dtype, args.target, args.brief, args.only)
     bad = [(row, text) for row in rows for text in defects(row)]
     print(textwrap.fill(f"Triton {triton.__version__}, {len(rows)} kernels. {LEGEND}", WIDTH) + "\n")
     print("\n".join(table(rows)))

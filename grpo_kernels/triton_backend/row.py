@@ -255,13 +255,14 @@ def score_row(row, token, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.cons
     that top·scale overflows. Then the row is read again, with a maximum.
     """
     LIMIT: tl.constexpr = MOST_OF_ENTROPIES if ENTROPY else MOST
+    FEWER: tl.constexpr = (K + 1) // 2  # lines of the second reading: with all of them it spills on sm_100
     x_token = token_logit(row, token, V, cap)
     top = x_token
     total, mean = sum_row(row, x_token, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
     if (total > 0.5) & (total < LIMIT):
         total = tl.maximum(total, 1.0)  # no log-probability above 0
     else:
-        top, total, mean = read_row(row, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+        top, total, mean = read_row(row, V, scale, cap, only, ALIGNED, FEWER, N, W, EDGE, ENTROPY, HINT)
     return top, total, mean, x_token, logp_of((x_token - top) * scale, total)
 
 

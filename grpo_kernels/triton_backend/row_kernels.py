@@ -273,13 +273,11 @@ def loss_kernel(
             write_zeros(dst, V, ALIGNED, K, N, W, EDGE)
             return
 
-    # The weights come before the row, which leaves fewer scalars to hold while it streams by.
+    # The weight comes before the row, which leaves fewer scalars to hold while it streams by; the bonus's after it,
+    # whose two numbers are everybody's.
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     factor = load_or(loss_scale, 0, 1.0)
     w = weight(load_or(count, seq * count_b, 1.0), w_factor * factor)
-    h = 0.0
-    if BONUS:
-        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0) * factor)
 
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
@@ -298,6 +296,9 @@ def loss_kernel(
     _, _, _, d_ratio, d_lp = token_objective(r, passes, r, lp, lp_old, lp_ref, A, trust, beta, limits, c,
                                              TERM, KL, BIAS, False, is_weight is not None, LIMITED,
                                              CLAMPED)  # fmt: skip
+    h = 0.0
+    if BONUS:
+        h = -weight(load_or(tokens, 0, 1.0), h_factor * load_or(entropy_coef, 0, 1.0) * factor)
     g = w * (d_ratio + d_lp)
     if (g == 0.0) & (h == 0.0):
         tl.debug_barrier()  # in place: x_token was read by every thread before any entry is overwritten

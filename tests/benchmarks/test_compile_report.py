@@ -200,3 +200,13 @@ def test_a_loop_that_is_entered_in_its_middle_is_one_loop():
 )  # fmt: skip
 def test_resident_programs(target, registers, warps, programs):
     assert machine_code.resident_programs(TARGETS[target], registers, warps) == programs
+
+
+def test_rows_that_start_anywhere_do_not_spill_on_sm_100():
+    """The forms of the loss that hold most numbers per row."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = ["-m", "benchmarks.compile_report", "--vocab", "50257", "--dtype", "bf16", "--target", "sm_100",
+               "--only", "loss_kernel clipped (full|packed|skip) bf16"]  # fmt: skip
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 kernels" in done.stdout and "0 defects" in done.stdout
