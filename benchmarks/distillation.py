@@ -100,16 +100,24 @@ class DistillationOracle:
 
 
 class LinearDistillationOracle(LinearOracle):
-    """The same of hidden states and head: loss, and the gradients of the student's."""
+    """The same of hidden states and head: loss, and the gradients of the student's.
+
+    TRL's kernel does not round the logits. Those of the likely tokens lie between 8 and 16, where bf16 rounds by 0.018
+    in the mean: that moves the terms of the loss, and probabilities by 2%.
+    """
+
+    slack = 4.0
 
     def _find(self) -> None:
         inputs, weight = self.inputs, self.inputs.weight.double()
+        self.scale.zero_()
         for b, start, stop in row_chunks(inputs.case):
             x = self._logits(inputs.hidden, inputs.weight, b, start, stop)
             z = self._logits(inputs.teacher_hidden, inputs.teacher_weight, b, start, stop)
-            value, slope, _ = divergence(x, z)
+            value, slope, terms = divergence(x, z)
             w = inputs.mask[b, start:stop].double() / inputs.mask.sum()
             self.loss += (value * w).sum()
+            self.scale += (terms.sum(-1) * w).sum()
             dz = slope * w[:, None]
             self.d_hidden[b, start:stop] = dz @ weight
             self.d_weight.addmm_(dz.T, inputs.hidden[b, start:stop].double())

@@ -43,9 +43,12 @@ class LinearOracle:
     Logits are rounded to the dtype, as every head rounds them; nothing else is.
     """
 
+    slack = 1.0  # times `WHOLE`
+
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.loss = torch.zeros((), dtype=torch.float64, device=inputs.hidden.device)
+        self.scale = torch.ones_like(self.loss)  # of what the loss is the sum of
         self.d_hidden = torch.zeros_like(inputs.hidden, dtype=torch.float64)
         self.d_weight = torch.zeros_like(inputs.weight, dtype=torch.float64)
         self._find()
@@ -77,7 +80,7 @@ class LinearOracle:
         """
         dtype = self.inputs.case.dtype
         got = demand("loss", outcome.loss, torch.Size()).double()
-        verdicts = [Verdict(((got - self.loss).abs() / LOSS[dtype]).item(), "loss")]
+        verdicts = [Verdict(((got - self.loss).abs() / (LOSS[dtype] * self.scale)).item(), "loss")]
         d_hidden, d_weight = outcome.grads or (None, None)
         idle = demand("d hidden", d_hidden, self.d_hidden.shape)[self.inputs.mask == 0]
         verdicts.append(Verdict(largest(idle.abs().double() / 1e-300), "d hidden of masked rows"))
@@ -85,7 +88,8 @@ class LinearOracle:
             error = (demand(name, x, want.shape).double() - want).norm(dim=-1)
             size = want.norm(dim=-1)
             usual = size.square().mean().sqrt().clamp(min=1e-300)
-            verdicts.append(Verdict((error.norm() / size.norm().clamp(min=1e-300)).item() / WHOLE[dtype], name))
+            off = (error.norm() / size.norm().clamp(min=1e-300)).item()
+            verdicts.append(Verdict(off / (self.slack * WHOLE[dtype]), name))
             verdicts.append(Verdict(largest(error / (size + usual)) / ROW[dtype], f"a row of {name}"))
         return max(verdicts, key=lambda v: float("inf") if v.error != v.error else v.error)
 

@@ -13,6 +13,7 @@ from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.model import CONTEXT, context_of, load_config, load_model, load_tokenizer, tiny_qwen2
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import Task
+from grpo_kernels.trainer.teacher import Teacher, load_teacher
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 
 
@@ -23,6 +24,7 @@ class Built(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     policy: PreTrainedModel  # on the device
     left_out: int  # problems with too long a prompt
+    teacher: Teacher | None
 
 
 def build(options: Options, device: torch.device, resumed: Checkpoint | None = None) -> Built:
@@ -57,9 +59,12 @@ def build(options: Options, device: torch.device, resumed: Checkpoint | None = N
     else:
         prompt = max(len(each.prompt) for each in (*task.train, *task.held_out))  # a token per character
         policy = tiny_qwen2(tokenizer, task.max_completion_length, max(CONTEXT, prompt + task.max_completion_length))
-    if options.takes_hidden_states(task.max_completion_length, len(tokenizer)):
+    linear = options.takes_hidden_states(task.max_completion_length, len(tokenizer))
+    if linear:
         find_head(policy)
     if options.gradient_checkpointing:
         enable = getattr(policy, "activation_checkpointing_enable", None)  # the name in newer transformers
         (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
-    return Built(task, tokenizer, policy.to(device), left_out)
+    policy.to(device)
+    teacher = None if options.teacher is None else load_teacher(options, tokenizer, policy, linear)
+    return Built(task, tokenizer, policy, left_out, teacher)

@@ -102,7 +102,7 @@ def _run(
     options: Options, built: Built, checkpoints: Checkpoints, resumed: Checkpoint | None, records: Records,
     board: tensorboard.Writer, console: Console | None,
 ) -> Result:  # fmt: skip
-    task, tokenizer, policy, left_out = built
+    task, tokenizer, policy, left_out, teacher = built
     curves, start = options.metrics_dir() / "curves.png", time.perf_counter()
     finished = resumed is not None and resumed.ends(options)
     with Reporter(options, console) as reporter:
@@ -121,7 +121,7 @@ def _run(
         if not finished:
             saver = RunSaver(policy, tokenizer, task, options, resumed, before=records.flush_to_disk)
             train(policy, tokenizer, task, options, log, reference=_reference(policy, options, checkpoints, resumed),
-                  saver=saver, watch=reporter.samples)  # fmt: skip
+                  teacher=teacher, saver=saver, watch=reporter.samples)  # fmt: skip
         trained = time.perf_counter()
         save_curves(records, options, task.name, curves)
         policy.save_pretrained(options.model_dir())
@@ -136,7 +136,7 @@ def _reference(
     policy: PreTrainedModel, options: Options, checkpoints: Checkpoints, resumed: Checkpoint | None
 ) -> PreTrainedModel | None:
     """The policy that GRPO starts from; kept on disk, since nothing else has it once the run was stopped."""
-    if not options.beta or options.kl_to != "reference":
+    if options.teacher is not None or not options.beta or options.kl_to != "reference":
         return None
     if resumed is None:
         checkpoints.publish("reference", policy.save_pretrained)

@@ -149,7 +149,7 @@ class Reporter:
         elif "eval/accuracy" in row or (not self._options.eval_every and (step % WINDOW == 0 or step == steps)):
             recent = self._rewards[-(self._options.eval_every or WINDOW) :]
             line = f"reward {sum(recent) / len(recent):.3f}{self._measured('  ')}"
-            for name in ("kl", "entropy"):
+            for name in ("kl", "divergence", "entropy"):
                 if name in self._last:
                     line += f"  {name} {self._last[name]:.3f}"
             self._say(f"{line}  step {step}/{steps}  {self._last['step_time']:.2f} s")

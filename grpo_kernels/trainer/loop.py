@@ -5,6 +5,7 @@
         reward them; advantage = how much better than the group               `score`, `group_advantages`
         for each epoch, for each minibatch: loss, gradient, optimizer step    `step_on`
 
+With a teacher the loss is the divergence from it, on the same samples, and rewards are only looked at.
 Around it: ``scoring`` (model → log-probabilities and loss), ``normalise`` (micro-batches), ``rewards``, ``rollout``.
 
 Left out, and why:
@@ -35,6 +36,7 @@ from grpo_kernels.trainer.rewards import score
 from grpo_kernels.trainer.rollout import Rollout, Row, length_metrics, mask_after_eos, model_inputs, reward_metrics
 from grpo_kernels.trainer.scoring import completion_logits, completion_logps, completion_loss, precision
 from grpo_kernels.trainer.task import Problem, Task, columns_of
+from grpo_kernels.trainer.teacher import Teacher, divergence
 
 # What belongs to the loop, and is kept in files of its own.
 __all__ = ["Progress", "Rollout", "Row", "completion_logits", "mask_after_eos", "model_inputs"]
@@ -129,11 +131,13 @@ def step_on(
     config: LossConfig,
     options: Options,
     head: ModelHead | None = None,
+    teacher: Teacher | None = None,
 ) -> Row:
     """``num_iterations`` epochs of ``num_minibatches`` optimizer steps each; the metrics are over all of them.
 
     Args:
         head: of the policy, for a loss without logits; None: with logits.
+        teacher: takes the place of rewards, advantages and ``config``: the loss is the divergence from it.
     """
     # Compared with its group, before the group is split; a reward of NaN gets advantage 0.
     advantages = group_advantages(
@@ -153,9 +157,9 @@ def step_on(
 
     # Ratios are to the policy that sampled, which the first update changes. With one update they are all 1,
     # and the loss is about 0; its gradient is not.
-    old_logps = logps_under(policy) if options.updates > 1 else None
+    old_logps = logps_under(policy) if options.updates > 1 and teacher is None else None
     ref_logps = None
-    if config.beta:
+    if config.beta and teacher is None:
         ref_logps = old_logps if options.kl_to == "old" else logps_under(reference)
 
     losses, norms, sums = [], [], []
@@ -164,20 +168,24 @@ def step_on(
             whole = Whole.of(mask[minibatch])
             optimizer.zero_grad()
             for part in minibatch.chunk(options.gradient_accumulation_steps):
-                out = completion_loss(
-                    policy,
-                    head,
-                    rollout.rows(part),
-                    options,
-                    advantages=advantages[part],
-                    old_logps=None if old_logps is None else old_logps[part],
-                    ref_logps=None if ref_logps is None else ref_logps[part],
-                    completion_mask=mask[part],
-                    temperature=temperature,
-                    return_entropy=True,
-                    config=config,
-                    **share(config, Whole.of(mask[part]), whole),
-                )
+                if teacher is not None:  # the mean over the tokens of the minibatch
+                    out = divergence(policy, head, teacher, rollout.rows(part), options, completion_mask=mask[part],
+                                     num_items_in_batch=whole.tokens)  # fmt: skip
+                else:
+                    out = completion_loss(
+                        policy,
+                        head,
+                        rollout.rows(part),
+                        options,
+                        advantages=advantages[part],
+                        old_logps=None if old_logps is None else old_logps[part],
+                        ref_logps=None if ref_logps is None else ref_logps[part],
+                        completion_mask=mask[part],
+                        temperature=temperature,
+                        return_entropy=True,
+                        config=config,
+                        **share(config, Whole.of(mask[part]), whole),
+                    )
                 out.loss.backward()
                 losses.append(out.loss.detach())
                 sums.append(out.sums)
@@ -185,7 +193,7 @@ def step_on(
             optimizer.step()
 
     metrics = combine(sums)
-    del metrics["policy_loss"]  # a sum over the optimizer steps
+    metrics.pop("policy_loss", None)  # a sum over the optimizer steps; a divergence has none
     return {
         "loss": torch.stack(losses).sum().item() / options.updates,
         "grad_norm": torch.stack(norms).mean().item(),
@@ -215,16 +223,18 @@ def train(
     log: Callable[[Row], None],
     *,
     reference: PreTrainedModel | None = None,
+    teacher: Teacher | None = None,
     saver: Saver | None = None,
     watch: Callable[[int, Rollout], None] = lambda step, rollout: None,
 ) -> None:
-    """Improves the policy in place. The reward of its own completions of training problems is all it learns from.
+    """Improves the policy in place, by the reward of its own completions of training problems, or by a teacher.
 
     Args:
         log: receives a row of metrics per step, under TRL's names; and, unless ``options.eval_every`` is 0,
             rows with ``eval/accuracy`` before the first step, after the last, and every so many steps. The
             last is ``options.steps``, or without it the one whose rewards count as solved.
         reference: what the KL is to; None: the policy as it comes.
+        teacher: what the policy is pulled towards on its own completions, in the place of rewards.
         saver: keeps the state after steps, and knows where a continued run stands.
         watch: receives every step's completions.
 
@@ -235,7 +245,7 @@ def train(
     config = options.loss_config(task.max_completion_length)
     linear = options.takes_hidden_states(task.max_completion_length, len(tokenizer))
     head = find_head(policy) if linear else None
-    if config.beta and options.kl_to == "reference" and reference is None:
+    if config.beta and options.kl_to == "reference" and reference is None and teacher is None:
         reference = frozen(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), options.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     rate, drawn = rate_at(options), batches(task.train, options.batch_size, options.seed)
@@ -255,7 +265,7 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         policy.train()
-        row = {"step": step, **step_on(policy, reference, rollout, optimizer, config, options, head)}
+        row = {"step": step, **step_on(policy, reference, rollout, optimizer, config, options, head, teacher)}
         progress.step, progress.num_tokens = step, progress.num_tokens + int(
             rollout.prompt_mask.sum() + rollout.completion_mask.sum()
         )

@@ -108,6 +108,15 @@ class Options(LossOptions):
         False, "compute activations again in the backward pass, to save memory (default: off)"
     )
 
+    teacher: str | None = option(
+        None,
+        "local folder or hub name of a causal LM with the policy's tokens: the policy is pulled towards it on its own "
+        "samples, by no reward (default: none, which is GRPO)",
+    )
+    teacher_beta: float = option(
+        1.0, "divergence from --teacher; 1: reverse KL, 0: forward KL, between: of both from their mixture"
+    )
+
     kl_to: str = option(
         "reference", "KL to the policy that GRPO starts from, or to the one that sampled", ("reference", "old")
     )
@@ -161,6 +170,7 @@ class Options(LossOptions):
         for name in ("warmup_steps", "samples_every", "eval_every"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(0 < self.warmup_accuracy < 1, "warmup_accuracy", self.warmup_accuracy, "between 0 and 1")
+        _check(0 <= self.teacher_beta <= 1, "teacher_beta", self.teacher_beta, "from 0 to 1")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(0 <= self.lr_warmup_ratio <= 1, "lr_warmup_ratio", self.lr_warmup_ratio, "from 0 to 1")
         for field in dataclasses.fields(self):
@@ -198,6 +208,8 @@ class Options(LossOptions):
                 "--kl-to old acts from the second update on, and there is one. Raise --num-iterations or "
                 "--num-minibatches, or set --beta 0."
             )
+        if self.backend == "reference" and self.teacher is not None:
+            raise OptionError("--backend reference is for GRPO. Set --backend torch, or leave --teacher out.")
         if self.backend == "reference" and self.loss_path == "linear":
             raise OptionError("--backend reference takes logits. Leave --loss-path out, or set --loss-path logits.")
 
@@ -227,7 +239,8 @@ class Options(LossOptions):
             return False
         positions = self.rows_at_once * (max_completion_length + 1)
         size = 2 if self.dtype == "bfloat16" else 4
-        fits = 2 * positions * vocabulary * size <= self.logits_budget_gib * 2**30
+        tensors = 2 if self.teacher is None else 3  # logits and their gradient; the teacher's
+        fits = tensors * positions * vocabulary * size <= self.logits_budget_gib * 2**30
         return self.loss_path == "linear" or (self.loss_path == "auto" and not fits)
 
     def loss_config(self, max_completion_length: int) -> LossConfig:

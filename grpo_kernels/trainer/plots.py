@@ -145,6 +145,10 @@ def _rewards(axes: Axes, records: Rows) -> None:
 
 
 def _kl(axes: Axes, records: Rows, options: Options) -> None:
+    if options.teacher is not None:
+        _panel(axes, "Divergence from the teacher", "nats per token")
+        _curve(axes, records, "divergence", _BLUE)
+        return
     if not records.series("kl")[0]:
         _panel(axes, "KL to the sampling policy", "nats per token")
         _curve(axes, records, "approx_kl", _BLUE)

@@ -57,7 +57,7 @@ def completion_logps(
         states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
     if options.backend == "reference":
         return reference_module().token_logprobs(states, rollout.completion_ids, **kwargs).logps.float()
-    backend = _backend(options)
+    backend = backend_of(options)
     if head is None:
         return token_logprobs(states, rollout.completion_ids, backend=backend, **kwargs).logps
     states = head.arguments(policy, states)
@@ -72,7 +72,7 @@ def completion_loss(
         states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
     if options.backend == "reference":
         return _reference_loss(states, rollout.completion_ids, **kwargs)
-    backend = _backend(options)
+    backend = backend_of(options)
     if head is None:
         return fused_grpo_loss(states, rollout.completion_ids, backend=backend, **kwargs)
     states = head.arguments(policy, states)
@@ -90,7 +90,8 @@ def check_backend(options: Options, device: torch.device) -> None:
         reference_module()
 
 
-def _backend(options: Options) -> str | None:
+def backend_of(options: Options) -> str | None:
+    """As the losses take it."""
     return None if options.backend == "auto" else options.backend
 
 
