@@ -109,9 +109,9 @@ def gathered(logits: Tensor, T: int, entries: Entries, cap: Cap | None) -> Tenso
 def anchors(x: Tensor, entries: Entries, n: int, V: int) -> tuple[Tensor, Tensor]:
     """(n,) each: the token with which a row is read, and its logit.
 
-    Where a target's logit is NaN, or its id outside of the vocabulary, that is the token: the row becomes NaN.
+    An id outside of the vocabulary comes first: the row's log-probabilities become NaN, as with a NaN in the row.
     """
-    key = torch.where(x.isnan() | (entries.ids >= V), torch.inf, x)
+    key = torch.where(entries.ids >= V, torch.inf, x)
     key = torch.where(entries.there, key, -torch.inf)
     top = x.new_full((n,), -torch.inf).scatter_reduce_(0, entries.rows, key, "amax")
     ids = torch.where(entries.there & (key == top[entries.rows]), entries.ids, _NO_ID)

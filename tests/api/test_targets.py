@@ -119,15 +119,14 @@ def test_the_order_of_a_row_does_not_matter(backend):
 
 @each_backend
 def test_many_equal_targets_add_up_beyond_fp32(backend):
-    """2¹³ slopes of 1 and one of 2⁻¹² on one token, whose sum fp32 would lose on the way."""
-    K = 2**13 + 1
+    """2¹⁴ slopes of 0.1 on one token, which fp32 would round on every addition."""
+    K = 2**14
     x = torch.zeros(1, 1, 2, device=DEVICE, requires_grad=True)
     out = token_logprobs(x, torch.zeros(1, 1, K, dtype=torch.int32, device=DEVICE), backend=backend)
-    up = torch.ones(1, 1, K, device=DEVICE)
-    up[..., 0] = 2.0**-10
+    up = torch.full((1, 1, K), 0.1, device=DEVICE)
     (grad,) = torch.autograd.grad(out.logps, x, up)
-    half = (2.0**13 + 2.0**-10) / 2
-    assert grad.flatten().tolist() == pytest.approx([half, -half], rel=2.0**-23, abs=0)
+    half = K * up[0, 0, 0].item() / 2
+    assert grad.flatten().tolist() == pytest.approx([half, -half], rel=2.0**-21, abs=0)
 
 
 @each_backend

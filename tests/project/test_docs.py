@@ -190,6 +190,9 @@ def test_examples(page, line, source, one_process):
     elif (page, line) != (ROOT / "docs" / "README.md", START):
         run(ROOT / "docs" / "README.md", START, SETUP, names)
     run(page, line, source, names)
+    if (found := names.get("found")) is not None:  # log-probabilities, without a loss
+        assert found.logps.isfinite().all() and found.logps.any()
+        return
     out = names.get("out")
     if out is None:  # it sets the stage, or compares parts with a whole
         assert source == SETUP or "parts" in names
