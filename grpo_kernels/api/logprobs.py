@@ -69,7 +69,7 @@ def token_logprobs(
     checks.check_mask("mask", mask, logits, layout)
     temperature = checks.check_temperature(temperature, logits, layout)
     backend = ops.choose_backend(backend, logits)
-    of_support = check_support(support, layout, logits.shape[-1], logits, vocab_group)
+    of_support = check_support(support, layout, logits.shape[-1], logits)
     batch = prepare_logprobs(layout, completion_ids, mask, temperature)._replace(**of_support)
     given = (layout.tokens(logits), *batch.pack(), _PLAN)
     if targets is None:

@@ -122,7 +122,7 @@ def fused_grpo_loss(
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
         checks.check_inplace(logits)
     backend = ops.choose_backend(backend, logits)
-    of_support = check_support(support, layout, logits.shape[-1], logits, vocab_group)
+    of_support = check_support(support, layout, logits.shape[-1], logits)
     batch, plan = prepare(
         config, layout, completion_ids, backend, advantages=advantages, rewards=rewards,
         num_generations=num_generations, old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,

@@ -112,12 +112,13 @@ class _TwoLaunches(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tensors, numbers, plan, entropy, backend, inplace, data_group, vocab_group):
-        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
+        found = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
+        logps, entropies, stats, local = found
         it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, backend, data_group)
         ctx.inplace, saved = inplace, it.save(ctx)
         # masked rows will have g = h = 0, which says as much as the mask
-        rows = {name: getattr(Batch(*tensors), name) for name in _OF_ROWS}
-        ctx.save_for_backward(logits, numbers, stats, *saved, *Batch(ids, **rows).tensors)
+        rows = {name: getattr(Batch(*local), name) for name in _OF_ROWS}
+        ctx.save_for_backward(logits, numbers, stats, *saved, *Batch(local[0], **rows).tensors)
         ctx.mark_non_differentiable(logps, entropies, it.sums, it.metrics)
         ctx.set_materialize_grads(False)
         return it.loss, logps, entropies, it.sums, it.metrics
@@ -164,9 +165,10 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, tensors, numbers, plan, entropy, backend, vocab_group):
-        logps, entropies, stats, ids = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
+        found = sharded.logprobs(logits, tensors, numbers, plan, entropy, backend, vocab_group)
+        logps, entropies, stats, tensors = found
         ctx.backend, ctx.entropy = backend, entropy
-        ctx.save_for_backward(logits, numbers, stats, *exchange(tensors, ids=ids))
+        ctx.save_for_backward(logits, numbers, stats, *tensors)
         ctx.set_materialize_grads(False)
         if not entropy:
             ctx.mark_non_differentiable(entropies)

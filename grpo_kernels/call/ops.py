@@ -13,7 +13,7 @@ from torch import Tensor
 
 from grpo_kernels.call import checks
 from grpo_kernels.call.library import fake, operator
-from grpo_kernels.call.supports import check_support_values
+from grpo_kernels.call.supports import check_support_values, local_support
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
@@ -85,6 +85,22 @@ def local_ids_op(ids: Tensor, mask: Tensor | None, sizes: Tensor, rank: int) -> 
 @fake(local_ids_op)
 def _(ids, mask, sizes, rank):
     return torch.empty_like(ids, dtype=torch.int64)
+
+
+@operator()
+def local_support_op(
+    support: Tensor, first: Tensor, last: Tensor, mask: Tensor | None, sizes: Tensor, rank: int
+) -> Tensor:
+    """The ids of a `Support` (M,), whole, as `local_ids_op`'s; those of other ranks are passed over."""
+    if checks.validates(support.device):
+        batch = Batch(first, mask, support=support, support_first=first, support_last=last)
+        check_support_values(batch, int(sizes.sum()))
+    return local_support(support, sizes, rank)
+
+
+@fake(local_support_op)
+def _(support, *args):
+    return torch.empty_like(support)
 
 
 @operator()

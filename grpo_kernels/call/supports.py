@@ -9,21 +9,18 @@ from grpo_kernels.objective.supports import REPEATED, Support
 
 
 def check_support(
-    support: Support | torch.Tensor | None, layout: Layout, V: int, like: torch.Tensor, vocab_group: object = None
+    support: Support | torch.Tensor | None, layout: Layout, V: int, like: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """The fields of `Batch` that a support comes to; none without one. ``like`` lies on the device that it must.
 
+    ``V``: entries that a row of a mask has, those of this rank where the vocabulary is in parts.
+
     Raises:
-        ValueError: wrong number of rows, shape, stride or device; with ``vocab_group``. TypeError: it is neither a
-            `Support` nor a bool tensor.
+        ValueError: wrong number of rows, shape, stride or device. TypeError: it is neither a `Support` nor a bool
+            tensor.
     """
     if support is None:
         return {}
-    if vocab_group is not None:
-        raise ValueError(
-            "support is not supported with vocab_group. Set the logits outside of the support, the sampled token's "
-            "excepted, to -inf before the call, on each rank those that it has."
-        )
     if isinstance(support, torch.Tensor):
         return {"support_mask": layout.tokens(_checked_mask(support, layout, V, like))}
     if not isinstance(support, Support):
@@ -74,3 +71,19 @@ def check_support_values(batch: Batch, V: int) -> None:
             f"row {row} of support has the id {strange}, which is outside the vocabulary of {V}. Check that the "
             "sampler has the same tokenizer, or mask the token."
         )
+
+
+def local_support(ids: torch.Tensor, sizes: torch.Tensor, rank: int) -> torch.Tensor:
+    """Ids of the whole vocabulary as this rank's kernels take them, counted from where its part starts.
+
+    Those of other ranks become `REPEATED`, which is passed over: their row stays restricted. Those of no rank become
+    -1, an id that no rank has.
+
+    Args:
+        ids: (M,) int32, as `Support` has them.
+        sizes: [ranks], entries of each rank's part.
+    """
+    start, size, V = sizes[:rank].sum(), sizes[rank], sizes.sum()
+    here = (ids >= start) & (ids < start + size)
+    local = torch.where(here, ids - start, REPEATED)
+    return local.masked_fill_((ids >= V) | ((ids < 0) & (ids != REPEATED)), -1)

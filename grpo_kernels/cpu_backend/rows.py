@@ -70,7 +70,7 @@ def read_rows(
         if not checked:
             known = (ids >= 0) & (ids < V)
             ids = torch.where(known, ids, 0)
-        out_of, wrong = left_out(batch, tokens, ids, V)
+        out_of, wrong = left_out(batch, tokens, ids, known, V)
         if wrong is not None and not checked:
             known = known & ~wrong
         there = direct and isinstance(place, slice)
@@ -114,7 +114,8 @@ def read_rows(
         if into is not None and entropy:
             into[1].view(-1, 1)[tokens] = (mass / p.amax(-1, keepdim=True)).log() - mean  # the first is log Σ exp x
         if part and whole is None:
-            stats[tokens] = torch.cat([top, mass, mean / LN2], dim=1)
+            total = mass if wrong is None else mass.masked_fill(wrong, torch.nan)
+            stats[tokens] = torch.cat([top, total, mean / LN2], dim=1)
         yield Rows(tokens, len(pieces) == 1, logps, gradient, ids, known, temperature, x, p, p_token, mass, mean)
         if slack is not None:
             gradient.mul_(slack if out_of is None else slack.masked_fill_(out_of, 0.0))

@@ -48,7 +48,8 @@ class Batch(NamedTuple):
     support: torch.Tensor | None = None  # (M,) int32: ids that rows are restricted to, see `Support`
     support_first: torch.Tensor | None = None  # as ids: of those the place of a row's first, and
     support_last: torch.Tensor | None = None  # as ids: that behind its last; the same: not restricted
-    support_mask: torch.Tensor | None = None  # (*ids, V) bool, in place of these; False throughout: not restricted
+    support_mask: torch.Tensor | None = None  # (*ids, V) bool, in place of these; False throughout: not restricted.
+    # In parts, one per rank, it comes with ``support_last``, 0 for a row that is False throughout on all ranks.
     groups: torch.Tensor | None = None  # (2, B) int32: first row and size of each sequence's group; None: all the same
     # From here on numbers.
     one_temperature: float = 1.0

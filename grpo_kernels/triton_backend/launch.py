@@ -271,7 +271,7 @@ def _support(batch: Batch, *logits_and_out: torch.Tensor) -> dict:
     found = {
         "support": ids, "support_first": batch.support_first, "support_last": batch.support_last,
         "keep": None if mask is None else mask.view(torch.uint8), "M": 0 if ids is None else ids.shape[0],
-        **dict(zip(("support_b", "support_t"), _strides(batch.support_first))),
+        **dict(zip(("support_b", "support_t"), _strides(batch.support_last))),
         **dict(zip(("keep_b", "keep_t"), _strides(mask))),
         "KEEP_ALIGNED": mask is not None and _is_aligned(mask),
     }  # fmt: skip

@@ -7,8 +7,20 @@ from grpo_kernels.objective.language import jit, tl
 
 
 @jit
-def restriction(keep, token, V, N: tl.constexpr):
-    """``only`` of a row; ``keep`` [V] is not 0 for entries that count, and is read up to the first of them."""
+def restriction(keep, known, at, token, V, N: tl.constexpr):
+    """``only`` of a row; ``keep`` [V] is not 0 for entries that count.
+
+    Whether there are any stands ``at`` in ``known``; None: ``keep`` is read up to the first of them.
+    """
+    if known is not None:
+        found = (tl.load(known + at) != 0).to(tl.int32)
+    else:
+        found = any_of(keep, V, N)
+    return keep, tl.where(found != 0, V, 0), token
+
+
+@jit
+def any_of(keep, V, N: tl.constexpr):
     BLOCK: tl.constexpr = 16 * N
     start = 0
     found = 0
@@ -16,7 +28,7 @@ def restriction(keep, token, V, N: tl.constexpr):
         at = start + tl.arange(0, BLOCK)
         found = tl.max(tl.load(keep + at, mask=at < V, other=0).to(tl.int32), axis=0)
         start += BLOCK
-    return keep, tl.where(found != 0, V, 0), token
+    return found
 
 
 @jit

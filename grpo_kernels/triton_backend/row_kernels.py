@@ -11,7 +11,7 @@ unspecialised integers, so that nothing recompiles for a new length, batch size 
 import inspect
 
 from grpo_kernels.objective.language import jit, tl
-from grpo_kernels.objective.softmax import LOG2E, entropy_of
+from grpo_kernels.objective.softmax import LOG2E, entropy_of, logp_of
 from grpo_kernels.objective.token import limited_ratio, log_ratio, token_objective, weight
 from grpo_kernels.triton_backend.masks import restriction
 from grpo_kernels.triton_backend.rewards import group_advantage
@@ -104,13 +104,33 @@ def score(row, token, support, first, last, V, scale, cap, only, ALIGNED: tl.con
     """`score_row`, over the ids of a support where the row has any."""
     if support is not None:
         if first < last:
-            top, total, mean, x_token, lp = score_support(row, token, support, first, last, V, scale, cap, N, ENTROPY)
+            top, total, mean, x_token, depth = score_support(row, token, support, first, last, V, scale, cap, N,
+                                                             ENTROPY, False)  # fmt: skip
+            lp = logp_of(depth, total)
         else:
             top, total, mean, x_token, lp = score_row(row, token, V, scale, cap, None, ALIGNED, K, N, W, EDGE, ENTROPY,
                                                       HINT)  # fmt: skip
         return top, total, mean, x_token, lp
     else:
         return score_row(row, token, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+
+
+@jit
+def score_part(row, token, support, first, last, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.constexpr,
+               N: tl.constexpr, W: tl.constexpr, EDGE: tl.constexpr, ENTROPY: tl.constexpr,
+               HINT: tl.constexpr):  # fmt: skip
+    """(top, total, mean) of a row that is a part of a whole one, and the token's depth, NaN if it is not in there."""
+    if support is not None:
+        if first < last:
+            top, total, mean, _, depth = score_support(row, token, support, first, last, V, scale, cap, N, ENTROPY,
+                                                       True)  # fmt: skip
+        else:
+            top, total, mean = read_row(row, V, scale, cap, None, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+            depth = (token_logit(row, token, V, cap) - top) * scale
+        return top, total, mean, depth
+    else:
+        top, total, mean = read_row(row, V, scale, cap, only, ALIGNED, K, N, W, EDGE, ENTROPY, HINT)
+        return top, total, mean, (token_logit(row, token, V, cap) - top) * scale
 
 
 @jit
@@ -131,9 +151,9 @@ def write(out, row, token, x_token, support, first, last, scratch, V, scale, cap
 
 
 @jit
-def only_of(keep, seq, tok, keep_b, keep_t, token, V, N: tl.constexpr, KEEP_ALIGNED: tl.constexpr):
+def only_of(keep, seq, tok, keep_b, keep_t, known, at, token, V, N: tl.constexpr, KEEP_ALIGNED: tl.constexpr):
     """What a mask restricts this program's row to, see `masks`."""
-    return restriction(row_at(keep, seq, tok, keep_b, keep_t, KEEP_ALIGNED), token, V, N)
+    return restriction(row_at(keep, seq, tok, keep_b, keep_t, KEEP_ALIGNED), known, at, token, V, N)
 
 
 @kernel
@@ -174,14 +194,15 @@ def logprob_kernel(
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     token = tl.load(ids + seq * ids_b + tok * ids_t).to(tl.int64)
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
+    only = None
+    listed = seq * support_b + tok * support_t
+    if keep is not None:
+        only = only_of(keep, seq, tok, keep_b, keep_t, support_last, listed, token, V, N, KEEP_ALIGNED)
+    first, last = range_of(support_first, support_last, listed, M)
     if PART:
-        top, total, mean = read_row(row, V, scale, cap, None, ALIGNED, K, N, W, EDGE, ENTROPY, "evict_first")
-        lp = (token_logit(row, token, V, cap) - top) * scale
+        top, total, mean, lp = score_part(row, token, support, first, last, V, scale, cap, only, ALIGNED, K, N, W, EDGE,
+                                          ENTROPY, "evict_first")  # fmt: skip
     else:
-        only = None
-        if keep is not None:
-            only = only_of(keep, seq, tok, keep_b, keep_t, token, V, N, KEEP_ALIGNED)
-        first, last = range_of(support_first, support_last, seq * support_b + tok * support_t, M)
         top, total, mean, _, lp = score(row, token, support, first, last, V, scale, cap, only, ALIGNED, K, N, W, EDGE,
                                         ENTROPY, "evict_first")  # fmt: skip
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPIES)
@@ -228,9 +249,10 @@ def slope_kernel(
     mean = tl.load(stats + at * 3 + 2)
     x_token = token_logit(row, token, V, cap)
     only = None
+    listed = seq * support_b + tok * support_t
     if keep is not None:
-        only = only_of(keep, seq, tok, keep_b, keep_t, token, V, N, KEEP_ALIGNED)
-    first, last = range_of(support_first, support_last, seq * support_b + tok * support_t, M)
+        only = only_of(keep, seq, tok, keep_b, keep_t, support_last, listed, token, V, N, KEEP_ALIGNED)
+    first, last = range_of(support_first, support_last, listed, M)
     write(dst, row, token, x_token, support, first, last, scratch, V, scale, cap, only, top, total, mean, slope, pull,
           ALIGNED, K, N, W, EDGE, h is not None)  # fmt: skip
 
@@ -282,9 +304,10 @@ def loss_kernel(
     scale = inverse_or(temperature, seq * temp_b + tok * temp_t, inv_temperature) * LOG2E
     row = row_at(logits, seq, tok, logits_b, logits_t, ALIGNED)
     only = None
+    listed = seq * support_b + tok * support_t
     if keep is not None:
-        only = only_of(keep, seq, tok, keep_b, keep_t, token, V, N, KEEP_ALIGNED)
-    first, last = range_of(support_first, support_last, seq * support_b + tok * support_t, M)
+        only = only_of(keep, seq, tok, keep_b, keep_t, support_last, listed, token, V, N, KEEP_ALIGNED)
+    first, last = range_of(support_first, support_last, listed, M)
     top, total, mean, x_token, lp = score(row, token, support, first, last, V, scale, cap, only, ALIGNED, K, N, W, EDGE,
                                           ENTROPY, "evict_last")  # fmt: skip
     store_values(logps, entropy, at, lp, entropy_of(total, mean), ENTROPY)

@@ -6,7 +6,7 @@ the row NaN.
 """
 
 from grpo_kernels.objective.language import constant, jit, tl
-from grpo_kernels.objective.softmax import LOWEST, logp_of
+from grpo_kernels.objective.softmax import LOWEST
 from grpo_kernels.objective.supports import REPEATED
 from grpo_kernels.triton_backend.row import DEEP, capped, slope_at, slopes, token_logit, write_fill
 
@@ -35,14 +35,21 @@ def entries(row, ids, i, last, token, V, cap):
 
 
 @jit
-def score_support(row, token, ids, first, last, V, scale, cap, N: tl.constexpr, ENTROPY: tl.constexpr):
-    """(top, total, mean, x_token, log-probability) over the ids and the token, top the largest logit of them."""
+def score_support(row, token, ids, first, last, V, scale, cap, N: tl.constexpr, ENTROPY: tl.constexpr,
+                  PART: tl.constexpr):  # fmt: skip
+    """(top, total, mean, x_token, its depth) over the ids and the token, top the largest logit of them.
+
+    A PART of a row may not have the token, nor any of the ids; the token's logit and depth are then NaN.
+    """
     x_token = token_logit(row, token, V, cap)
+    x_own = x_token
+    if PART:
+        x_own = tl.where((token >= 0) & (token < V), x_token, float("-inf"))
     tops = tl.full([N], LOWEST, tl.float32)
     for start in range(first, last, N):
         _, x, _, _ = entries(row, ids, start + tl.arange(0, N), last, token, V, cap)
         tops = tl.maximum(tops, x)
-    top = tl.maximum(tl.max(tops, axis=0), x_token)
+    top = tl.maximum(tl.max(tops, axis=0), x_own)
     total = tl.zeros([N], tl.float32)
     moment = tl.zeros([N], tl.float32)
     for start in range(first, last, N):
@@ -52,13 +59,13 @@ def score_support(row, token, ids, first, last, V, scale, cap, N: tl.constexpr, 
         total += tl.where(unknown, float("nan"), part)
         if ENTROPY:
             moment += part * tl.maximum(depth, DEEP)
-    depth_token = (x_token - top) * scale
+    depth_token = (x_own - top) * scale
     part_token = tl.exp2(depth_token)
     row_total = tl.sum(total, axis=0) + part_token
     mean = 0.0
     if ENTROPY:
         mean = (tl.sum(moment, axis=0) + part_token * tl.maximum(depth_token, DEEP)) / row_total
-    return top, row_total, mean, x_token, logp_of(depth_token, row_total)
+    return top, row_total, mean, x_token, (x_token - top) * scale
 
 
 @jit

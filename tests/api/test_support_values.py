@@ -6,12 +6,10 @@ import torch
 import reference
 from cases import BACKENDS, DEVICE, assert_outputs, expected, make_case, ours
 from grpo_kernels import Support, fused_grpo_loss, token_logprobs
-from grpo_kernels.call.checks import Layout
-from grpo_kernels.call.supports import check_support
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.triton_backend import ways
-from support_cases import make_rows, make_support, restricted
+from support_cases import make_rows, make_support, near, restricted
 from term_table import facts
 from tolerance import assert_within, bounds, logprob_bounds
 
@@ -36,15 +34,6 @@ def check(case, rows, form, backend, **kwargs):
     left = restricted(torch.zeros_like(case.logits), case, rows) == -torch.inf
     assert (grad[left] == 0).all() and left.any()
     return out, grad
-
-
-# The objective moves with lp, so old and ref are near what is asked over the support.
-def near(case, rows, seed=3):
-    T, mask = case.completion_ids.shape[1], case.completion_mask
-    x = restricted(case.logits.double(), case, rows)[:, :T]
-    lp = x.log_softmax(-1).gather(-1, case.completion_ids.where(mask, 0)[..., None])[..., 0].where(mask, 0.0)
-    noise = 0.3 * torch.randn(2, *lp.shape, generator=torch.Generator().manual_seed(seed))
-    case.old_logps, case.ref_logps = (lp + noise[0]).float(), (lp + noise[1]).float()
 
 
 def supported(B=4, T=8, V=131, **kwargs):
@@ -274,13 +263,6 @@ def test_packed_errors():
     ids, bounds_ = torch.zeros(6, dtype=torch.int64), torch.tensor([0, 6])
     with pytest.raises(ValueError, match="row per token, N = 6, got 5"):
         fused_grpo_loss(torch.zeros(6, 4), ids, torch.ones(1), cu_seqlens=bounds_, support=SHORT)
-
-
-@each_form
-def test_a_vocabulary_over_ranks_says_what_to_do(form):
-    support = SHORT if form == "Support" else torch.ones(2, 3, 4).bool()
-    with pytest.raises(ValueError, match=r"not supported with vocab_group.*-inf before the call"):
-        check_support(support, Layout(2, 3, False), 4, torch.zeros(2, 3, 4), object())
 
 
 @pytest.mark.unshifted

@@ -263,6 +263,10 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
     packed = Batch(inputs["completion_ids"], inputs["completion_mask"]).pack()
     for entropy in (False, True):
         sharded.logprobs(x.detach(), *packed, Plan().key(), entropy, backend, "group")
+    rows = torch.arange(inputs["completion_ids"].numel(), device=DEVICE).view_as(inputs["completion_ids"])
+    support = {"support": rows.flatten().int() % 3, "support_first": rows, "support_last": rows + 1}
+    packed = Batch(inputs["completion_ids"], inputs["completion_mask"], **support).pack()
+    sharded.logprobs(x.detach(), *packed, Plan().key(), True, backend, "group")
     assert len({id(op) for op, _ in calls}) == len(names)
     for op, args in calls:
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

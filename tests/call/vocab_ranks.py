@@ -12,11 +12,13 @@ from contextlib import suppress
 import torch
 import torch.distributed as dist
 
+import reference
 import variation
 from benchmarks.interpreter import hasten
 from cases import assert_outputs, expected, make_case
-from grpo_kernels import fused_grpo_loss, token_logprobs
+from grpo_kernels import Support, fused_grpo_loss, token_logprobs
 from grpo_kernels.objective.catalogue import LOSS_TYPES
+from support_cases import make_rows, make_support, near, restricted
 from tolerance import assert_within, bounds, logprob_bounds
 
 V = 37
@@ -203,6 +205,111 @@ def logprobs():
         assert torch.equal(quiet.logps, out.logps.detach())
 
 
+def supported(**kwargs):
+    """(case, lists of ids per token): sets of every kind, wholly on the first rank or the last, and without an id."""
+    case = make_case(T=8, V=V, **kwargs)
+    rows = make_rows(case, V, 0)
+    first, last = case.completion_mask[0].nonzero()[:2, 0].tolist()  # the sets of these lie where the token does not
+    case.completion_ids[0, first], rows[first] = V - 1, [0, 2]
+    case.completion_ids[0, last], rows[last] = 1, [V - 1, V - 2]
+    near(case, rows)
+    return case, rows
+
+
+def of_rank(case, rows, form):
+    """The support as this rank passes it: ids whole, a mask in part."""
+    support = make_support(form, rows, (4, 8, V), case.completion_mask)
+    return support if form == "Support" else mine(support)
+
+
+def check_support(case, rows, form, backend, flat=None, upstream=None, **kwargs):
+    """Against the reference, and against whole logits; ``flat``: packed input in place of the case's."""
+    given = kwargs | (flat or case.inputs(*PADDED))
+    given_logits, narrow = (x.flatten(0, 1) if flat else x for x in (case.logits, restricted(case.logits, case, rows)))
+    support = of_rank(case, rows, form)
+    if flat and form == "mask":
+        support = support.flatten(0, 1)
+    out, grad = loss_of(given_logits, backend, upstream, support=support, **given)
+    want, want_grad = expected(given_logits, upstream=upstream, support=rows, **given)
+    allowed = bounds(narrow, upstream=upstream, **given)
+    assert_outputs(out, want, allowed)
+    assert_within(grad, mine(want_grad), mine(allowed.grad), "gradient")
+    left = mine(narrow) == -torch.inf
+    assert (grad[left] == 0.0).all() and left.any()
+    other, other_grad = loss_of(given_logits.masked_fill(narrow == -torch.inf, torch.nan), backend, upstream,
+                                support=support, **given)  # fmt: skip
+    assert torch.equal(out.loss, other.loss) and torch.equal(grad, other_grad)  # what is left out is not used
+    whole = Support.from_lists(rows)
+    alone = fused_grpo_loss(given_logits, support=whole, backend=backend, **given)
+    assert_within(out.loss, alone.loss, allowed.loss, "loss", factor=2)
+    assert_within(out.logps, alone.logps, allowed.logps, "logps", factor=2)
+
+
+def supports():
+    """Over the sampler's kept sets: ids of the whole vocabulary, or a mask of this rank's columns."""
+    heat = torch.linspace(0.5, 1.5, 32).view(4, 8)
+    for backend in ("torch", "triton"):
+        for form in ("Support", "mask"):
+            case, rows = supported(seed=41, extra=1)
+            check_support(case, rows, form, backend, beta=0.1, return_entropy=True, entropy_coef=0.1, temperature=heat)
+            check_support(case, rows, form, backend, loss_type="gspo", inplace=True, entropy_coef=0.1)
+            check_support(case, rows, form, backend, upstream=torch.rand(4, 8).double(), reduction="none")
+            case.logits += 4096.0
+            check_support(case, rows, form, backend, beta=0.1)
+
+
+def supports_packed():
+    for dtype in (torch.float32, torch.bfloat16):
+        case, rows = supported(seed=42, dtype=dtype)
+        flat = {name: value.flatten() for name, value in case.inputs(*PADDED[:-1]).items()}
+        flat |= {"advantages": case.advantages, "cu_seqlens": torch.tensor([0, 8, 8, 23, 32])}
+        for backend in ("torch", "triton"):
+            for form in ("Support", "mask"):
+                check_support(case, rows, form, backend, flat, return_entropy=True, entropy_coef=0.1, inplace=True)
+
+
+def supports_of_logprobs():
+    case, rows = supported(seed=43, spread=2.0, extra=1)
+    ids, mask = case.completion_ids, case.completion_mask
+    objective = lambda lp, H: lp.sin().sum() + (H**2).sum()  # noqa: E731
+    y = case.logits.double().requires_grad_()
+    lp, H = reference.token_logprobs(y, ids, 0.9, mask, rows)
+    objective(lp, H).backward()
+    allowed = logprob_bounds(restricted(case.logits, case, rows), ids, mask, 0.9, objective)
+    for backend in ("torch", "triton"):
+        for form in ("Support", "mask"):
+            x = mine(case.logits).clone().requires_grad_()
+            out = token_logprobs(x, ids, mask=mask, temperature=0.9, support=of_rank(case, rows, form),
+                                 return_entropy=True, vocab_group=dist.group.WORLD, backend=backend)  # fmt: skip
+            assert_within(out.logps, lp, allowed.logps, "logps")
+            assert_within(out.entropy, H, allowed.entropy, "entropy")
+            objective(out.logps, out.entropy).backward()
+            assert_within(x.grad, mine(y.grad), mine(allowed.grad), "gradient")
+
+
+def supports_outside():
+    """An id that no rank has: an IndexError where values are checked, else its row is NaN, and no other."""
+    case, rows = supported(seed=44)
+    inputs = case.inputs(*PADDED)
+    at = int(case.completion_mask[0].nonzero()[0])
+    for strange in (V, -1, 2**31 - 1):
+        support = Support.from_lists([[0, strange] if n == at else row for n, row in enumerate(rows)])
+        for backend in ("torch", "triton"):
+            os.environ["GRPO_KERNELS_VALIDATE"] = "1"
+            try:
+                loss_of(case.logits, backend, support=support, **inputs)
+                raise AssertionError("an id outside of the vocabulary was accepted")
+            except IndexError as error:
+                assert f"row {at} of support has the id {strange}, which is outside the vocabulary of 37" in str(error)
+            os.environ["GRPO_KERNELS_VALIDATE"] = "0"
+            out, grad = loss_of(case.logits, backend, support=support, return_entropy=True, **inputs)
+            bad = torch.zeros(4, 8, dtype=torch.bool)
+            bad[0, at] = True
+            assert torch.equal(out.logps.isnan(), bad) and torch.equal(out.entropy.isnan(), bad)
+            assert grad[0, at].isnan().all() and not grad[~bad].isnan().any()
+    del os.environ["GRPO_KERNELS_VALIDATE"]
+
+
 def refused():
     """An id outside the whole vocabulary, and parts of different tokens, on every rank."""
     case = make_case(V=V, seed=36)
@@ -240,7 +347,8 @@ def compiled():
     assert_within(grad, mine(want_grad), mine(bounds(case.logits, **inputs, beta=0.1).grad), "gradient")
 
 
-ALL = (loss_types, knobs, dtypes, packed, skipped, banned, unvalidated, autocast, logprobs, compiled, refused)
+ALL = (loss_types, knobs, dtypes, packed, skipped, banned, unvalidated, autocast, logprobs, compiled, supports,
+       supports_packed, supports_of_logprobs, supports_outside, refused)  # fmt: skip
 CHECKS = {check.__name__: check for check in ALL}
 
 

@@ -46,3 +46,12 @@ def restricted(logits: torch.Tensor, case: Case, rows: list[list[int]]) -> torch
     x = logits.clone()
     x[:, :T] = restrict(logits[:, :T], case.completion_ids.where(mask, 0), mask, rows).where(mask[..., None], x[:, :T])
     return x
+
+
+def near(case: Case, rows: list[list[int]], seed: int = 3) -> None:
+    """Old and ref log-probabilities near what is asked over the supports: the objective moves with them."""
+    T, mask = case.completion_ids.shape[1], case.completion_mask
+    x = restricted(case.logits.double(), case, rows)[:, :T]
+    lp = x.log_softmax(-1).gather(-1, case.completion_ids.where(mask, 0)[..., None])[..., 0].where(mask, 0.0)
+    noise = 0.3 * torch.randn(2, *lp.shape, generator=torch.Generator().manual_seed(seed))
+    case.old_logps, case.ref_logps = (lp + noise[0]).float(), (lp + noise[1]).float()
