@@ -49,7 +49,7 @@ def token_logprobs(
         mask: of zeros and ones, (B, T) or (N,); masked rows are not read, their ids may be anything.
         support: what a truncating sampler (top-k, top-p, min-p) drew each token from: a `Support`, or a bool tensor
             (B, T, V); log-probabilities and entropies are then over it and the token itself, as in `fused_grpo_loss`.
-            Not with several targets per row.
+            With ``vocab_group`` ids are whole, a bool tensor is this rank's columns. Not with several targets per row.
         return_entropy: compute the entropy as well.
         vocab_group: process group over which the vocabulary is spread, as in `fused_grpo_loss`. Not with several
             targets per row.

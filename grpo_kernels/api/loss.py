@@ -79,7 +79,8 @@ def fused_grpo_loss(
         support: what a truncating sampler (top-k, top-p, min-p) drew each token from: a `Support`, or a bool tensor
             (B, T, V). Log-probabilities and entropies are then over it and the token itself, and the gradient
             elsewhere is 0; a row without an id is not restricted. ``old_logps`` and ``ref_logps`` must be over the
-            same, see `token_logprobs`. Not with ``vocab_group``.
+            same, see `token_logprobs`. With ``vocab_group`` the ids of a `Support` are those of the whole
+            vocabulary, and a bool tensor is this rank's columns.
         num_items_in_batch: the tokens of the whole batch, which ``dapo`` divides by, at least 1; a number or
             0-d tensor.
         loss_scale: factor of the loss, e.g. 1/gradient_accumulation_steps; a number or 0-d tensor.

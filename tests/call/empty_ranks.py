@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from benchmarks.interpreter import hasten
 from cases import make_case
-from grpo_kernels import fused_grpo_loss, fused_linear_grpo_loss, group_advantages, token_logprobs
+from grpo_kernels import Support, fused_grpo_loss, fused_linear_grpo_loss, group_advantages, token_logprobs
 from linear_tolerance import linear_bounds
 from tolerance import advantage_error, assert_within, bounds, logprob_bounds
 
@@ -78,6 +78,21 @@ def no_part(backend):
             assert_within(out.logps, whole.logps, allowed.logps, "logps", factor=2)
             (grad,), (want,) = torch.autograd.grad(out.loss, x), torch.autograd.grad(whole.loss, y)
             assert_within(grad, want[..., mine], allowed.grad[..., mine], "gradient", factor=2)
+        keep = torch.rand(4, 3, V) < 0.3
+        keep[0, 0] = False  # not restricted
+        narrow = case.logits[:, :3].masked_fill(~keep, -torch.inf)
+        narrow[0, 0] = case.logits[0, 0]
+        at = inputs["completion_ids"].where(inputs["completion_mask"], 0)[..., None]
+        narrow.scatter_(-1, at, case.logits[:, :3].gather(-1, at))
+        for support, own in ((Support.from_mask(keep), Support.from_mask(keep)), (keep, keep[..., mine])):
+            x, y = case.logits[..., mine].clone().requires_grad_(), case.logits.clone().requires_grad_()
+            out = fused_grpo_loss(x * 1, **inputs, support=own, vocab_group=group)
+            whole = fused_grpo_loss(y * 1, **inputs, support=support)
+            allowed = bounds(narrow, **inputs)
+            assert_within(out.loss, whole.loss, allowed.loss, "loss", factor=2)
+            (grad,), (want,) = torch.autograd.grad(out.loss, x), torch.autograd.grad(whole.loss, y)
+            assert_within(grad[:, :3], want[:, :3, mine], allowed.grad[..., mine], "gradient", factor=2)
+            assert not grad[:, 3:].any()
         x = case.logits[..., mine].clone().requires_grad_()
         ids, mask = inputs["completion_ids"], inputs["completion_mask"]
         out = token_logprobs(x, ids, mask=mask, return_entropy=True, vocab_group=group, backend=backend)

@@ -347,8 +347,27 @@ def compiled():
     assert_within(grad, mine(want_grad), mine(bounds(case.logits, **inputs, beta=0.1).grad), "gradient")
 
 
+def supports_compiled():
+    """The exchange of a mask is in the graph; so is an `IndexError`'s check, which must not break it."""
+    case, rows = supported(seed=45)
+    inputs = case.inputs(*PADDED)
+    for form in ("Support", "mask"):
+        support = of_rank(case, rows, form)
+
+        @torch.compile(fullgraph=True, backend="aot_eager")
+        def run(x):
+            return fused_grpo_loss(x, **inputs, support=support, vocab_group=dist.group.WORLD).loss  # noqa: B023
+
+        leaf = mine(case.logits).clone().requires_grad_()
+        with variation.unshifted():
+            (grad,) = torch.autograd.grad(run(leaf), leaf)
+        _, want_grad = expected(case.logits, **inputs, support=rows)
+        allowed = bounds(restricted(case.logits, case, rows), **inputs).grad
+        assert_within(grad, mine(want_grad), mine(allowed), "gradient")
+
+
 ALL = (loss_types, knobs, dtypes, packed, skipped, banned, unvalidated, autocast, logprobs, compiled, supports,
-       supports_packed, supports_of_logprobs, supports_outside, refused)  # fmt: skip
+       supports_packed, supports_of_logprobs, supports_outside, supports_compiled, refused)  # fmt: skip
 CHECKS = {check.__name__: check for check in ALL}
 
 
