@@ -50,6 +50,7 @@ def fused_linear_grpo_loss(
     chunk_bytes: int | None = None,
     num_rows: int | None = None,
     accumulate_in_fp32: bool = True,
+    gather_head: bool = False,
     backend: str | None = None,
     config: LossConfig | None = None,
     **overrides,
@@ -82,6 +83,10 @@ def fused_linear_grpo_loss(
             whatever is given here.
         accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype,
             which takes half the memory in half precision, and rounds once per chunk.
+        gather_head: of the head each row takes only the rows that its ``support``, a `Support`, names: K + 1 logits
+            per row, K being the most ids that a row has, in place of V. For small supports, of every row that is
+            read. ``chunk_bytes`` are then of gathered rows of the head. The host waits for the device once more, to
+            learn K, and a second time in a backward that computes the logits again.
         advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
             sampling_logps, temperature, support, num_items_in_batch, loss_scale, cu_seqlens, skip_zero_advantage,
             return_entropy, reduction, data_group, backend, config, **overrides: as in `fused_grpo_loss`.
@@ -92,7 +97,8 @@ def fused_linear_grpo_loss(
 
     Raises:
         ValueError: wrong shape, device, value or combination; another tensor that requires grad; a head with
-            an adapter on it, or a weight that DeepSpeed ZeRO-3 has partitioned.
+            an adapter on it, or a weight that DeepSpeed ZeRO-3 has partitioned; ``gather_head`` without a `Support`,
+            with a row that is read and has no id, or without ``accumulate_in_fp32``.
         TypeError: wrong dtype or type, an unknown keyword.
         IndexError, RuntimeError: as `fused_grpo_loss`.
     """
@@ -112,7 +118,7 @@ def fused_linear_grpo_loss(
     loss, logps, entropy, sums, metrics = head_autograd.run_linear_loss(
         layout.tokens(hidden), weight, bias, batch._replace(**of_support), plan,
         entropy=return_entropy or plan.needs_entropy, data_group=data_group,
-        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend),
+        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend, gather_head, support),
     )  # fmt: skip
     return output(
         batch, plan, layout, loss=loss, logps=layout.restore(logps), sums=sums, metrics=metrics,
@@ -135,6 +141,7 @@ def linear_token_logprobs(
     chunk_bytes: int | None = None,
     num_rows: int | None = None,
     accumulate_in_fp32: bool = True,
+    gather_head: bool = False,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs` of ``softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, a chunk of rows at a time.
@@ -142,7 +149,7 @@ def linear_token_logprobs(
     For old and reference passes, and for objectives of one's own. A backward computes the logits again.
 
     Args:
-        hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32:
+        hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32, gather_head:
             as in `fused_linear_grpo_loss`.
         completion_ids: (B, T) or (N,), integers; or several targets per row, (B, T, K), packed (N, K), or `Targets`,
             as in `token_logprobs`. With `Targets` the host waits for the device once more, to learn which of them
@@ -168,7 +175,7 @@ def linear_token_logprobs(
     batch = prepare_logprobs(layout, completion_ids, mask, temperature, softcap=softcap, logit_scale=logit_scale)
     batch = batch._replace(**check_support(support, layout, weight.shape[0], hidden))
     given = (layout.tokens(hidden), weight, bias, *batch.pack(), Plan().key())
-    options = _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend)
+    options = _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend, gather_head, support)
     if targets is None:
         logps, entropy = head_autograd.LinearLogprobsFunction.apply(*given, return_entropy, options)
         logps = layout.restore(logps)
@@ -187,6 +194,17 @@ def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.T
     return (temperature if logit_scale == 1.0 else temperature / logit_scale), math.inf, logit_scale
 
 
-def _options(weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str) -> ChunkOptions:
+def _options(
+    weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str, gather: bool, support: object
+) -> ChunkOptions:
+    if gather and not isinstance(support, Support):
+        raise ValueError(
+            f"gather_head needs support as a Support, got {type(support).__name__}. A mask becomes one by "
+            "Support.from_mask(mask)."
+        )
+    if gather and not in_fp32:
+        raise ValueError(
+            "gather_head adds up row by row, and accumulate_in_fp32=False would round as often. Leave one of them out."
+        )
     height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size(), weight.device.type == "cpu")
-    return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend)
+    return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend, bool(gather))

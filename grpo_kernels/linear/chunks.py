@@ -100,8 +100,8 @@ def row_chunks(
         count = rows.per_token(count[:, None])
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
-        h = head.rows(start, end)
-        z = head.logits(h)[:, None]  # (n, 1, V): n sequences of a token each
+        h, z = head.product(start, end)
+        z = z[:, None]  # (n, 1, V): n sequences of a token each
         part = batch.with_only(
             **{name: None if x is None else x[start:end, None] for name, x in of_tokens.items()},
             count=count[start:end] if of_rows else count, loss_scale=batch.loss_scale, tokens=batch.tokens,
@@ -144,8 +144,8 @@ def sequence_chunks(
         pieces = list(_pieces(start, end, height))
         stats = []
         for a, b in pieces:
-            h = head.rows(a, b)
-            z = head.logits(h)[None]
+            h, z = head.product(a, b)
+            z = z[None]
             tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
             lp, H, stat = run.logprobs(z, tokens, plan, entropy)
             stats.append(stat)
@@ -159,8 +159,8 @@ def sequence_chunks(
         g = run.join(local, spread, share, None, part.cu) if plan.spread else local
         for (a, b), stat in zip(pieces, stats):
             if len(pieces) > 1:
-                h = head.rows(a, b)
-                z = head.logits(h)[None]
+                h, z = head.product(a, b)
+                z = z[None]
             here = slice(a - start, b - start)
             slope_h = slope_H[:, here].contiguous() if plan.bonus else None
             tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
@@ -178,7 +178,7 @@ def score(
     ids, temperature = rows.per_token(batch.ids), rows.per_token(batch.temperature)
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
-        z = head.logits(head.rows(start, end))[None]
+        z = head.product(start, end)[1][None]
         part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
                                **rows.restricted(start, end))  # fmt: skip
         lp, H, stat = run.logprobs(z, part, plan, entropy)
@@ -200,8 +200,8 @@ def pull_back(
     ids, temperature = rows.per_token(batch.ids), rows.per_token(batch.temperature)
     g, h, up = rows.per_token(g), rows.per_token(h), rows.per_token(up)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
-        x = head.rows(start, end)
-        z = head.logits(x)[None]
+        x, z = head.product(start, end)
+        z = z[None]
         part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
                                **rows.restricted(start, end))  # fmt: skip
         run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))

@@ -92,6 +92,11 @@ class ChunkedHead:
         """Hidden states (n, H) of some of the rows that are read."""
         return self.flat[start:end] if self.place is None else self.flat.index_select(0, self.place[start:end])
 
+    def product(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        """Hidden states of some of the rows that are read, and their logits."""
+        h = self.rows(start, end)
+        return h, self.logits(h)
+
     def logits(self, h: Tensor) -> Tensor:
         """(n, V), in the buffer."""
         z = self.buffer[: h.shape[0]]
