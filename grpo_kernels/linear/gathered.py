@@ -69,7 +69,8 @@ class GatheredHead(ChunkedHead):
         if weight.device.type == "cpu":
             entries = min(entries, CPU_ELEMENTS)
         height = max(1, min(entries // (rows.width * weight.shape[1]), self.count))
-        self.of, self.buffer, self._last = rows, weight.new_empty((height, rows.width)), (-1, None, None)
+        self.of, self.buffer = rows, weight.new_empty((height, rows.width))
+        self._last: tuple[Tensor, Tensor]  # of the last product: (rows of the head (n, width), what they hold)
 
     def product(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         h, z = self.rows(start, end), self.buffer[: end - start]
@@ -80,13 +81,12 @@ class GatheredHead(ChunkedHead):
         else:
             torch.baddbmm(self.bias[index][:, :, None], W, h[:, :, None], out=z[:, :, None])
         z[:, 0].masked_fill_(wrong.any(1), torch.nan)
-        self._last = start, index, W
+        self._last = index, W
         return h, z
 
     def add(self, into: Gradients, start: int, end: int, h: Tensor, dz: Tensor, first: bool) -> None:
-        """After `product` of the same rows."""
-        at, index, W = self._last
-        assert at == start, (at, start)
+        """To be called after `product` of the same rows, before that of others."""
+        index, W = self._last
         if into.hidden.numel():
             flat = into.hidden.view(-1, h.shape[1])
             dh = torch.bmm(dz[:, None], W, out=torch.empty_like(h)[:, None])[:, 0]

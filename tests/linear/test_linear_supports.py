@@ -129,15 +129,15 @@ def test_gathered_log_probabilities_and_their_gradient(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_gathering_never_reads_the_rest_of_the_head(backend):
-    """Rows of the head that no support names may hold NaN; ids outside of the vocabulary make their row NaN alone."""
+    """Rows of the head that no support names, the first and the last ones, may hold NaN."""
     head, inputs, rows = restricted_rows(8, masked=False)
-    rows = [[j for j in row if j < V - 4] or [0] for row in rows]
-    inputs["completion_ids"] = inputs["completion_ids"].clamp(max=V - 5)
+    rows = [[j for j in row if 0 < j < V - 4] or [1] for row in rows]
+    inputs["completion_ids"] = inputs["completion_ids"].clamp(1, V - 5)
     support = Support.from_lists(rows).to(DEVICE)
     _, want = ours(head, inputs, backend, support=support, gather_head=True)
-    head["weight"][V - 4 :] = torch.nan
+    head["weight"][V - 4 :] = head["weight"][0] = torch.nan
     _, got = ours(head, inputs, backend, support=support, gather_head=True)
-    assert all(torch.equal(a, b) for a, b in zip(got, want)) and not got[1][V - 4 :].any()
+    assert all(torch.equal(a, b) for a, b in zip(got, want)) and not got[1][[0, -1]].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
