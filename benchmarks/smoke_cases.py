@@ -28,6 +28,7 @@ class Case:
     tokens: int = 8  # of each of four sequences
     kept: int = 0  # ids that each row's sampler kept, its own among them; 0: no support
     dense: bool = False  # the support as a mask
+    gather: bool = False  # of the head only what supports name
     rows: str = ""  # GRPO_KERNELS_ROWS
     how: str = ""  # "graph": captured and replayed; "compile": by torch.compile
     small: bool = False  # runs without a GPU, interpreted
@@ -98,6 +99,11 @@ def support_cases() -> list[Case]:
         case("log-probs: support, and backward", GPT2, kind="logps", kept=512, return_entropy=True),
         case("log-probs: mask, and backward", kind="logps", kept=64, dense=True),
         case("head: support", 32000, kind="head", kept=64, chunk_bytes=10 * 64000, **full),
+        case("log-probs: two parts, support", kind="parts", kept=64, return_entropy=True),
+        case("log-probs: two parts, mask", 131, FP32, small=True, kind="parts", return_entropy=True, kept=20,
+             dense=True),
+        case("head: support, gathered", 32000, kind="head", kept=64, gather=True, **full),
+        case("head: support, gathered", 131, FP32, small=True, kind="head", kept=20, gather=True, loss_type="gspo"),
         case("head log-probs: mask", 131, FP32, kind="head logps", kept=20, dense=True),
     ]
 

@@ -222,11 +222,16 @@ class Job:
         """What two ranks of a vocab_group do, in turns."""
         half, plan = self.V // 2, Plan().key()
         parts = [(logits.detach()[..., :half], self.ids), (logits.detach()[..., half:], self.ids - half)]
-        rows = [(x, *Batch(ids=ids, mask=self.mask).pack()) for x, ids in parts]
+        of_rank = [self._support_of(rank, half) for rank in range(2)]
+        rows = [(x, *Batch(ids=ids, mask=self.mask, **s).pack()) for (x, ids), s in zip(parts, of_rank)]
         sums = torch.stack([kernel_ops.shard_op(*row, plan, True, "triton") for row in rows])
         logps, entropy, stats = kernel_ops.unite_op(sums, *Batch(self.ids, self.mask).pack(), True, "triton")
         grads = [kernel_ops.slope_op(*row, stats, self.g, self.h, None, "triton") for row in rows]
         return {"logps": logps, "entropy": entropy, "gradient of logits": torch.cat(grads, -1)}
+
+    def _support_of(self, rank: int, half: int) -> dict[str, Tensor]:
+        """What the rows of one of two parts of a vocabulary are restricted to, the first being its first ``half``."""
+        return {}
 
     def _replayed(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         """The captured call on the content of ``leaves``."""
