@@ -25,6 +25,7 @@ from trl import GRPOTrainer
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.api.logprobs import token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss
+from grpo_kernels.integrations.ahead import TokenCount
 from grpo_kernels.integrations.head import HeadError, ModelHead, body, find_head, named_head
 from grpo_kernels.objective.config import LossConfig
 from grpo_kernels.objective.metrics import combine
@@ -181,13 +182,15 @@ def _compute_loss(self, model, inputs):
         "config": loss_config(self, _entropy_coef(self)),
     }
     out: LossOutput | None = None
+    counted = TokenCount(mask)  # asked for now: the host would wait for the whole model after it
 
     def score(states: dict, completion_ids: torch.Tensor, mask: torch.Tensor) -> dict:
         nonlocal out
         if "logits" in states:
             out = fused_grpo_loss(**states, completion_ids=completion_ids, inplace=True, **arguments)  # nobody else's
         else:
-            out = fused_linear_grpo_loss(**states, completion_ids=completion_ids, **arguments)
+            rows = counted.read()
+            out = fused_linear_grpo_loss(**states, completion_ids=completion_ids, num_rows=rows, **arguments)
         return {"log_probs": out.logps, "entropy": out.entropy, "loss": out.loss}
 
     num_tokens = inputs["completion_ids"].shape[1]
