@@ -1,4 +1,4 @@
-"""The sampler, where it truncates: `generate` draws from what `Truncation` leaves, and the loss is told what that was."""
+"""The sampler, where it truncates: ``generate`` draws from what `Truncation` leaves, which the loss is told."""
 
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper

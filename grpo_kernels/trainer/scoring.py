@@ -49,7 +49,9 @@ def completion_hidden(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor
 def completion_logps(
     policy: PreTrainedModel, head: ModelHead | None, rollout: Rollout, options: Options, **kwargs
 ) -> torch.Tensor:
-    """Log-probabilities (B, T), over the rollout's support if it has one. With ``head`` a chunk of rows at a time, and no logits as a whole.
+    """Log-probabilities (B, T), over the rollout's support if it has one.
+
+    With ``head`` a chunk of rows at a time, and no logits as a whole.
 
     Args:
         **kwargs: ``mask`` and ``temperature``, as of `token_logprobs`.
@@ -57,8 +59,8 @@ def completion_logps(
     with precision(options, policy.device):
         states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
     if options.backend == "reference":
-        support = _lists(rollout.support)
-        return reference_module().token_logprobs(states, rollout.completion_ids, support=support, **kwargs).logps.float()
+        kwargs |= {"support": _lists(rollout.support)}
+        return reference_module().token_logprobs(states, rollout.completion_ids, **kwargs).logps.float()
     kwargs |= {"support": rollout.support}
     backend = backend_of(options)
     if head is None:

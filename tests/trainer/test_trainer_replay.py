@@ -1,4 +1,4 @@
-"""A sampler that truncates, and its kept sets in the loss: the ratio to the sampler is then 1 before the first update."""
+"""A sampler that truncates, and its kept sets in the loss: its ratio to the sampler is then 1 at the first update."""
 
 import copy
 import dataclasses
