@@ -89,13 +89,13 @@ class Watched:
 def watched(saved, tmp_path, monkeypatch, tells, loss_path="linear", **args):
     """[(the batch, the loss's output)] of a run in which nothing moves: each update is the first."""
     outs = []
+
+    def call(own, *given, **named):
+        outs.append(own(*given, **named))
+        return outs[-1]
+
     for name in ("fused_grpo_loss", "fused_linear_grpo_loss"):
-
-        def call(*given, _own=getattr(fused, name), **named):
-            outs.append(_own(*given, **named))
-            return outs[-1]
-
-        monkeypatch.setattr(fused, name, call)
+        monkeypatch.setattr(fused, name, functools.partial(call, getattr(fused, name)))
     trainer = {**sampler(tells), "loss_path": loss_path}
     made = train(FusedGRPOTrainer, saved("llama"), tmp_path, front=Watched, trainer=trainer,
                  **{**args, "learning_rate": 0.0})[2]  # fmt: skip
