@@ -25,7 +25,9 @@ from trl import GRPOTrainer
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
 from grpo_kernels.api.logprobs import token_logprobs
 from grpo_kernels.api.loss import LossOutput, fused_grpo_loss
+from grpo_kernels.integrations.ahead import TokenCount
 from grpo_kernels.integrations.head import HeadError, ModelHead, body, find_head, named_head
+from grpo_kernels.integrations.trl_support import FIELD, _generate, _generate_and_score_completions, in_parts
 from grpo_kernels.objective.config import LossConfig
 from grpo_kernels.objective.metrics import combine
 
@@ -36,7 +38,8 @@ LOGGED = ("kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_
           "clip_ratio/low_min", "clip_ratio/high_max", "cispo_clip_ratio", "vespo/phi_seq_mean")  # fmt: skip
 GLOBAL_TOKENS = ("dapo", "cispo", "vespo")  # divided by the tokens of the whole batch
 _OWN_MATHS = ("get_off_policy_mask", "get_gamma_weights", "get_high_entropy_mask")  # of TRL's loss
-_METHODS = ("_compute_loss", "_get_per_token_logps_and_entropies", "log")
+_METHODS = ("_compute_loss", "_get_per_token_logps_and_entropies", "_generate", "_generate_and_score_completions",
+            "log")  # fmt: skip
 _STOCK = {name: getattr(GRPOTrainer, name) for name in ("__init__", *_METHODS)}
 
 
@@ -138,11 +141,12 @@ def _get_per_token_logps_and_entropies(
     stock = functools.partial(_STOCK["_get_per_token_logps_and_entropies"], self)
     if not hasattr(self, "_seam"):  # made before patch()
         return stock(model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs)
+    support_of = in_parts(getattr(self, "_kept", None))
 
     def score(states: dict, completion_ids: torch.Tensor, mask: torch.Tensor) -> dict:
         score_tokens = token_logprobs if "logits" in states else linear_token_logprobs
         out = score_tokens(**states, completion_ids=completion_ids, mask=mask, temperature=self.temperature,
-                           return_entropy=compute_entropy)  # fmt: skip
+                           return_entropy=compute_entropy, support=support_of(len(mask)))  # fmt: skip
         return {"log_probs": out.logps, "entropy": out.entropy}
 
     model = self._seam.around(model, logits_to_keep, score)
@@ -178,16 +182,19 @@ def _compute_loss(self, model, inputs):
         "loss_scale": scale,
         "data_group": torch.distributed.group.WORLD if spans_ranks else None,
         "return_entropy": True,
+        "support": in_parts(inputs.get(FIELD))(len(mask)),
         "config": loss_config(self, _entropy_coef(self)),
     }
     out: LossOutput | None = None
+    counted = TokenCount(mask)  # asked for now: the host would wait for the whole model after it
 
     def score(states: dict, completion_ids: torch.Tensor, mask: torch.Tensor) -> dict:
         nonlocal out
         if "logits" in states:
             out = fused_grpo_loss(**states, completion_ids=completion_ids, inplace=True, **arguments)  # nobody else's
         else:
-            out = fused_linear_grpo_loss(**states, completion_ids=completion_ids, **arguments)
+            rows = counted.read()
+            out = fused_linear_grpo_loss(**states, completion_ids=completion_ids, num_rows=rows, **arguments)
         return {"log_probs": out.logps, "entropy": out.entropy, "loss": out.loss}
 
     num_tokens = inputs["completion_ids"].shape[1]
@@ -297,6 +304,7 @@ def attach(trainer: GRPOTrainer, loss_path: str = "auto") -> None:
     own = {name: getattr(GRPOTrainer, name) for name in _OWN_MATHS}
     own["_get_per_token_logps_and_entropies"] = _get_per_token_logps_and_entropies
     fused = isinstance(trainer, FusedGRPOTrainer) or type(trainer)._compute_loss is _compute_loss
+    trainer._replays = fused  # a loss of its own knows of no sampler's mask
     for name, method in own.items():
         if fused and getattr(type(trainer), name) is not method:
             raise ValueError(
@@ -352,6 +360,8 @@ class FusedGRPOTrainer(GRPOTrainer):
 
     _compute_loss = _compute_loss
     _get_per_token_logps_and_entropies = _get_per_token_logps_and_entropies
+    _generate = _generate
+    _generate_and_score_completions = _generate_and_score_completions
     log = log
 
 

@@ -11,7 +11,7 @@ adds nothing.
 """
 
 from grpo_kernels.objective.language import constant, jit, tl
-from grpo_kernels.objective.softmax import LN2, LOWEST
+from grpo_kernels.objective.softmax import LN2, LOWEST, zero_of
 
 LEAST = constant(2.0**-126)  # of a mixture: what is below is nobody's
 TAIL_CLAMP = constant(-1e-7)  # log of the largest share that the K tokens may have, in nats
@@ -41,7 +41,7 @@ def outcome(p, log_p, q, log_q, beta, MIXED: tl.constexpr, BY_TEACHER: tl.conste
 @jit
 def centre(pulls, value):
     """Σ pull as the gradient takes it: NaN where it is infinite or the divergence NaN, so that all of the row's is."""
-    return tl.where(pulls - pulls == 0.0, tl.where(value == value, pulls, value), float("nan"))
+    return tl.where(value == value, pulls, value) + zero_of(pulls)
 
 
 @jit

@@ -19,6 +19,15 @@ def logp_of(depth, total):
 
 
 @jit
+def zero_of(x):
+    """0, and NaN where x is NaN or infinite.
+
+    Not x − x: a GPU fuses that with the product that x comes from, and has what x was rounded by.
+    """
+    return tl.where((x > float("-inf")) & (x < float("inf")), 0.0, float("nan"))
+
+
+@jit
 def entropy_of(total, mean):
     """H = lse − Σ p·x, both relative to top; in nats."""
     return (tl.log2(total) - mean) * LN2

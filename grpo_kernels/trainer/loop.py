@@ -11,7 +11,7 @@ Around it: ``scoring`` (model → log-probabilities and loss), ``normalise`` (mi
 Left out, and why:
   * Learned rewards and a value network: the reward is checked, and the group's mean is the baseline.
   * A separate sampler and the correction for its rounding: ``generate`` samples from the very weights
-    that are trained.
+    that are trained. Where it truncates, the loss is over the sets that it kept.
   * Filtering of groups without spread: it changes which problems are learned from, and costs samples.
   * Several devices: one GPU holds the models that this loop is for.
 """
@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
+from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from grpo_kernels import LossConfig, group_advantages
 from grpo_kernels.integrations.head import ModelHead
@@ -33,7 +33,16 @@ from grpo_kernels.trainer.normalise import Whole, share
 from grpo_kernels.trainer.options import REWARD_WINDOW, Options
 from grpo_kernels.trainer.progress import Progress, Saver
 from grpo_kernels.trainer.rewards import score
-from grpo_kernels.trainer.rollout import Rollout, Row, length_metrics, mask_after_eos, model_inputs, reward_metrics
+from grpo_kernels.trainer.rollout import (
+    Rollout,
+    Row,
+    length_metrics,
+    mask_after_eos,
+    model_inputs,
+    reward_metrics,
+    sampling_metrics,
+)
+from grpo_kernels.trainer.sampler import Truncation
 from grpo_kernels.trainer.scoring import completion_logits, completion_logps, completion_loss, precision
 from grpo_kernels.trainer.task import Problem, Task, columns_of
 from grpo_kernels.trainer.teacher import Teacher, divergence
@@ -53,12 +62,14 @@ def sample(
     num_generations: int = 1,
     temperature: float | None = None,
     top_p: float = 1.0,
+    top_k: int = 0,
 ) -> Rollout:
     """Completes each problem ``num_generations`` times and rewards the completions.
 
     Args:
         temperature: None: greedy.
         top_p: the likeliest tokens of this probability are sampled from.
+        top_k: the likeliest tokens, so many of them, are sampled from; 0: all.
 
     Raises:
         RewardError: a reward function fails.
@@ -67,9 +78,12 @@ def sample(
     prompts = [problem.prompt for problem in repeated]
     encoded = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not task.templated)
     encoded = encoded.to(policy.device)
-    how = {"do_sample": False} if temperature is None else {
-        "do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p,
-    }  # fmt: skip
+    how, truncation = {"do_sample": False}, None
+    if temperature is not None:
+        how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        if top_k or top_p < 1:
+            truncation = Truncation(encoded["input_ids"].shape[1], tokenizer.eos_token_id, temperature, top_k, top_p)
+            how |= {"temperature": 1.0, "logits_processor": LogitsProcessorList([truncation])}
     sequences = policy.generate(
         input_ids=encoded["input_ids"],
         attention_mask=encoded["attention_mask"],
@@ -82,6 +96,7 @@ def sample(
     # Special tokens inside a completion stay in its text: they make it wrong, as they should.
     lengths = (mask.sum(1) - ended.int()).tolist()
     completions = tokenizer.batch_decode([ids[:n] for ids, n in zip(completion_ids.tolist(), lengths)])
+    support, sampling_logps = truncation.kept(completion_ids, mask) if truncation else (None, None)
     start = time.perf_counter()
     rewards, parts = score(task.weighted_rewards, prompts, completions, columns_of(repeated))
     return Rollout(
@@ -91,6 +106,8 @@ def sample(
         completion_mask=mask,
         ended=ended,
         rewards=rewards.to(policy.device),
+        support=support,
+        sampling_logps=sampling_logps,
         reward_parts=parts,
         prompts=tuple(prompts),
         completions=tuple(completions),
@@ -139,6 +156,8 @@ def step_on(
         head: of the policy, for a loss without logits; None: with logits.
         teacher: takes the place of rewards, advantages and ``config``: the loss is the divergence from it.
     """
+    if not options.replay:
+        rollout = replace(rollout, support=None)
     # Compared with its group, before the group is split; a reward of NaN gets advantage 0.
     advantages = group_advantages(
         rollout.rewards, options.num_generations, scale_rewards=config.scale_rewards,
@@ -162,7 +181,7 @@ def step_on(
     if config.beta and teacher is None:
         ref_logps = old_logps if options.kl_to == "old" else logps_under(reference)
 
-    losses, norms, sums = [], [], []
+    losses, norms, sums, drift = [], [], [], []
     for _ in range(options.num_iterations):
         for minibatch in minibatches(rows, options.num_minibatches):
             whole = Whole.of(mask[minibatch])
@@ -186,6 +205,8 @@ def step_on(
                         config=config,
                         **share(config, Whole.of(mask[part]), whole),
                     )
+                    if not norms and rollout.sampling_logps is not None:
+                        drift.append((out.logps - rollout.sampling_logps[part])[mask[part]])
                 out.loss.backward()
                 losses.append(out.loss.detach())
                 sums.append(out.sums)
@@ -199,6 +220,7 @@ def step_on(
         "grad_norm": torch.stack(norms).mean().item(),
         **reward_metrics(rollout, advantages, options.num_generations),
         **{name: value.item() for name, value in metrics.items()},
+        **sampling_metrics(drift),
     }
 
 
@@ -259,7 +281,7 @@ def train(
         policy.eval()
         with precision(options, policy.device):
             rollout = sample(policy, tokenizer, task, next(drawn), options.num_generations, options.temperature,
-                             options.top_p)  # fmt: skip
+                             options.top_p, options.top_k)  # fmt: skip
         sampled = time.perf_counter()
         watch(step, rollout)
         for group in optimizer.param_groups:

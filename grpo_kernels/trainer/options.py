@@ -96,7 +96,12 @@ class Options(LossOptions):
         1, "parts that a minibatch is computed in, to save memory; the gradient is the whole minibatch's"
     )
     temperature: float = option(1.0, "sampling temperature, which the loss uses as well")
-    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability; the loss does not")
+    top_p: float = option(1.0, "sample from the likeliest tokens that make up this probability")
+    top_k: int = option(0, "sample from the likeliest tokens, so many of them; 0: off")
+    replay: bool = option(
+        True, "where --top-p or --top-k truncates, the loss is over the set that each token was drawn from "
+        "(default: on)",
+    )  # fmt: skip
     mask_truncated_completions: bool = option(
         False, "completions that reach the maximum length take no part in the loss (default: off)"
     )
@@ -167,7 +172,7 @@ class Options(LossOptions):
         for name in ("temperature", "learning_rate", "max_grad_norm", "logits_budget_gib"):
             value = getattr(self, name)
             _check(0 < value < math.inf, name, value, "a finite number above 0")
-        for name in ("warmup_steps", "samples_every", "eval_every"):
+        for name in ("warmup_steps", "samples_every", "eval_every", "top_k"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(0 < self.warmup_accuracy < 1, "warmup_accuracy", self.warmup_accuracy, "between 0 and 1")
         _check(0 <= self.teacher_beta <= 1, "teacher_beta", self.teacher_beta, "from 0 to 1")

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from grpo_kernels import Support
+
 Row = dict[str, float]  # one line of metrics.jsonl
 
 
@@ -19,6 +21,8 @@ class Rollout:
     completion_mask: torch.Tensor  # (B, T) bool, up to the end of sequence, which counts
     ended: torch.Tensor  # (B,) bool, False: cut off at the maximum length
     rewards: torch.Tensor  # (B,) fp32; NaN: nobody has rewarded it
+    support: Support | None = None  # of each of the B·T tokens, the set that a truncating sampler drew it from
+    sampling_logps: torch.Tensor | None = None  # (B, T), of a truncating sampler, over these sets
     reward_parts: Mapping[str, torch.Tensor] = field(default_factory=dict)  # (B,) each, by the function's name
     prompts: tuple[str, ...] = ()
     completions: tuple[str, ...] = ()
@@ -28,6 +32,10 @@ class Rollout:
         """The completions with these numbers (b,), tensors only."""
         tensors = {name: getattr(self, name)[index] for name in self.__dataclass_fields__
                    if isinstance(getattr(self, name), torch.Tensor)}  # fmt: skip
+        if self.support is not None:
+            length = self.completion_ids.shape[1]
+            tokens = index[:, None] * length + torch.arange(length, device=index.device)
+            tensors["support"] = self.support[tokens.reshape(-1).to(self.completion_ids.device)]
         return dataclasses.replace(self, **tensors, reward_parts={}, prompts=(), completions=())
 
 
@@ -75,6 +83,25 @@ def reward_metrics(rollout: Rollout, advantages: torch.Tensor, num_generations: 
         "advantage/mean_abs": advantages.abs().mean().item(),
         "advantage/min": advantages.min().item(),
         "advantage/max": advantages.max().item(),
+    }
+
+
+def sampling_metrics(differences: list[torch.Tensor]) -> Row:
+    """How far the loss's log-probabilities are from the sampler's, at the first update, before anything has moved.
+
+    Args:
+        differences: of the tokens that count, the loss's log-probability less the sampler's; none: no metrics.
+    """
+    d = torch.cat(differences) if differences else torch.empty(0)
+    if not d.numel():
+        return {}
+    ratio = d.exp()
+    return {
+        "sampling/sampling_logp_difference/mean": d.abs().mean().item(),
+        "sampling/sampling_logp_difference/max": d.abs().max().item(),
+        "sampling/importance_sampling_ratio/min": ratio.min().item(),
+        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
+        "sampling/importance_sampling_ratio/max": ratio.max().item(),
     }
 
 

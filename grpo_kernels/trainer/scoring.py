@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from grpo_kernels import (
     LossConfig,
     LossOutput,
+    Support,
     fused_grpo_loss,
     fused_linear_grpo_loss,
     linear_token_logprobs,
@@ -48,7 +49,9 @@ def completion_hidden(policy: PreTrainedModel, rollout: Rollout) -> torch.Tensor
 def completion_logps(
     policy: PreTrainedModel, head: ModelHead | None, rollout: Rollout, options: Options, **kwargs
 ) -> torch.Tensor:
-    """Log-probabilities (B, T). With ``head`` a chunk of rows at a time, and no logits as a whole.
+    """Log-probabilities (B, T), over the rollout's support if it has one.
+
+    With ``head`` a chunk of rows at a time, and no logits as a whole.
 
     Args:
         **kwargs: ``mask`` and ``temperature``, as of `token_logprobs`.
@@ -56,7 +59,9 @@ def completion_logps(
     with precision(options, policy.device):
         states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
     if options.backend == "reference":
+        kwargs |= {"support": _lists(rollout.support)}
         return reference_module().token_logprobs(states, rollout.completion_ids, **kwargs).logps.float()
+    kwargs |= {"support": rollout.support}
     backend = backend_of(options)
     if head is None:
         return token_logprobs(states, rollout.completion_ids, backend=backend, **kwargs).logps
@@ -67,11 +72,12 @@ def completion_logps(
 def completion_loss(
     policy: PreTrainedModel, head: ModelHead | None, rollout: Rollout, options: Options, **kwargs
 ) -> LossOutput:
-    """The loss, with arguments as of `fused_grpo_loss`; ``head`` as in `completion_logps`."""
+    """The loss, with arguments as of `fused_grpo_loss`; ``head`` and support as in `completion_logps`."""
     with precision(options, policy.device):
         states = completion_hidden(policy, rollout) if head else completion_logits(policy, rollout)
     if options.backend == "reference":
-        return _reference_loss(states, rollout.completion_ids, **kwargs)
+        return _reference_loss(states, rollout.completion_ids, support=_lists(rollout.support), **kwargs)
+    kwargs |= {"support": rollout.support}
     backend = backend_of(options)
     if head is None:
         return fused_grpo_loss(states, rollout.completion_ids, backend=backend, **kwargs)
@@ -110,9 +116,17 @@ def reference_module() -> ModuleType:
     )
 
 
+def _lists(support: Support | None) -> list[list[int]] | None:
+    """A list of ids per token."""
+    if support is None:
+        return None
+    ids = support.ids.tolist()
+    return [ids[first:last] for first, last in zip(support.first.tolist(), support.last.tolist())]
+
+
 def _reference_loss(
     logits: torch.Tensor, completion_ids: torch.Tensor, advantages: torch.Tensor, *, config: LossConfig,
-    return_entropy: bool, **kwargs,
+    return_entropy: bool, support: list[list[int]] | None, **kwargs,
 ) -> LossOutput:  # fmt: skip
     """Loss and gradient by ``reference``; the sums behind the metrics from its log-probabilities."""
     reference = reference_module()
@@ -121,7 +135,7 @@ def _reference_loss(
     own = {name: kwargs[name] for name in kwargs if name in knobs}  # of this micro-batch
     given = {name: value for name, value in kwargs.items() if name not in own}
     knobs |= own
-    out = reference.grpo_loss(logits, completion_ids, advantages, **given, **knobs)
+    out = reference.grpo_loss(logits, completion_ids, advantages, support=support, **given, **knobs)
     del given["temperature"]
     beside = policy_loss(
         out.logps.detach(), advantages, entropy=out.entropy.detach(), config=config, backend="torch",

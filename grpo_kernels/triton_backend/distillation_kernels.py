@@ -182,7 +182,7 @@ def few_tokens_kernel(
         if FEW:
             write_fill(dst, others, V, ALIGNED, K, N, W, EDGE)  # 0, or NaN
         else:
-            nobody = tok - tok - 1  # an id of no token
+            nobody = tok * 0 - 1  # an id of no token
             write_slope(dst, row, nobody, top, V, scale, cap, None, top, total, mean, -others * g, 0.0, ALIGNED, K, N,
                         W, EDGE, False, "evict_first")  # fmt: skip
         tl.debug_barrier()  # the tokens' entries are stored by other threads than the tiles'

@@ -6,7 +6,7 @@ the row NaN.
 """
 
 from grpo_kernels.objective.language import constant, jit, tl
-from grpo_kernels.objective.softmax import LOWEST
+from grpo_kernels.objective.softmax import LOWEST, zero_of
 from grpo_kernels.objective.supports import REPEATED
 from grpo_kernels.triton_backend.row import DEEP, capped, slope_at, slopes, token_logit, write_fill
 
@@ -83,7 +83,7 @@ def write_support(out, row, token, x_token, ids, first, last, scratch, V, scale,
             _, x, _, _ = entries(row, ids, i, last, token, V, cap)
             tl.store(scratch + i, slope_at(x, scale, off, cap, slope, pull, ENTROPY), mask=i < last)
     tl.debug_barrier()  # in place: every logit was read before an entry is overwritten
-    write_fill(out, slope - slope, V, ALIGNED, K, N, W, EDGE)  # 0; in a row that is NaN, NaN
+    write_fill(out, zero_of(slope), V, ALIGNED, K, N, W, EDGE)  # 0; in a row that is NaN, NaN
     tl.debug_barrier()  # the entries are stored by other threads than the zeros
     for start in range(first, last, N):
         i = start + tl.arange(0, N)

@@ -20,7 +20,7 @@ from torch import Tensor
 import reference
 from cases import DEVICE, make_case
 from grpo_kernels import Targets
-from tolerance import U, gradient_error, rows, written
+from tolerance import TINY, U, gradient_error, rows, written
 from variation import unshifted
 
 FORMS = ("padded", "lists", "packed", "packed lists")
@@ -122,7 +122,8 @@ def target_bounds(case: TargetCase, temperature=1.0, entropy=True, d_logits=0.0,
     of_targets = (U * G + p * (d_lp + 4 * U) * s + p * d_s + 3 * U * (G + p * s)) / r.heat.abs()
     inner = inner.scatter_reduce(-1, ids, torch.where(there, of_targets, 0.0), "amax")
     grad = torch.zeros(case.logits.shape, dtype=torch.float64)
-    grad[:, :T][mask] = inner + written(entry / r.heat, dtype or case.logits.dtype)
+    lost = TINY * (total.abs() + h * (r.x - lse + H).abs()) / r.heat.abs()  # of p that fp32 has as 0
+    grad[:, :T][mask] = inner + lost + written(entry / r.heat, dtype or case.logits.dtype)
     logps, entropies = torch.zeros(case.ids.shape, dtype=torch.float64), torch.zeros(mask.shape, dtype=torch.float64)
     logps[mask], entropies[mask] = torch.where(there, d_lp, 0.0), r.d_entropy
     return logps, entropies, grad

@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -341,3 +342,45 @@ def test_metrics_wait_on_the_device(saved, tmp_path):
     of_the_loss = seen[0].keys() & {*fused.LOGGED, "policy_loss"}
     assert len(of_the_loss) == 8 and all(isinstance(seen[0][name], torch.Tensor) for name in of_the_loss)
 
+
+
+def test_the_number_of_tokens_is_asked_for_before_the_model_runs(saved, tmp_path, monkeypatch):
+    """Whoever asks after it waits for all of it."""
+    log = []
+
+    class Count(fused.TokenCount):
+        def __init__(self, mask):
+            log.append(("asked", int(mask.sum())))
+            super().__init__(mask)
+
+    def loss(*args, num_rows, **kwargs):
+        log.append(("read", num_rows))
+        return fused_linear_grpo_loss(*args, num_rows=num_rows, **kwargs)
+
+    class Watched(FusedGRPOTrainer):
+        def _compute_loss(self, model, inputs):
+            handle = model.register_forward_pre_hook(lambda *_: log.append(("model", None)))
+            try:
+                return super()._compute_loss(model, inputs)
+            finally:
+                handle.remove()
+
+    fused_linear_grpo_loss = fused.fused_linear_grpo_loss
+    monkeypatch.setattr(fused, "TokenCount", Count)
+    monkeypatch.setattr(fused, "fused_linear_grpo_loss", loss)
+    train(Watched, saved("llama"), tmp_path, trainer={"loss_path": "linear"}, max_steps=1)
+    assert [what for what, _ in log] == ["asked", "model", "read"] * (len(log) // 3)
+    assert all(asked[1] == read[1] > 0 for asked, read in zip(log[::3], log[2::3]))
+
+
+def test_a_count_that_a_device_makes(monkeypatch):
+    """With a stand-in for the GPU: its copy is queued at once, and waited for when it is read."""
+    log = []
+    event = SimpleNamespace(record=lambda: log.append("record"), synchronize=lambda: log.append("synchronize"))
+    host = torch.zeros((), dtype=torch.int64)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch, "empty", lambda *size, dtype, pin_memory: log.append(f"pinned {pin_memory}") or host)
+    mask = torch.tensor([1, 0, 2])
+    counted = fused.TokenCount(SimpleNamespace(is_cuda=True, count_nonzero=mask.count_nonzero))
+    assert log == ["pinned True", "record"]
+    assert counted.read() == 2 and log[2:] == ["synchronize"]

@@ -1,4 +1,4 @@
-"""Runs of TRL's trainer and of the fused one on tiny models, for test_trl_trainer.py.
+"""Runs of TRL's trainer and of the fused one on tiny models, for test_trl_trainer*.py.
 
 ``python -m trl_runs MODEL FOLDER`` is one of two data-parallel ranks.
 """

@@ -336,4 +336,4 @@ def test_log_ratio_of_equals_is_zero():
 
 def test_weight_by_hand():
     count = f64(4.0, 0.0)
-    assert on_torch(weight)(count, 0.5, f64(2.0)).tolist() == [0.25, 1.0]
+    assert on_torch(weight)(count, f64(1.0)).tolist() == [0.25, 1.0]

@@ -233,6 +233,7 @@ def test_schedules_are_those_of_transformers(name):
         ({"num_minibatches": 3}, r"--num-minibatches must be a divisor of the 16 completions of a step \(--batch"),
         ({"num_minibatches": 2, "gradient_accumulation_steps": 3}, "--gradient-accumulation-steps .* 8 completions"),
         ({"top_p": 0.0}, "--top-p must be above 0 and at most 1, got 0.0"),
+        ({"top_k": -1}, "--top-k must be 0 or more, got -1"),
         ({"lr_scheduler_type": "steep"}, "--lr-scheduler-type must be one of linear, cosine"),
         ({"lr_warmup_ratio": 1.5}, "--lr-warmup-ratio must be from 0 to 1"),
         ({"entropy_coef": float("nan")}, "--entropy-coef must be above -inf and finite"),

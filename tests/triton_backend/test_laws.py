@@ -1,5 +1,6 @@
 """The kernels' other laws: launches, no host sync, 64-bit offsets, no recompilation, the same bits again."""
 
+import ast
 import itertools
 import json
 import os
@@ -291,3 +292,21 @@ def test_two_runs_give_the_same_bits(dtype, reduction, backend):
     for name in ("loss", "logps", "entropy"):
         assert torch.equal(getattr(a, name), getattr(b, name)), name
     assert a.metrics == b.metrics and a.sums == b.sums
+
+
+# --- what a GPU fuses ------------------------------------------------------------------------------
+
+
+def differences_of_equals(source: str) -> list[int]:
+    """Lines on which something is subtracted from itself."""
+    return [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.BinOp)
+            and isinstance(node.op, ast.Sub) and ast.dump(node.left) == ast.dump(node.right)]  # fmt: skip
+
+
+def test_nothing_is_subtracted_from_itself():
+    """x − x is no test of x being finite: where x is a product a GPU fuses both, and has what x was rounded by."""
+    assert differences_of_equals("a = 1\nb = x * y - x * y\nc = x - y\n") == [2]
+    package = Path(fused_grpo_loss.__code__.co_filename).parents[1]
+    found = {str(path.relative_to(package)): lines for path in sorted(package.rglob("*.py"))
+             if (lines := differences_of_equals(path.read_text(encoding="utf-8")))}  # fmt: skip
+    assert not found, "use softmax.zero_of"

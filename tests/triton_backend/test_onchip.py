@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.smoke import errors
 from benchmarks.smoke_cases import on_chip_cases
-from benchmarks.smoke_job import Job, errors
+from benchmarks.smoke_job import Job
 from cases import check, expected, make_case, ours
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton 3.6")
