@@ -27,8 +27,8 @@ def fused_policy_loss(
     Args:
         args: slime's arguments.
         batch: ``unconcat_tokens``, ``total_lengths``, ``response_lengths``, ``advantages``, and ``log_probs``,
-            ``ref_log_probs``, ``rollout_log_probs`` and ``opd_reverse_kl`` as far as the arguments need them: lists, one
-            entry per sample.
+            ``ref_log_probs``, ``rollout_log_probs`` and ``opd_reverse_kl`` as far as the arguments need them: lists,
+            one entry per sample.
         logits: (1, T, V), or (1, T, V/TP): samples one after the other; row i predicts token i+1.
         sum_of_sample_mean: slime's reduction of the tokens of all responses, (R,), to a number.
 

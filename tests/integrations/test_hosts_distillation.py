@@ -22,8 +22,8 @@ def nested(x, offsets):
 
 
 def listed(logits, g):
-    """A teacher near the student and its K likeliest tokens: (logits, ids), (..., K)."""
-    return noisy(logits, g, 1.0).topk(K)
+    """The K likeliest tokens of a teacher near the student: (log-probabilities, ids), (..., K)."""
+    return noisy(logits, g, 2.0).log_softmax(-1).topk(K)
 
 
 # --- verl ------------------------------------------------------------------------------------------
@@ -50,8 +50,7 @@ def verl_batch(padded=False):
     offsets = torch.cat([torch.zeros(1, dtype=torch.long), (prompts + responses).cumsum(0)])
     N = int(offsets[-1])
     logits = 2 * torch.randn(1, N, V, generator=g)
-    values, ids = listed(logits, g)
-    told = values - 2.0 - torch.logsumexp(logits, -1, keepdim=True)  # mass is missing, as of any list
+    told, ids = listed(logits, g)
     told[0, 1, 2] = told[0, 5, 0] = -30.0
     rows = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(offsets[1:].tolist(), responses.tolist())])
     outside = torch.ones(N, dtype=torch.bool).index_fill(0, rows, False)
@@ -126,7 +125,7 @@ def nemo_batch(B=3, S=7):
     counted = torch.zeros(B, S, dtype=torch.bool)
     counted[:, :-1] = (data["token_mask"][:, 1:] * data["sample_mask"][:, None]) > 0
     values[~counted], ids[~counted] = math.nan, -7
-    data |= {"teacher_topk_logits": values, "teacher_topk_indices": ids}
+    data |= {"teacher_topk_logits": values + 3.0, "teacher_topk_indices": ids}
     return data, logits.requires_grad_(), torch.tensor(5.0), torch.tensor(23.0)
 
 
