@@ -27,7 +27,8 @@ def fused_policy_loss(
     Args:
         args: slime's arguments.
         batch: ``unconcat_tokens``, ``total_lengths``, ``response_lengths``, ``advantages``, and ``log_probs``,
-            ``ref_log_probs`` and ``rollout_log_probs`` as far as the arguments need them: lists, one entry per sample.
+            ``ref_log_probs``, ``rollout_log_probs`` and ``opd_reverse_kl`` as far as the arguments need them: lists,
+            one entry per sample.
         logits: (1, T, V), or (1, T, V/TP): samples one after the other; row i predicts token i+1.
         sum_of_sample_mean: slime's reduction of the tokens of all responses, (R,), to a number.
 
@@ -95,6 +96,8 @@ def fused_policy_loss(
     if mismatch is not None:
         tis = (own - rollout).exp()
         values |= {"ois": ratio, "tis": tis, "tis_abs": (tis - 1).abs(), "tis_clipfrac": (tis != mismatch).float()}
+    if batch.get("opd_reverse_kl"):  # its share of the advantages has been taken off by slime
+        values["opd_reverse_kl"] = joined("opd_reverse_kl")
     log = {"loss": loss, **terms} | {name: sum_of_sample_mean(value) for name, value in values.items()}
     return loss, {name: value.detach() for name, value in log.items()}
 

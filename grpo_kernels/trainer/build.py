@@ -10,7 +10,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from grpo_kernels.trainer.checkpoint import Checkpoint
 from grpo_kernels.trainer.data import fitted, task_of
 from grpo_kernels.trainer.head import find_head
-from grpo_kernels.trainer.model import CONTEXT, context_of, load_config, load_model, load_tokenizer, tiny_qwen2
+from grpo_kernels.trainer.model import (
+    CONTEXT,
+    HIDDEN_SIZE,
+    context_of,
+    load_config,
+    load_model,
+    load_tokenizer,
+    tiny_qwen2,
+)
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import Task
 from grpo_kernels.trainer.teacher import Teacher, load_teacher
@@ -58,7 +66,8 @@ def build(options: Options, device: torch.device, resumed: Checkpoint | None = N
         policy = load_model(options, tokenizer, config)
     else:
         prompt = max(len(each.prompt) for each in (*task.train, *task.held_out))  # a token per character
-        policy = tiny_qwen2(tokenizer, task.max_completion_length, max(CONTEXT, prompt + task.max_completion_length))
+        policy = tiny_qwen2(tokenizer, task.max_completion_length, max(CONTEXT, prompt + task.max_completion_length),
+                            options.hidden_size or HIDDEN_SIZE)  # fmt: skip
     linear = options.takes_hidden_states(task.max_completion_length, len(tokenizer))
     if linear:
         find_head(policy)

@@ -55,6 +55,9 @@ class Options(LossOptions):
     model: str | None = option(
         None, "local folder or hub name of a causal LM (default: a tiny one with random weights, and a warm-up)"
     )
+    hidden_size: int | None = option(
+        None, "width of the tiny model, a multiple of 16; twice as wide is four times as large (default: 64)"
+    )
     pad_token: str | None = option(None, "token that pads, for a tokenizer without one (default: the tokenizer's)")
     task: str = option("addition", "built-in task; --dataset takes its place", TASKS)
     dataset: str | None = option(
@@ -161,6 +164,8 @@ class Options(LossOptions):
                f"one number per --reward, of which there are {count}")  # fmt: skip
 
     def _check_ranges(self) -> None:
+        size = self.hidden_size
+        _check(size is None or (size > 0 and size % 16 == 0), "hidden_size", size, "a multiple of 16 above 0")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         for name in ("steps", "batch_size", "num_iterations", "num_minibatches", "gradient_accumulation_steps",
                      "save_every", "save_total_limit", "threads", "held_out", "max_prompt_length",
@@ -200,6 +205,8 @@ class Options(LossOptions):
 
     def _check_sizes(self) -> None:
         """What only has a meaning together."""
+        if self.hidden_size is not None and self.model is not None:
+            raise OptionError("--hidden-size is of the tiny model, and --model has its own. Leave one of them out.")
         rows = self.batch_size * self.num_generations
         batch = f"the {rows} completions of a step (--batch-size {self.batch_size} x --num-generations "
         batch += f"{self.num_generations})"

@@ -1,4 +1,4 @@
-"""What each host computes, written out in plain torch from its source, for test_hosts.py.
+"""What each host computes, written out in plain torch from its source, for test_hosts.py and its neighbours.
 
 Float64 in, float64 out: (loss, metrics). The versions that were read are in docs/hosts.md.
 """
@@ -245,3 +245,45 @@ def openrlhf(options, logps, old, A, mask, rollout, dp_size=1, batch_num_tokens=
         total = sequences.sum() if global_batch_size is None else global_batch_size / dp_size
         loss = (mean(loss, mask, 1) * sequences).sum() / total
     return loss, mean(worse, mask), mean(old - logps, mask), vllm_kl, filtered
+
+
+def verl_topk(settings, data, logits):
+    """`compute_forward_kl_topk` of verl under FSDP; rows outside the responses are 0, where verl reads them and drops
+    what it finds."""
+    ids = data["teacher_ids"].values().long()
+    counted = ids[:, 0] >= 0
+    told = torch.where(counted[:, None], data["teacher_logprobs"].values().double(), 0.0)
+    own = torch.log_softmax(logits[0], -1).gather(-1, ids.clamp_min(0))
+    masses = own.exp().sum(-1), told.exp().sum(-1)
+    if settings.log_prob_min_clamp is not None:
+        own, told = own.clamp_min(settings.log_prob_min_clamp), told.clamp_min(settings.log_prob_min_clamp)
+    losses = (told.exp() * (told - own)).sum(-1)
+    names = ("distillation_losses", "student_mass", "teacher_mass")
+    return {name: torch.where(counted, x, 0.0)[None] for name, x in zip(names, (losses, *masses))}
+
+
+def nemo_rl_distillation(cfg, logits, data, toks):
+    """`DistillationLossFn` of NeMo-RL, behind `get_distillation_topk_logprobs_from_logits`."""
+    T = data["input_ids"].shape[1] - 1
+    mask = data["token_mask"][:, 1:].double() * data["sample_mask"].double()[:, None]
+    kept = (mask > 0)[..., None]
+    ids = torch.where(kept, data["teacher_topk_indices"][:, :T], 0)
+    told = torch.where(kept, data["teacher_topk_logits"][:, :T].double(), 0.0).log_softmax(-1)
+    everything = logits[:, :T].log_softmax(-1)
+    own = everything.gather(-1, ids) if cfg.zero_outside_topk else logits[:, :T].gather(-1, ids).log_softmax(-1)
+    forward = (told.exp() * (told - own)).sum(-1)
+    reverse = (own.exp() * (own - told)).sum(-1)
+    if cfg.zero_outside_topk:
+        all_of_it, listed = (everything.exp() * everything).sum(-1), (own.exp() * own).sum(-1)
+        reverse = reverse + all_of_it - listed + 100.0 * (1 - own.exp().sum(-1))
+    w = {"forward": 1.0, "reverse": 0.0, "mixed": cfg.mixed_kl_weight}[cfg.kl_type]
+    loss = ((w * forward + (1 - w) * reverse) * mask).sum() / toks
+    return loss, {"loss": loss, "num_valid_samples": len(ids)}
+
+
+def slime_distillation(args, batch, logits, reduce):
+    """`apply_opd_kl_to_advantages` of slime, and its loss."""
+    drift = [own.double() - told.double() for own, told in zip(batch["log_probs"], batch["teacher_log_probs"])]
+    advantages = [A.double() - args.opd_kl_coef * d for A, d in zip(batch["advantages"], drift)]
+    loss, log = slime(args, {**batch, "advantages": advantages}, logits, reduce)
+    return loss, log | {"opd_reverse_kl": reduce(torch.cat(drift))}

@@ -1,6 +1,6 @@
 """The examples run as they stand, and do what they say: rewards rise, and micro-batches add up to their batch.
 
-`examples/own_objective.py` is run by test_docs.py, `examples/hosts/` by test_hosts.py and test_hosts_others.py.
+`examples/own_objective.py` is run by test_docs.py, `examples/hosts/` by test_hosts.py and its neighbours.
 """
 
 import functools

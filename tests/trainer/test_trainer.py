@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from grpo_kernels import LossConfig, token_logprobs
 from grpo_kernels.trainer import loop, warmup
+from grpo_kernels.trainer.build import build
 from grpo_kernels.trainer.console import Reporter
 from grpo_kernels.trainer.model import tiny_qwen2
-from grpo_kernels.trainer.options import Options
+from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.task import addition, exact_match
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 from model_tolerance import model_bounds
@@ -37,6 +38,19 @@ def tokenizer():
 def policy(tokenizer):
     torch.manual_seed(0)
     return tiny_qwen2(tokenizer, TASK.max_completion_length)
+
+
+def test_a_policy_of_another_width(tokenizer):
+    """--hidden-size 128: four times the weights, and as large logits at the start as at 64."""
+    wide, usual = (build(Options(hidden_size=size), torch.device("cpu")).policy for size in (128, None))
+    sizes = [sum(weight.numel() for weight in each.parameters()) for each in (wide, usual)]
+    assert wide.config.hidden_size == 128 and usual.config.hidden_size == 64 and 3.9 < sizes[0] / sizes[1] < 4.1
+    ids = torch.tensor([tokenizer("37+48=")["input_ids"]])
+    spread, wanted = (each(ids).logits.std().item() for each in (wide, usual))
+    assert 0.5 < spread / wanted < 2
+    for given, said in (({"hidden_size": 72}, "multiple of 16"), ({"hidden_size": 128, "model": "x"}, "its own")):
+        with pytest.raises(OptionError, match=said):
+            Options(**given)
 
 
 # --- task -----------------------------------------------------------------------------------------
