@@ -183,7 +183,10 @@ class Reporter:
         for what, path in files.items():
             self._say(f"{what:<8} {path}")
         self._say(f"{'time':<8} " + ", ".join(f"{phase} {spent:.0f} s" for phase, spent in seconds.items()))
-        self._say("The loss is near 0 by construction (centred advantages): watch the reward.")
+        if self._options.teacher is None:
+            self._say("The loss is near 0 by construction (centred advantages): watch the reward.")
+        else:
+            self._say("The loss is the divergence from the teacher: 0 where the policy has become it.")
 
 
 def _one_line(text: str) -> str:

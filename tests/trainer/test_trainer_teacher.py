@@ -97,6 +97,7 @@ def test_a_run_goes_on(tmp_path):
              "lr_scheduler_type": "constant"}  # fmt: skip
     _, rows, said = run(tmp_path / "run", **given)
     assert sum("divergence" in row for row in rows) == 8 and "divergence" in said
+    assert "divergence from the teacher" in " ".join(said.split()) and "by construction" not in said
     assert not (tmp_path / "run" / "checkpoints" / "reference").exists()
     run(tmp_path / "again", **{**given, "steps": 4})
     _, resumed, _ = run(tmp_path / "again", **given, resume=True)
