@@ -25,6 +25,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "luspo": LossType("clipped", "token", "sequence-sum"),  # arXiv:2602.05261
     "gspo": LossType("clipped", "sequence", "sequence-mean"),  # arXiv:2507.18071
     "gspo_token": LossType("clipped", "sequence_token", "sequence-mean"),
+    "up": LossType("up", "token", "global-tokens"),  # arXiv:2607.06987
     "cispo": LossType("cispo", "token", "global-tokens"),  # arXiv:2506.13585
     "sapo": LossType("sapo", "token", "sequence-mean"),  # arXiv:2511.20347
     "vespo": LossType("vespo", "token", "global-tokens"),  # arXiv:2602.10693
@@ -40,6 +41,7 @@ LOSS_TYPES: dict[str, LossType] = {
 ALL_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 TERM_LEVELS: dict[str, tuple[str, ...]] = {
     "clipped": ALL_LEVELS,
+    "up": ("token",),  # it drops a token's ratio where the token is good
     "cispo": ALL_LEVELS,
     "sapo": ALL_LEVELS,
     "vespo": ALL_LEVELS,
@@ -155,10 +157,10 @@ class Knobs:
             raise ValueError("epsilon_high is not cispo's bound; cispo_max bounds its ratio itself")
         if self.log_ratio_clamp is not None and term in ("vespo", "gmpo"):
             raise ValueError(f"log_ratio_clamp: {term} limits its ratio itself")
-        if self.delta is not None and term != "clipped":
-            raise ValueError(f"delta caps the ratio of the term 'clipped'; {term!r} has no such cap")
-        if self.dual_clip is not None and term not in ("clipped", "dppo_tv", "dppo_kl"):
-            raise ValueError(f"dual_clip belongs to 'clipped', 'dppo_tv' and 'dppo_kl', not to {term!r}")
+        if self.delta is not None and term not in ("clipped", "up"):
+            raise ValueError(f"delta caps the ratio of the terms 'clipped' and 'up'; {term!r} has no such cap")
+        if self.dual_clip is not None and term not in ("clipped", "up", "dppo_tv", "dppo_kl"):
+            raise ValueError(f"dual_clip belongs to 'clipped', 'up', 'dppo_tv' and 'dppo_kl', not to {term!r}")
 
     def _check_values(self) -> None:
         def check(right: bool, name: str, wanted: str) -> None:

@@ -166,6 +166,7 @@ OBJECTIVES = {
     "skip": (GIVEN, {"skip_zero_advantage": True}),
     "temperature": ((*FULL, "advantages"), {"temperature": 0.7, "beta": 0.1}),
     "cispo": ((*FULL, "advantages"), {"loss_type": "cispo"}),
+    "up": ((*FULL, "advantages"), {"loss_type": "up", "dual_clip": 1.05, "epsilon": 0.05}),
     "sapo": ((*FULL, "advantages"), {"loss_type": "sapo"}),
     "dr_grpo": ((*FULL, "advantages"), {"loss_type": "dr_grpo", "max_completion_length": 7}),
     "dapo": ((*FULL, "advantages"), {"loss_type": "dapo", "loss_scale": 0.5}),
