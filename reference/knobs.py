@@ -105,6 +105,8 @@ class Knobs:
     sampling_correction_min: float | None = None  # bounds of the ratio π_old/π_sampler; None: no bound
     sampling_correction_max: float | None = 3.0
     # Advantages from rewards: see group_advantages.
+    advantage_estimator: str = "group"  # "group", "rloo", "maxrl" or "gdpo"
+    reward_weights: tuple[float, ...] | None = None  # of rewards (B, K); None: 1 each
     scale_rewards: str = "group"  # "group", "batch" or "none"
     advantage_eps: float = 1e-4
     advantage_unbiased: bool = True
@@ -117,6 +119,7 @@ class Knobs:
             "loss_agg_mode": dict.fromkeys(AGGREGATIONS),
             "kl_estimator": dict.fromkeys(KL_ESTIMATORS),
             "sampling_correction": dict.fromkeys(CORRECTIONS),
+            "advantage_estimator": dict.fromkeys(("group", "rloo", "maxrl", "gdpo")),
             "scale_rewards": dict.fromkeys(("group", "batch", "none")),
         }
         for name, table in choices.items():

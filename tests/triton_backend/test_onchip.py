@@ -160,6 +160,8 @@ OBJECTIVES = {
     "token advantages": (("completion_ids", "token_advantages", "old_logps"), {}),
     "rewards": ((*FULL, "rewards"), {"num_generations": 2, "beta": 0.1}),
     "rewards, batch": ((*FULL, "rewards"), {"num_generations": 2, "scale_rewards": "batch"}),
+    "rewards, rloo": ((*FULL, "rewards"), {"num_generations": 2, "advantage_estimator": "rloo"}),
+    "rewards, gdpo": ((*FULL, "rewards"), {"num_generations": 2, "advantage_estimator": "gdpo"}),
     "group sizes": ((*FULL, "rewards"), {"num_generations": torch.tensor([3, 1])}),
     "entropy": ((*FULL, "advantages"), {"return_entropy": True}),
     "bonus": ((*FULL, "advantages"), {"entropy_coef": 0.02, "beta": 0.1}),
