@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from reference.advantages import GroupSizes, group_advantages
+from reference.advantages import GroupSizes, group_advantages, summed_rewards
 from reference.corrections import entropy_mask, off_policy_mask, sampling_weights
 from reference.kl import estimate_kl
 from reference.knobs import Knobs
@@ -174,6 +174,8 @@ def policy_loss(
         advantages = group_advantages(
             rewards.to(dtype),
             num_generations,
+            advantage_estimator=k.advantage_estimator,
+            reward_weights=k.reward_weights,
             scale_rewards=k.scale_rewards,
             unbiased=k.advantage_unbiased,
             eps=k.advantage_eps,
@@ -240,7 +242,9 @@ def policy_loss(
         if kl is not None:
             metrics["kl"] = masked_mean(kl, mask)
         if rewards is not None:
-            metrics |= reward_metrics(rewards.to(dtype), num_generations, k.scale_rewards)
+            total = summed_rewards(rewards.to(dtype), k.reward_weights)
+            compared = k.scale_rewards if k.advantage_estimator == "group" else "group"
+            metrics |= reward_metrics(total, num_generations, compared)
     out = LossOutput(
         loss=loss,
         logps=lp.detach(),

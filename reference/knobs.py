@@ -25,6 +25,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "luspo": LossType("clipped", "token", "sequence-sum"),  # arXiv:2602.05261
     "gspo": LossType("clipped", "sequence", "sequence-mean"),  # arXiv:2507.18071
     "gspo_token": LossType("clipped", "sequence_token", "sequence-mean"),
+    "up": LossType("up", "token", "global-tokens"),  # arXiv:2607.06987
     "cispo": LossType("cispo", "token", "global-tokens"),  # arXiv:2506.13585
     "sapo": LossType("sapo", "token", "sequence-mean"),  # arXiv:2511.20347
     "vespo": LossType("vespo", "token", "global-tokens"),  # arXiv:2602.10693
@@ -40,6 +41,7 @@ LOSS_TYPES: dict[str, LossType] = {
 ALL_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 TERM_LEVELS: dict[str, tuple[str, ...]] = {
     "clipped": ALL_LEVELS,
+    "up": ("token",),  # it drops a token's ratio where the token is good
     "cispo": ALL_LEVELS,
     "sapo": ALL_LEVELS,
     "vespo": ALL_LEVELS,
@@ -103,6 +105,8 @@ class Knobs:
     sampling_correction_min: float | None = None  # bounds of the ratio π_old/π_sampler; None: no bound
     sampling_correction_max: float | None = 3.0
     # Advantages from rewards: see group_advantages.
+    advantage_estimator: str = "group"  # "group", "rloo", "maxrl" or "gdpo"
+    reward_weights: tuple[float, ...] | None = None  # of rewards (B, K); None: 1 each
     scale_rewards: str = "group"  # "group", "batch" or "none"
     advantage_eps: float = 1e-4
     advantage_unbiased: bool = True
@@ -115,6 +119,7 @@ class Knobs:
             "loss_agg_mode": dict.fromkeys(AGGREGATIONS),
             "kl_estimator": dict.fromkeys(KL_ESTIMATORS),
             "sampling_correction": dict.fromkeys(CORRECTIONS),
+            "advantage_estimator": dict.fromkeys(("group", "rloo", "maxrl", "gdpo")),
             "scale_rewards": dict.fromkeys(("group", "batch", "none")),
         }
         for name, table in choices.items():
@@ -155,10 +160,10 @@ class Knobs:
             raise ValueError("epsilon_high is not cispo's bound; cispo_max bounds its ratio itself")
         if self.log_ratio_clamp is not None and term in ("vespo", "gmpo"):
             raise ValueError(f"log_ratio_clamp: {term} limits its ratio itself")
-        if self.delta is not None and term != "clipped":
-            raise ValueError(f"delta caps the ratio of the term 'clipped'; {term!r} has no such cap")
-        if self.dual_clip is not None and term not in ("clipped", "dppo_tv", "dppo_kl"):
-            raise ValueError(f"dual_clip belongs to 'clipped', 'dppo_tv' and 'dppo_kl', not to {term!r}")
+        if self.delta is not None and term not in ("clipped", "up"):
+            raise ValueError(f"delta caps the ratio of the terms 'clipped' and 'up'; {term!r} has no such cap")
+        if self.dual_clip is not None and term not in ("clipped", "up", "dppo_tv", "dppo_kl"):
+            raise ValueError(f"dual_clip belongs to 'clipped', 'up', 'dppo_tv' and 'dppo_kl', not to {term!r}")
 
     def _check_values(self) -> None:
         def check(right: bool, name: str, wanted: str) -> None:

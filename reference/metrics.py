@@ -84,6 +84,11 @@ def clipped_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor
     return metrics
 
 
+def up_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    """Where A > 0 there is no clip; such tokens still count in the means."""
+    return clipped_metrics(x._replace(A=x.A.clamp(max=0)), advantages, k)
+
+
 def dppo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
     keep = dppo_keeps(x, k)
     capped = keep & (x.r.exp() > dppo_cap(k))
@@ -118,6 +123,7 @@ def vespo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
 
 TERM_METRICS: dict[str, Callable[[Tokens, Tensor, Knobs], dict[str, Tensor]]] = {
     "clipped": clipped_metrics,
+    "up": up_metrics,
     "dppo_tv": dppo_metrics,
     "dppo_kl": dppo_metrics,
     "gmpo": gmpo_metrics,

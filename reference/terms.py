@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reference.knobs import Knobs
-from reference.tensors import masked_sum, sequence_mean
+from reference.tensors import gradient_of, masked_sum, sequence_mean
 
 
 class Tokens(NamedTuple):
@@ -90,6 +90,15 @@ def term_clipped(x: Tokens, k: Knobs) -> Tensor:
     factor, held, _ = clip_branches(x.r.detach().exp(), x.A, k)
     moving = torch.where(held, 0, x.r).exp()
     return -torch.where(held, factor, moving) * x.A
+
+
+def term_up(x: Tokens, k: Knobs) -> Tensor:
+    """ℓ = −A·exp(lp − sg[lp]) for A > 0, the clipped loss otherwise (UP-GRPO).
+
+    Good tokens are on-policy whoever sampled them: the ratio's value is 1 and its gradient that of lp, so the clip
+    never holds them, and the old policy is not asked. Bad ones stay clipped.
+    """
+    return torch.where(x.A > 0, -x.A * gradient_of(x.lp).exp(), term_clipped(x, k))
 
 
 # --- Terms of the form −sg[weight]·A·lp: the policy gradient, with a weight for each token ------------------
@@ -196,6 +205,7 @@ def term_dro(x: Tokens, k: Knobs) -> Tensor:
 
 TERMS: dict[str, Callable[[Tokens, Knobs], Tensor]] = {
     "clipped": term_clipped,
+    "up": term_up,
     "reinforce": term_reinforce,
     "cispo": term_cispo,
     "topr": term_topr,

@@ -62,8 +62,9 @@ def fused_grpo_loss(
         completion_ids: (B, T) or (N,), integers; at masked positions anything. Packed input has (N,)
             where it says (B, T) below, and (S,) where it says (B,).
         advantages: (B,) or (B, T), float. Either these or ``rewards``.
-        rewards: (B,) float: the group-relative advantage is computed inside the launch, see
-            `group_advantages`. Rewards that are not finite get advantage 0.
+        rewards: (B,) float, or (B, K) with ``reward_weights``: the advantage by ``advantage_estimator`` is computed
+            inside the launch, where it needs its group alone, see `group_advantages`. Rewards that are not finite get
+            advantage 0.
         num_generations: with rewards: G, rows [k·G, (k+1)·G) share a prompt; or the sizes of the groups, which add
             up to B, as a list or an integer tensor (groups,) on the device, see `group_advantages`.
         old_logps: (B, T), log-probabilities under the policy that sampled; None: on-policy, ρ = 1 with
@@ -96,7 +97,8 @@ def fused_grpo_loss(
         reduction: ``"mean"``: the loss type's own; ``"none"``: ℓ per token, (B, T), unweighted
             (neither ``loss_scale`` nor ``num_items_in_batch`` nor the entropy bonus is in it), 0 where masked.
         data_group: process group of data-parallel ranks, for what spans them: the std of
-            ``scale_rewards="batch"`` and ``top_entropy_quantile``. The latter then waits for the host once.
+            ``scale_rewards="batch"`` and of ``advantage_estimator="gdpo"``, and ``top_entropy_quantile``. The last
+            then waits for the host once.
         vocab_group: process group over which the vocabulary is spread (tensor parallelism): ``logits`` are this
             rank's part of it, (B, T, V_rank), parts of any size in the order of the ranks; everything else is
             whole, and the same on every rank, ids included. Every rank returns the same loss, and has the

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_kernels.objective.advantages import ESTIMATORS, divisor_name
 from grpo_kernels.objective.scalars import check_scalar_tensor, is_number, is_whole, plain
 from grpo_kernels.objective.validation import validates
 
@@ -187,12 +188,29 @@ def check_mask(name: str, mask: torch.Tensor | None, logits: torch.Tensor, layou
     check_no_grad(name, mask)
 
 
-def check_rewards(rewards: torch.Tensor, num_generations: object, scale_rewards: str) -> None:
+def check_not_negative(rewards: torch.Tensor) -> None:
+    """Of maxrl; where the host need not wait for a device."""
+    if torch.compiler.is_compiling() or not validates(rewards.device):
+        return
+    if bool(((rewards < 0) & rewards.isfinite()).any()):
+        raise ValueError("advantage_estimator='maxrl' divides by the group's mean: rewards must not be negative.")
+
+
+def check_rewards(
+    rewards: torch.Tensor, num_generations: object, scale_rewards: str, estimator: str = "group", weights: object = None
+) -> None:
     check_tensor("rewards", rewards)
     if not rewards.dtype.is_floating_point:
         raise TypeError(f"rewards must be floating point, got {rewards.dtype}. Cast them: rewards.float().")
-    if rewards.dim() != 1:
-        raise ValueError(f"rewards must be (B,), one per completion, got {tuple(rewards.shape)}.")
+    if rewards.dim() not in (1, 2) or (rewards.dim() == 2 and rewards.shape[1] == 0):
+        raise ValueError(f"rewards must be (B,), one per completion, or (B, K), K each, got {tuple(rewards.shape)}.")
+    if weights is not None and (rewards.dim() == 1 or len(weights) != rewards.shape[1]):
+        raise ValueError(
+            f"reward_weights are {len(weights)} and go with rewards (B, {len(weights)}), got {tuple(rewards.shape)}. "
+            "Rewards that are summed already need none."
+        )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"advantage_estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}.")
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
     if num_generations is None:
@@ -211,7 +229,7 @@ def check_rewards(rewards: torch.Tensor, num_generations: object, scale_rewards:
             "num_generations must be an int, or the sizes of the groups, a list or 1-D tensor of them; got "
             f"{type(num_generations).__name__}."
         )
-    if num_generations < 1 or (num_generations < 2 and scale_rewards == "group"):
+    if num_generations < 1 or (num_generations < 2 and divisor_name(estimator, scale_rewards) == "group"):
         raise ValueError(
             f"num_generations={num_generations} gives no group to compare with: sample at least 2 completions per "
             "prompt, or pass advantages."

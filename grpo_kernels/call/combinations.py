@@ -24,11 +24,13 @@ def check_arguments(
     checks.check_float("sampling_logps", sampling_logps, like, per_token)
     checks.check_float("importance_weights", importance_weights, like, either)
     checks.check_float("advantages", advantages, like, either)
-    checks.check_float("rewards", rewards, like, {"(S,)" if layout.packed else "(B,)": (layout.B,)})
+    checks.check_float("rewards", rewards, like, _reward_shapes(rewards, layout))
     if (advantages is None) == (rewards is None):
         raise ValueError("pass either advantages or rewards (with num_generations), and not both.")
     if rewards is not None:
-        checks.check_rewards(rewards, num_generations, config.scale_rewards)
+        checks.check_rewards(
+            rewards, num_generations, config.scale_rewards, config.advantage_estimator, config.reward_weights
+        )
     elif num_generations is not None:
         raise ValueError("num_generations goes with rewards; advantages are used as they are.")
     if config.beta != 0.0 and ref_logps is None:
@@ -44,6 +46,12 @@ def check_arguments(
     check_horizon(layout, config.aggregation, config.max_completion_length)
     if skip_zero_advantage:
         _check_skipping(config)
+
+
+def _reward_shapes(rewards: object, layout: Layout) -> dict[str, tuple]:
+    B, K = "S" if layout.packed else "B", rewards.shape[1:2] if isinstance(rewards, torch.Tensor) else ()
+    shapes = {f"({B},)": (layout.B,)}
+    return {**shapes, f"({B}, K)": (layout.B, *K)} if K else shapes
 
 
 def check_reduction(reduction: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from grpo_kernels.call import checks
 from grpo_kernels.call.library import fake, operator
 from grpo_kernels.call.supports import check_support_values, local_support
+from grpo_kernels.objective.advantages import normalised_sum
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
@@ -270,6 +271,19 @@ def batch_std_op(rewards: Tensor, unbiased: bool, backend: str) -> Tensor:
 @fake(batch_std_op)
 def _(rewards, unbiased, backend):
     return rewards.new_empty((), dtype=torch.float32)
+
+
+@operator()
+def normalised_sum_op(
+    rewards: Tensor, weights: Sequence[float], size: int, groups: Tensor | None, unbiased: bool, eps: float
+) -> Tensor:
+    """(B,) advantages of (B, K) rewards, see `grpo_kernels.objective.advantages.normalised_sum`."""
+    return normalised_sum(rewards, weights, size, groups, unbiased, eps, None)
+
+
+@fake(normalised_sum_op)
+def _(rewards, *args):
+    return rewards.new_empty(rewards.shape[0])
 
 
 @operator()

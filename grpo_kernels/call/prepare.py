@@ -8,7 +8,7 @@ import torch
 from grpo_kernels.call import checks, ops
 from grpo_kernels.call.checks import Layout
 from grpo_kernels.call.combinations import check_arguments
-from grpo_kernels.objective.advantages import batch_spread, group_sizes
+from grpo_kernels.objective.advantages import batch_spread, divisor_name, group_sizes, normalised_sum, weighted_sum
 from grpo_kernels.objective.aggregations import AGGREGATIONS, Sizes, batch_tokens
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import LEVELS, TERMS
@@ -68,8 +68,12 @@ def prepare(
     tokens, h_factor = batch_tokens(sizes) if plan.bonus and not plan.quantile else (None, 1.0)
     scale_number, scale_tensor = apart(checks.check_factor("loss_scale", loss_scale, ids))
     bonus, bonus_tensor = apart(checks.check_factor("entropy_coef", config.entropy_coef, ids) if plan.bonus else 0.0)
-    adv, per_token_temperature = layout.rows(advantages), isinstance(temperature, torch.Tensor)
-    sizes_of_groups, low_high = group_sizes(num_generations, ids), config.log_ratio_bounds
+    per_token_temperature, low_high = isinstance(temperature, torch.Tensor), config.log_ratio_bounds
+    sizes_of_groups = group_sizes(num_generations, ids)
+    groups = None if sizes_of_groups is None else ops.groups_op(sizes_of_groups, layout.B, backend)
+    if rewards is not None:
+        rewards, advantages = _estimated(rewards, num_generations, groups, config, data_group)
+    adv = layout.rows(advantages)
     batch = Batch(
         ids=layout.tokens(ids),
         mask=mask,
@@ -86,10 +90,10 @@ def prepare(
         loss_scale=scale_tensor,
         tokens=tokens,
         entropy_coef=bonus_tensor,
-        batch_std=None if rewards is None else _batch_std(rewards, config, data_group, backend),
+        batch_std=None if rewards is None else _batch_std(rewards, plan, data_group, backend),
         cu=cu,
         segments=segments,
-        groups=None if sizes_of_groups is None else ops.groups_op(sizes_of_groups, layout.B, backend),
+        groups=groups,
         one_temperature=1.0 if per_token_temperature else temperature,
         beta=config.beta,
         w_factor=w_factor * scale_number,
@@ -103,7 +107,7 @@ def prepare(
         correction_low=_or(config.sampling_correction_min, -torch.inf),
         correction_high=_or(config.sampling_correction_max, torch.inf),
         quantile=1.0 - traced(config.top_entropy_quantile),
-        num_generations=float(num_generations) if isinstance(num_generations, numbers.Integral) else 1.0,
+        num_generations=float(_equal_size(num_generations)),
         softcap=softcap,
         logit_scale=logit_scale,
         term=tuple(TERMS[config.term].coefficients(config)),
@@ -161,7 +165,7 @@ def _plan(
         bias=config.use_bias_correction_kl and ref,
         clamped=config.kl_clamp is not None,
         limited=config.log_ratio_clamp is not None,
-        scale_rewards=config.scale_rewards,
+        scale_rewards=divisor_name(config.advantage_estimator, config.scale_rewards),
         unbiased=config.advantage_unbiased,
         skip=skip and config.beta == 0.0,
         bonus=weighted and config.entropy_coef is not None,
@@ -202,12 +206,37 @@ def _is_per_sequence(x: torch.Tensor | None, layout: Layout) -> bool:
     return tuple(x.shape) != (layout.B, layout.T)
 
 
-def _batch_std(rewards: torch.Tensor, config: LossConfig, data_group: object, backend: str) -> torch.Tensor | None:
-    if config.scale_rewards != "batch":
+def _equal_size(num_generations: object) -> int:
+    """The size of every group; 1 where they are given one by one, or there is none."""
+    return int(num_generations) if isinstance(num_generations, numbers.Integral) else 1
+
+
+def _estimated(
+    rewards: torch.Tensor, num_generations: object, groups: torch.Tensor | None, config: LossConfig, data_group: object
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(one reward of each sequence, advantages (B,) that span the batch; None: they are a group's own business)."""
+    weights, given = config.reward_weights, rewards
+    if rewards.dim() == 2:
+        given = rewards.float()
+        rewards = weighted_sum(given, weights)
+    if config.advantage_estimator == "maxrl":
+        checks.check_not_negative(rewards)
+    if config.advantage_estimator != "gdpo":
+        return rewards, None
+    given = given.float().reshape(rewards.shape[0], given.shape[1] if given.dim() == 2 else 1)
+    weights = (1.0,) * given.shape[1] if weights is None else weights
+    how = (_equal_size(num_generations), groups, config.advantage_unbiased, config.advantage_eps)
+    if data_group is None:
+        return rewards, ops.normalised_sum_op(given, weights, *how)
+    return rewards, normalised_sum(given, weights, *how, data_group)
+
+
+def _batch_std(rewards: torch.Tensor, plan: Plan, data_group: object, backend: str) -> torch.Tensor | None:
+    if plan.scale_rewards != "batch":
         return None
     if data_group is None:
-        return ops.batch_std_op(rewards.contiguous(), config.advantage_unbiased, backend)
-    return batch_spread(rewards, config.advantage_unbiased, data_group)
+        return ops.batch_std_op(rewards.contiguous(), plan.unbiased, backend)
+    return batch_spread(rewards, plan.unbiased, data_group)
 
 
 def _wanted(

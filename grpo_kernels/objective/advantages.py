@@ -6,6 +6,13 @@ import torch
 
 from grpo_kernels.objective.language import jit, on_torch, tl
 
+# Advantage estimator -> what it divides R − mean by, see `divisor_of`; "": what `scale_rewards` says.
+ESTIMATORS = {"group": "", "rloo": "others", "maxrl": "mean", "gdpo": "none"}
+
+
+def divisor_name(estimator: str, scale_rewards: str) -> str:
+    return ESTIMATORS[estimator] or scale_rewards
+
 
 @jit
 def is_known(reward):
@@ -17,6 +24,19 @@ def is_known(reward):
 def standardise(reward, mean, spread, divisor):
     """(R − mean)/divisor; exactly 0 in a group without spread, and for a reward that is not finite."""
     return tl.where((spread > 0.0) & is_known(reward), (reward - mean) / divisor, 0.0)
+
+
+@jit
+def divisor_of(mean, spread, count, eps, HOW: tl.constexpr):
+    """What R − mean is divided by: 1, the spread, the mean, or (n − 1)/n, which leaves the mean of the n − 1 others."""
+    if HOW == "none":
+        return 1.0
+    elif HOW == "mean":
+        return mean + 1e-6
+    elif HOW == "others":
+        return tl.where(count < 2.0, 1.0, (count - 1.0) / count)
+    else:
+        return spread + eps
 
 
 @jit
@@ -60,29 +80,59 @@ def group_rows(sizes: torch.Tensor, B: int) -> torch.Tensor:
     return torch.stack([torch.where(fits, first, at), torch.where(fits, size, 0)]).int()
 
 
-def relative_advantages(rewards, size: int, groups, scale_rewards, unbiased, eps, batch_std) -> torch.Tensor:
+def relative_advantages(rewards, size: int, groups, divisor: str, unbiased, eps, batch_std) -> torch.Tensor:
     """(B,), see `grpo_kernels.group_advantages`.
 
     Args:
         size: of every group, where ``groups`` is None.
         groups: (2, B), see `group_rows`.
-        batch_std: of `batch_spread`, which ``scale_rewards="batch"`` divides by.
+        divisor: of `divisor_name`.
+        batch_std: of `batch_spread`, where that is ``"batch"``.
     """
     if rewards.numel() == 0:
         return rewards.clone()
-    mean, spread = group_moments(rewards, size, groups, unbiased)
-    if scale_rewards == "none":
-        divisor = torch.ones_like(spread)
-    elif scale_rewards == "batch":
-        divisor = batch_std + eps
-    else:
-        divisor = spread + eps
-    advantages = on_torch(standardise)(rewards, mean, spread, divisor)
+    mean, spread, count = group_moments(rewards, size, groups, unbiased)
+    by = on_torch(divisor_of)(mean, batch_std if divisor == "batch" else spread, count, eps, divisor)
+    advantages = on_torch(standardise)(rewards, mean, spread, by)
     return advantages if groups is None else torch.where(groups[1] == 0, torch.nan, advantages)
 
 
-def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of each row's group, (B,) each; see `moments`."""
+def weighted_sum(rewards: torch.Tensor, weights: Sequence[float] | torch.Tensor | None) -> torch.Tensor:
+    """(B,) of (B, K): of the rewards that are known; NaN where none is. (B,) stays as it is."""
+    if rewards.dim() == 1:
+        return rewards
+    known = rewards.isfinite()
+    columns = torch.where(known, rewards, 0.0).unbind(1)
+    total = sum(weight * column for weight, column in zip(_weights(weights, len(columns)), columns))
+    return torch.where(known.any(1), total, torch.nan)
+
+
+def _weights(weights: Sequence[float] | torch.Tensor | None, K: int):
+    """K numbers, or 0-d tensors: no list goes to the device."""
+    return (1.0,) * K if weights is None else weights
+
+
+def normalised_sum(rewards, weights, size: int, groups, unbiased: bool, eps: float, data_group) -> torch.Tensor:
+    """(B,) of (B, K), or of (B,) as K = 1: each reward is normalised in its group, and their sum in the batch. GDPO.
+
+    The sum's mean is 0, as what is normalised adds up to 0 in each group. It is not subtracted: its rounding would make
+    an advantage of a group without spread.
+    """
+    rewards = rewards if rewards.dim() == 2 else rewards[:, None]
+    columns, known, total = rewards.unbind(1), on_torch(is_known)(rewards).any(1), 0.0
+    for weight, column in zip(_weights(weights, len(columns)), columns):
+        mean, spread, _ = group_moments(column, size, groups, unbiased)
+        total = total + weight * on_torch(standardise)(column, mean, spread, spread + eps)
+    if groups is not None:
+        known = known & (groups[1] != 0)
+    total = torch.where(known, total, torch.nan)
+    spread = batch_spread(total, unbiased, data_group)
+    advantages = on_torch(standardise)(total, 0.0, spread, spread + eps)
+    return advantages if groups is None else torch.where(groups[1] == 0, torch.nan, advantages)
+
+
+def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean, std, how many are finite) of each row's group, (B,) each; see `moments`."""
     if groups is None:
         return tuple(x.expand(-1, size).reshape(-1) for x in moments(rewards.reshape(-1, size), unbiased))
     first, count = groups.long()
@@ -98,7 +148,7 @@ def group_moments(rewards, size: int, groups, unbiased: bool) -> tuple[torch.Ten
     mean = over_groups(rewards, "sum", 0.0) / known.clamp(min=1.0)
     square = over_groups((rewards - mean).square(), "sum", 0.0)
     low, high = over_groups(rewards, "min", torch.inf), over_groups(rewards, "max", -torch.inf)
-    return mean, on_torch(spread_of)(square, known, low, high, unbiased)
+    return mean, on_torch(spread_of)(square, known, low, high, unbiased), known
 
 
 def batch_spread(rewards: torch.Tensor, unbiased: bool, group=None) -> torch.Tensor:
@@ -124,12 +174,12 @@ def _largest(x: torch.Tensor) -> torch.Tensor:
     return x.amax() if x.numel() else x.new_full((), -torch.inf)
 
 
-def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """(mean, std) of each row, [n, 1] each, of what is finite; std exactly 0 where all of that is the same."""
+def moments(rows: torch.Tensor, unbiased: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(mean, std, count) of each row, [n, 1] each, of what is finite; std exactly 0 where all of that is the same."""
     valid = on_torch(is_known)(rows)
     count = valid.sum(-1, keepdim=True).to(rows.dtype)
     mean = torch.where(valid, rows, 0.0).sum(-1, keepdim=True) / count.clamp(min=1.0)
     square = torch.where(valid, (rows - mean).square(), 0.0).sum(-1, keepdim=True)
     high = torch.where(valid, rows, -torch.inf).amax(-1, keepdim=True)
     low = torch.where(valid, rows, torch.inf).amin(-1, keepdim=True)
-    return mean, on_torch(spread_of)(square, count, low, high, unbiased)
+    return mean, on_torch(spread_of)(square, count, low, high, unbiased), count

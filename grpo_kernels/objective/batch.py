@@ -32,8 +32,8 @@ class Batch(NamedTuple):
     old: torch.Tensor | None = None  # as ids
     ref: torch.Tensor | None = None  # as ids
     sampling: torch.Tensor | None = None  # as ids
-    adv: torch.Tensor | None = None  # *, or rewards
-    rewards: torch.Tensor | None = None  # (B,)
+    adv: torch.Tensor | None = None  # *; without them the advantages are those of the rewards
+    rewards: torch.Tensor | None = None  # (B,); beside advantages for their metrics alone
     wanted: torch.Tensor | None = None  # *, 0 where `Plan.skip` leaves a row unread; None: it leaves those of A = 0
     is_weight: torch.Tensor | None = None  # *
     temperature: torch.Tensor | None = None  # *, in place of `one_temperature`

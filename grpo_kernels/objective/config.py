@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_kernels.objective.advantages import ESTIMATORS
 from grpo_kernels.objective.aggregations import AGGREGATIONS
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS, LEVELS, LOSS_TYPES, TERMS
 from grpo_kernels.objective.corrections import CORRECTIONS
@@ -77,6 +78,10 @@ class LossConfig:
             ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"``, ``"sequence_mask"`` (TRL's
             modes), or ``"seq_mask_tis"``: token ratios, in sequences whose geometric mean is in bounds.
         sampling_correction_min, sampling_correction_max: those bounds, inclusive; None: no bound.
+        advantage_estimator: how ``rewards`` become advantages, one of
+            `grpo_kernels.objective.advantages.ESTIMATORS`: group (by ``scale_rewards``, which the others do not read),
+            rloo (RLOO, arXiv:2402.14740), maxrl (MaxRL, arXiv:2602.02710), gdpo (GDPO, TRL's normalize_then_sum).
+        reward_weights: factors of the K rewards of ``rewards`` (B, K), a list or tuple; None: 1 each.
         scale_rewards: what ``rewards`` are divided by: ``"group"``, ``"batch"`` or ``"none"``
             (DeepSeekMath, arXiv:2402.03300).
         advantage_eps: added to the standard deviation of rewards (TRL 1e-4, verl 1e-6).
@@ -122,6 +127,8 @@ class LossConfig:
     sampling_correction: str | None = None
     sampling_correction_min: float | None = _number(None, 0.0, math.inf)
     sampling_correction_max: float | None = _number(3.0, 0.0, math.inf, optional=True)
+    advantage_estimator: str = "group"
+    reward_weights: tuple[float, ...] | None = None
     scale_rewards: str = "group"
     advantage_eps: float = _number(1e-4, 0.0, "inf")
     advantage_unbiased: bool = True
@@ -132,6 +139,8 @@ class LossConfig:
         _one_of("importance_sampling_level", self.level, LEVELS)
         _one_of("loss_agg_mode", self.aggregation, AGGREGATIONS)
         _one_of("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
+        _one_of("advantage_estimator", self.advantage_estimator, ESTIMATORS)
+        object.__setattr__(self, "reward_weights", _factors(self.reward_weights))
         _one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.sampling_correction is not None:
             _one_of("sampling_correction", self.sampling_correction, CORRECTIONS)
@@ -232,6 +241,9 @@ _RANGES: dict[str, Range] = {
 }
 
 
+_TRL_ESTIMATORS = {"sum_then_normalize": "group", "normalize_then_sum": "gdpo"}
+
+
 def _trl_fields(args: object) -> dict:
     if getattr(args, "use_adaptive_entropy", False):
         raise ValueError(
@@ -241,7 +253,7 @@ def _trl_fields(args: object) -> dict:
     same = ("loss_type", "beta", "epsilon", "epsilon_high", "delta", "importance_sampling_level",
             "use_bias_correction_kl", "max_completion_length", "entropy_coef", "top_entropy_quantile",
             "off_policy_mask_threshold", "sapo_temperature_pos", "sapo_temperature_neg", "vespo_k_pos",
-            "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "scale_rewards")  # fmt: skip
+            "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "scale_rewards", "reward_weights")  # fmt: skip
     fields = {name: getattr(args, name) for name in same if hasattr(args, name)}
     if not fields.get("entropy_coef"):  # TRL's 0.0 is off
         fields["entropy_coef"] = None
@@ -249,6 +261,9 @@ def _trl_fields(args: object) -> dict:
         raise ValueError(f"from_trl takes a GRPOConfig of TRL 1.16, got {type(args).__name__} without a loss_type.")
     scale = fields.get("scale_rewards", "group")
     fields["scale_rewards"] = {True: "group", False: "none"}.get(scale, scale)
+    how = getattr(args, "multi_objective_aggregation", "sum_then_normalize")
+    _one_of("multi_objective_aggregation", how, _TRL_ESTIMATORS)
+    fields["advantage_estimator"] = _TRL_ESTIMATORS[how]
     _one_of("loss_type", fields["loss_type"], LOSS_TYPES)
     term = TERMS[LOSS_TYPES[fields["loss_type"]].term]
     if fields["loss_type"] == "cispo":  # TRL: the raw upper bound of the ratio, epsilon where it is unset
@@ -320,6 +335,17 @@ def _clamp(clamp: object) -> float | tuple[float, float] | None:
     if not all(map(is_number, ends)) or (ends is clamp and len(ends) != 2):
         raise TypeError(f"log_ratio_clamp={clamp!r}: {_CLAMP}")
     return tuple(map(plain, ends)) if ends is clamp else plain(clamp)
+
+
+def _factors(weights: object) -> tuple[float, ...] | None:
+    """``reward_weights`` in Python's numbers, as a tuple, so that the config can be hashed."""
+    if weights is None:
+        return None
+    if not isinstance(weights, (tuple, list)) or not weights or not all(map(is_number, weights)):
+        raise TypeError(f"reward_weights must be None, or a list or tuple of numbers, got {weights!r}.")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward_weights must be finite, got {weights!r}.")
+    return tuple(map(plain, weights))
 
 
 def _rising(low_name: str, low: float | None, high_name: str, high: float | None) -> None:

@@ -57,7 +57,7 @@ def join(local, spread, share, up, cu) -> Tensor:
 
 def advantages(batch: Batch, plan: Plan) -> Tensor:
     """As given, or (B, 1) from the rewards; fp32."""
-    if batch.rewards is None:
+    if batch.adv is not None:
         return batch.adv.float()
     return relative_advantages(
         batch.rewards.float(), int(batch.num_generations), batch.groups, plan.scale_rewards, plan.unbiased,

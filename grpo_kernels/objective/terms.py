@@ -80,6 +80,21 @@ def weighted_logp(factor, lp, A):
     return tl.where(live, -factor * A * lp, 0.0), 0.0, tl.where(live, -factor * A, 0.0)
 
 
+@jit
+def up(r, lp, old, A, c):
+    """A > 0: ℓ = −A·exp(lp − sg[lp]), of value −A, no clip, no old policy; else clipped. UP-GRPO, arXiv:2607.06987."""
+    gain = A > 0.0
+    value, slope, _ = clipped(r, lp, old, A, c)
+    return tl.where(gain, -A, value), tl.where(gain, 0.0, slope), tl.where(gain, -A, 0.0)
+
+
+@jit
+def up_region(r_hat, r, lp, old, A, c):
+    """As clipped where A ≤ 0; no other token is held."""
+    low, _, cap = clipped_region(r_hat, r, lp, old, A, c)
+    return low, 0.0, cap
+
+
 class NoCoefficients(NamedTuple):
     """A term without coefficients; a kernel argument cannot be an empty tuple."""
 

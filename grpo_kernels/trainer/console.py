@@ -11,10 +11,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from grpo_kernels import group_advantages
 from grpo_kernels.trainer import tensorboard
 from grpo_kernels.trainer.options import REWARD_WINDOW, SOLVED_REWARD, Options
 from grpo_kernels.trainer.records import Rows
+from grpo_kernels.trainer.rewards import advantages_of
 from grpo_kernels.trainer.rollout import Rollout, Row
 from grpo_kernels.trainer.task import Task
 from grpo_kernels.trainer.warmup import WarmUp
@@ -108,10 +108,7 @@ class Reporter:
         every, size = self._options.samples_every, self._options.num_generations
         if not every or step % every:
             return
-        advantages = group_advantages(
-            rollout.rewards, size, scale_rewards=self._options.scale_rewards, eps=self._options.advantage_eps,
-            unbiased=self._options.advantage_unbiased,
-        ).tolist()  # fmt: skip
+        advantages = advantages_of(rollout, self._options).tolist()
         groups = range(0, len(advantages), size)
         first = next((i for i in groups if any(advantages[i : i + size])), 0)
         # From best to worst, evenly.

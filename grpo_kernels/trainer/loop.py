@@ -2,7 +2,7 @@
 
     for each step:
         draw prompts, sample a group of completions of each                   `sample`
-        reward them; advantage = how much better than the group               `score`, `group_advantages`
+        reward them; advantage = how much better than the group               `score`, `advantages_of`
         for each epoch, for each minibatch: loss, gradient, optimizer step    `step_on`
 
 With a teacher the loss is the divergence from it, on the same samples, and rewards are only looked at.
@@ -25,14 +25,14 @@ from dataclasses import replace
 import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
-from grpo_kernels import LossConfig, group_advantages
+from grpo_kernels import LossConfig
 from grpo_kernels.integrations.head import ModelHead
 from grpo_kernels.objective.metrics import combine
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.normalise import Whole, share
 from grpo_kernels.trainer.options import REWARD_WINDOW, Options
 from grpo_kernels.trainer.progress import Progress, Saver
-from grpo_kernels.trainer.rewards import score
+from grpo_kernels.trainer.rewards import advantages_of, score
 from grpo_kernels.trainer.rollout import (
     Rollout,
     Row,
@@ -159,10 +159,7 @@ def step_on(
     if not options.replay:
         rollout = replace(rollout, support=None)
     # Compared with its group, before the group is split; a reward of NaN gets advantage 0.
-    advantages = group_advantages(
-        rollout.rewards, options.num_generations, scale_rewards=config.scale_rewards,
-        unbiased=config.advantage_unbiased, eps=config.advantage_eps,
-    )  # fmt: skip
+    advantages = advantages_of(rollout, options)
     mask, temperature, rows = rollout.completion_mask, options.temperature, len(advantages)
     if options.mask_truncated_completions:
         mask = mask & rollout.ended[:, None]

@@ -18,6 +18,7 @@ from grpo_kernels import LossConfig
 LEFT_OUT = {
     "max_completion_length": "Options has its own, where completions are cut; the loss gets the run's",
     "global_batch_size": "the trainer counts the sequences of a minibatch itself",
+    "reward_weights": "Options has its own, one for each --reward; the trainer passes them on",
     "sampling_correction": "the policy itself samples, so that there is no other sampler to correct for",
     "sampling_correction_min": "as sampling_correction",
     "sampling_correction_max": "as sampling_correction",

@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 import torch
 
+from grpo_kernels import group_advantages
 from grpo_kernels.trainer.options import OptionError, Options
+from grpo_kernels.trainer.rollout import Rollout
 
 Reward = Callable[..., Sequence[float | None]]
 
@@ -177,6 +179,18 @@ def score(
     stacked = torch.stack([each.weight * parts[each.name] for each in functions])  # [functions, B]
     unknown = stacked.isnan().all(0)
     return stacked.nansum(0).masked_fill(unknown, float("nan")), parts
+
+
+def advantages_of(rollout: Rollout, options: Options) -> torch.Tensor:
+    """(B,): each completion compared with its group; gdpo is given each function's own rewards."""
+    rewards, weights = rollout.rewards, None
+    if options.advantage_estimator == "gdpo" and rollout.reward_parts:
+        rewards = torch.stack(list(rollout.reward_parts.values()), 1).to(rewards)
+        weights = options.reward_weights or None
+    return group_advantages(
+        rewards, options.num_generations, advantage_estimator=options.advantage_estimator, reward_weights=weights,
+        scale_rewards=options.scale_rewards, unbiased=options.advantage_unbiased, eps=options.advantage_eps,
+    )  # fmt: skip
 
 
 def _rewards(reward: Weighted, prompts, completions, columns: dict[str, list]) -> torch.Tensor:

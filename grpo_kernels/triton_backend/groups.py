@@ -33,5 +33,5 @@ def groups_kernel(sizes, groups, B, n):
 @kernel
 def batch_std_kernel(rewards, std, B, UNBIASED: tl.constexpr):
     """One program: the spread of all rewards, `grpo_kernels.objective.advantages.batch_spread`."""
-    _, spread = reward_moments(rewards, B, UNBIASED)
+    _, spread, _ = reward_moments(rewards, B, UNBIASED)
     tl.store(std, spread)

@@ -66,6 +66,8 @@ def with_advantages(batch: Batch, plan: Plan) -> Batch:
     """Advantages in place of rewards, in a small launch: a persistent program would wait for them at every row."""
     if batch.rewards is None:
         return batch
+    if batch.adv is not None:
+        return batch._replace(rewards=None, groups=None, batch_std=None)
     B = batch.sequences
     adv = torch.empty((B, 1), dtype=torch.float32, device=batch.rewards.device)
     advantages_kernel[(B,)](

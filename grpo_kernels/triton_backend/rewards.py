@@ -1,6 +1,6 @@
 """Group-relative advantages inside a launch: each program reads the few rewards that it needs."""
 
-from grpo_kernels.objective.advantages import is_known, spread_of, standardise
+from grpo_kernels.objective.advantages import divisor_of, is_known, spread_of, standardise
 from grpo_kernels.objective.language import jit, tl
 
 TILE = tl.constexpr(32)  # one warp holds a tile, so that its sums need no barrier between warps
@@ -8,7 +8,7 @@ TILE = tl.constexpr(32)  # one warp holds a tile, so that its sums need no barri
 
 @jit
 def reward_moments(rewards, n, UNBIASED: tl.constexpr):
-    """(mean, std) of those of n rewards that are finite; std is exactly 0 where max == min or one is left."""
+    """(mean, std, count) of those of n rewards that are finite; std is exactly 0 where max == min or one is left."""
     at = tl.arange(0, TILE)
     count = tl.zeros([TILE], tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -28,27 +28,24 @@ def reward_moments(rewards, n, UNBIASED: tl.constexpr):
         r = tl.load(rewards + start + at, mask=start + at < n, other=float("nan")).to(tl.float32)
         square += tl.where(is_known(r), (r - mean) * (r - mean), 0.0)
     lowest, highest = tl.min(low, axis=0), tl.max(high, axis=0)
-    return mean, spread_of(tl.sum(square, axis=0), valid_count, lowest, highest, UNBIASED)
+    return mean, spread_of(tl.sum(square, axis=0), valid_count, lowest, highest, UNBIASED), valid_count
 
 
 @jit
 def group_advantage(rewards, groups, batch_std, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
-    """(advantage, std it was divided by) of sequence ``seq``; its group is rows [k·G, (k+1)·G).
+    """(advantage, std of what it was compared with) of sequence ``seq``; its group is rows [k·G, (k+1)·G).
 
     ``groups`` [2, B]: first row and size of its group, where they differ in size; size 0: it has none, and
-    gets NaN. ``batch_std``: of `batch_std_kernel`, for SCALE "batch".
+    gets NaN. ``batch_std``: of `batch_std_kernel`, for SCALE "batch"; SCALE: of `divisor_of`.
     """
     first, size, nothing = seq // G * G, G, 0.0
     if groups is not None:
         first = tl.load(groups + seq).to(tl.int64)
         size = tl.load(groups + B + seq)
         nothing = tl.where(size == 0, float("nan"), 0.0)
-    mean, spread = reward_moments(rewards + first, size, UNBIASED)
-    divisor = spread
+    mean, spread, count = reward_moments(rewards + first, size, UNBIASED)
+    scale = spread
     if SCALE == "batch":
-        divisor = tl.load(batch_std).to(tl.float32)
+        scale = tl.load(batch_std).to(tl.float32)
     reward = tl.load(rewards + seq).to(tl.float32)
-    if SCALE == "none":
-        return standardise(reward, mean, spread, 1.0) + nothing, spread
-    else:
-        return standardise(reward, mean, spread, divisor + eps) + nothing, divisor
+    return standardise(reward, mean, spread, divisor_of(mean, scale, count, eps, SCALE)) + nothing, scale

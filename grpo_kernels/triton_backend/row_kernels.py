@@ -92,10 +92,10 @@ def is_masked(mask, at):
 
 @jit
 def advantage_of(adv, at, rewards, groups, batch_std, seq, B, G, eps, SCALE: tl.constexpr, UNBIASED: tl.constexpr):
-    if rewards is not None:
-        return group_advantage(rewards, groups, batch_std, seq, B, G, eps, SCALE, UNBIASED)[0]
-    else:
+    if adv is not None:
         return tl.load(adv + at).to(tl.float32)
+    else:
+        return group_advantage(rewards, groups, batch_std, seq, B, G, eps, SCALE, UNBIASED)[0]
 
 
 @jit

@@ -16,6 +16,7 @@ from tolerance import advantage_error, assert_within, bounds
 NAMES = ("completion_ids", "completion_mask", "old_logps", "ref_logps", "rewards")
 SPANNING = (
     {"scale_rewards": "batch"},
+    {"advantage_estimator": "gdpo"},
     {"top_entropy_quantile": 0.3, "importance_sampling_level": "sequence"},
     {"scale_rewards": "batch", "top_entropy_quantile": 0.5},
 )
@@ -45,6 +46,12 @@ def check() -> None:
                 whole = group_advantages(case.rewards, 2, scale_rewards="batch")[part]
                 allowed = advantage_error(case.rewards, whole, case.rewards[~case.rewards.isnan()].std())
                 assert_within(mine, whole, allowed, "advantages", factor=2)
+    several = torch.rand(6, 2, generator=torch.Generator().manual_seed(2)).double()
+    kwargs = {"reward_weights": (1.0, 0.5)}
+    several[3], several[4, 0] = float("nan"), float("nan")
+    mine = group_advantages(several[part], 2, advantage_estimator="gdpo", data_group=dist.group.WORLD, **kwargs)
+    whole = group_advantages(several, 2, advantage_estimator="gdpo", **kwargs)[part]
+    torch.testing.assert_close(mine, whole, rtol=1e-12, atol=1e-12)
     flat = group_advantages(torch.full((4,), 0.7), 2, scale_rewards="batch", data_group=dist.group.WORLD)
     assert not flat.any()
 

@@ -255,6 +255,8 @@ def test_ops_are_what_they_declare(backend, monkeypatch):
     for scale in ("group", "batch"):
         fused_grpo_loss(x, inputs["completion_ids"], rewards=inputs["advantages"], num_generations=sizes,
                         scale_rewards=scale, backend=backend)  # fmt: skip
+    fused_grpo_loss(x, inputs["completion_ids"], rewards=torch.rand(2, 3, device=DEVICE), num_generations=sizes,
+                    advantage_estimator="gdpo", backend=backend)  # fmt: skip
     loss = fused_grpo_loss(x, inputs["completion_ids"], inputs["advantages"], backend=backend).loss
     for keep in (True, False):
         torch.autograd.grad(loss, x, torch.tensor(2.0, device=DEVICE), retain_graph=keep)

@@ -96,6 +96,10 @@ def clipped_slopes(k, rho, A, p, old):
     return -rho * A * moves, 0.0
 
 
+def up_slopes(k, rho, A, p, old):
+    return (0.0, -A) if A > 0 else clipped_slopes(k, rho, A, p, old)
+
+
 def sapo_slopes(k, rho, A, p, old):
     gate = 1 / (1 + math.exp(-(k.sapo_temperature_pos if A > 0 else k.sapo_temperature_neg) * (rho - 1)))
     return -4 * A * rho * gate * (1 - gate), 0.0
@@ -134,6 +138,7 @@ def gmpo_slopes(k, w, r, A, weights):
 # --- the terms --------------------------------------------------------------------------------------------------
 
 WIDE = {"epsilon": 0.1, "epsilon_high": 0.2}
+NARROW = {"epsilon": 0.02, "epsilon_high": 0.05}
 
 TERM_TABLE = {
     "clipped": Facts(
@@ -172,6 +177,31 @@ TERM_TABLE = {
         settings=({**WIDE, "delta": 1.15}, {**WIDE, "delta": 1.4, "dual_clip": 1.3}),
         slopes=clipped_slopes,
         metrics=REGION,
+    ),
+    "up": Facts(
+        by_hand=(
+            # A > 0: ℓ = −A whatever ρ, by lp −A: no clip, no δ
+            ratio(1.0, 2.0, -2.0, 0.0, -2.0),
+            ratio(5.0, 2.0, -2.0, 0.0, -2.0, delta=3.0, dual_clip=2.0),
+            ratio(0.1, 2.0, -2.0, 0.0, -2.0, lp=-3.0),
+            # A < 0: clipped. Inside −ρA; below 0.8 it is held; above it is free
+            ratio(1.1, -1.0, 1.1, 1.1),
+            ratio(0.5, -1.0, 0.8, 0.0),
+            ratio(1.5, -2.0, 3.0, 3.0),
+            ratio(0.75, -1.0, 0.75, 0.75, epsilon=0.3, epsilon_high=0.1),
+            # ... up to δ = 3; with δ = 1.1 up to the upper bound, here 1.5, or 1.2 by ε = 0.2
+            ratio(5.0, -1.0, 3.0, 0.0, delta=3.0),
+            ratio(1.3, -1.0, 1.3, 1.3, delta=1.1, epsilon_high=0.5),
+            ratio(1.3, -1.0, 1.2, 0.0, delta=1.1),
+            # ... and up to c: −cA = 6; δ = 4 comes first, c = 3 then
+            ratio(5.0, -2.0, 6.0, 0.0, dual_clip=3.0),
+            ratio(5.0, -2.0, 6.0, 0.0, dual_clip=3.0, delta=4.0),
+            ratio(1.3, 0.0, 0.0, 0.0),
+        ),
+        settings=({**NARROW, "delta": 1.01}, {**NARROW, "delta": 1.09, "dual_clip": 1.03}),  # above 1 A < 0 alone tells
+        slopes=up_slopes,
+        metrics=REGION,
+        levels=("token",),
     ),
     "cispo": Facts(
         by_hand=(

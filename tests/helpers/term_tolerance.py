@@ -8,6 +8,7 @@ term is given the benefit of its sign::
 
     ρ = e^r̂                    3·|r̂| + 4 =: q
     log of a weight e^d         of the weight 3·|d| + 4, of the logarithm as much: 6·|d| + 8 =: q_d, absolute
+    the same, for A ≤ 0        up. For A > 0 ℓ is −A: 0
     e^x, x = log w·k + λ − λ·w  vespo. Of k·log w: k, log w, the product; of λ: 1; of λ·w: λ, the product, w as of ρ.
                                 λ + k·log w rounds once more, then 3 of all as of each x:
                                 7·k·|log w| + 5·λ + (9 + 3·|log w|)·λ·w + 4,
@@ -61,6 +62,11 @@ def of_ratio(x: Tokens, k: Knobs) -> Roundings:
     return Roundings(of_exp(x.r), of_exp(x.r))
 
 
+def of_up(x: Tokens, k: Knobs) -> Roundings:
+    size = torch.where(x.A > 0, 0, of_exp(x.r))
+    return Roundings(size, size)
+
+
 def of_nothing(x: Tokens, k: Knobs) -> Roundings:
     return Roundings(torch.zeros_like(x.r), torch.zeros_like(x.r))
 
@@ -105,6 +111,7 @@ def of_sapo(x: Tokens, k: Knobs) -> Roundings:
 
 TERM_ROUNDINGS = {
     "reinforce": of_nothing, "dro": of_nothing, "gmpo": of_gmpo, "vespo": of_vespo, "sapo": of_sapo,
+    "up": of_up,
 }  # fmt: skip
 
 

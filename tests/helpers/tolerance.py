@@ -37,13 +37,15 @@ import torch
 from torch import Tensor
 
 import reference
+from reference.advantages import summed_rewards
 from reference.metrics import reward_metrics
 from term_tolerance import U, policy_loss_off
 from variation import unshifted
 
 DRAWS, SAFETY = 8, 2  # the largest of eight uniform draws is below half of the worst case once in 256
 KL_METRICS = ("kl", "approx_kl")
-ADVANTAGES = ("scale_rewards", "advantage_eps", "advantage_unbiased")  # knobs of `reference.group_advantages`
+# The knobs of `reference.group_advantages`.
+ADVANTAGES = ("advantage_estimator", "reward_weights", "scale_rewards", "advantage_eps", "advantage_unbiased")
 RUN_ONLY = ("inplace", "skip_zero_advantage", "return_entropy", "backend")  # do not change the numbers
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
 TINY = 2.0**-120  # fp32 makes 0 of what is smaller, and of factors of it
@@ -160,19 +162,49 @@ def tail(
     out = policy_loss_off(term, logps, entropy=entropy, **fixed, **floats)
     metrics = out.metrics
     if rewards is not None:
-        scale_rewards = fixed.get("scale_rewards", "group")
+        scale_rewards = fixed.get("scale_rewards", "group") if spans_by_scale(fixed) else "group"
         metrics = metrics | reward_metrics(rewards.detach(), fixed["num_generations"], scale_rewards)
     g, h = slopes((out.loss * up).sum(), logps, entropy)
     return {"loss": out.loss.detach(), "g": g, "h": h, **{f"metric {k}": v.double() for k, v in metrics.items()}}
 
 
+def spans_by_scale(knobs: dict) -> bool:
+    return knobs.get("advantage_estimator", "group") == "group"
+
+
 def of_rewards(rewards: Tensor, knobs: dict) -> tuple[Tensor, Tensor]:
     """(advantages in float64, their errors): a mean that is off moves a whole group, and no reward does so."""
-    given = {name.removeprefix("advantage_"): knobs[name] for name in ADVANTAGES if name in knobs}
+    short = {"advantage_eps": "eps", "advantage_unbiased": "unbiased"}
+    given = {short.get(name, name): knobs[name] for name in ADVANTAGES if name in knobs}
     sizes = knobs["num_generations"]
     wanted = reference.group_advantages(rewards, sizes, **given)
-    centred = reference.group_advantages(rewards, sizes, **given | {"scale_rewards": "none"})
-    return wanted, advantage_error(rewards, wanted, torch.where(wanted == 0, 1.0, centred / wanted))
+    if given.get("advantage_estimator") == "gdpo":
+        given = {name: given[name] for name in ("eps", "unbiased") if name in given}
+        return wanted, gdpo_error(rewards, wanted, sizes, knobs.get("reward_weights"), **given)
+    total, size = summed_rewards(rewards, knobs.get("reward_weights")), summed_size(rewards, knobs)
+    centred = reference.group_advantages(total, sizes, scale_rewards="none")
+    return wanted, advantage_error(size, wanted, torch.where(wanted == 0, 1.0, centred / wanted))
+
+
+def summed_size(rewards: Tensor, knobs: dict) -> Tensor:
+    """(B,): the terms of a weighted sum."""
+    finite = torch.where(rewards.isfinite(), rewards.abs(), 0.0)
+    weights = knobs.get("reward_weights")
+    return summed_rewards(finite, None if weights is None else [abs(weight) for weight in weights])
+
+
+def gdpo_error(rewards, wanted, sizes, weights, **given) -> Tensor:
+    """Each z is off as an advantage is, y by all of them, and its spread relatively by as much as y by it."""
+    rewards = rewards if rewards.dim() == 2 else rewards[:, None]
+    y, d_y = torch.zeros_like(wanted), torch.zeros_like(wanted)
+    for column, weight in zip(rewards.unbind(1), weights or [1.0] * rewards.shape[1]):
+        z = reference.group_advantages(column, sizes, **given)
+        centred = reference.group_advantages(column, sizes, scale_rewards="none")
+        d_y = d_y + abs(weight) * advantage_error(column, z, torch.where(z == 0, 1.0, centred / z))
+        y = y + weight * z
+    own = (8 + steps(len(y))) * U
+    off = (d_y.max() + own * y.abs().max()) / y.std().clamp(min=1e-30)
+    return torch.where(wanted == 0, 0.0, off * (1 + wanted.abs()) + own * wanted.abs())
 
 
 def slopes(total: Tensor, *of: Tensor) -> tuple[Tensor, ...]:
@@ -260,8 +292,9 @@ def bounds(logits: Tensor, completion_ids: Tensor, *, upstream=None, d_logits: T
     fixed = {k: v for k, v in kwargs.items() if k not in floats}
     sizes = {k: 4 * U * v.nan_to_num(0, 0, 0).abs() for k, v in floats.items()}
     if "rewards" in sizes:
-        sizes["rewards"] = sizes["rewards"].amax()  # a mean is subtracted
         floats["advantages"], sizes["advantages"] = of_rewards(floats["rewards"], kwargs)
+        sizes["rewards"] = 4 * U * summed_size(floats["rewards"], kwargs).amax()  # a mean is subtracted
+        floats["rewards"] = summed_rewards(floats["rewards"], kwargs.get("reward_weights"))
     cu = kwargs.get("cu_seqlens")
     term = torch.zeros(mask.shape[0] if cu is None else len(cu) - 1, 1, dtype=torch.float64)
     exact, errors = carried(

@@ -124,6 +124,7 @@ def test_from_trl_takes_over_every_argument():
         sapo_temperature_pos=2.0, sapo_temperature_neg=3.0, vespo_k_pos=1.0, vespo_lambda_pos=1.5, vespo_k_neg=2.5,
         vespo_lambda_neg=3.5, scale_rewards="batch", use_vllm=True, vllm_importance_sampling_mode="token_mask",
         vllm_importance_sampling_clip_max=2.0, vllm_importance_sampling_clip_min=0.5,
+        multi_objective_aggregation="normalize_then_sum", reward_weights=[1.0, 0.5],
     )  # fmt: skip
     assert LossConfig.from_trl(args) == LossConfig(
         loss_type="sapo", beta=0.1, epsilon=0.3, epsilon_high=0.4, importance_sampling_level="sequence",
@@ -131,6 +132,7 @@ def test_from_trl_takes_over_every_argument():
         off_policy_mask_threshold=0.5, sapo_temperature_pos=2.0, sapo_temperature_neg=3.0, vespo_k_pos=1.0,
         vespo_lambda_pos=1.5, vespo_k_neg=2.5, vespo_lambda_neg=3.5, scale_rewards="batch",
         sampling_correction="token_mask", sampling_correction_max=2.0, sampling_correction_min=0.5,
+        advantage_estimator="gdpo", reward_weights=(1.0, 0.5),
     )  # fmt: skip
 
 

@@ -38,6 +38,14 @@ def test_dual_clip():
     assert "clip_ratio/dual_mean" not in metrics_of([-1, -1, -1])
 
 
+def test_up():
+    # A < 0: ρ = 0.5 | 0.25 are below 0.8, ρ = 4 is beyond c = 3. A > 0 holds nothing; its tokens count: 1 of 5.
+    got = metrics_of([-1, -1, -1], loss_type="up", dual_clip=3.0)
+    assert_metrics(got, dual=1 / 5, low_mean=2 / 5, low_min=1 / 4, high_mean=0, high_max=0, region_mean=2 / 5)
+    assert_metrics(metrics_of([1, -1, 1], loss_type="up"), low_mean=1 / 5, low_min=0, high_mean=0, region_mean=1 / 5)
+    assert_metrics(metrics_of([1, 1, 1], loss_type="up", dual_clip=3.0), dual=0, low_mean=0, high_mean=0, high_max=0)
+
+
 def test_cispo():
     assert_metrics(metrics_of([1, 1, 1], loss_type="cispo", cispo_max=1.5), cispo=2 / 5)
     assert_metrics(metrics_of([-1, -1, 1], loss_type="cispo", cispo_max=1.5), cispo=0)

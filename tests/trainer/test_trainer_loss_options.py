@@ -25,14 +25,15 @@ FIELDS = LossConfig.field_names()
 GIVEN = {
     "loss_type": "dapo", "policy_term": "sapo", "importance_sampling_level": "sequence",
     "loss_agg_mode": "batch-tokens", "kl_estimator": "k2", "scale_rewards": "none", "top_entropy_quantile": "0.5",
+    "advantage_estimator": "rloo",
 }  # fmt: skip
 WITH = {"cispo_min": ["--loss-type", "cispo"]}
 
 
 def test_no_field_is_left_out_unless_named():
     assert LEFT_OUT.keys() == {
-        "max_completion_length", "global_batch_size", "sampling_correction", "sampling_correction_min",
-        "sampling_correction_max",
+        "max_completion_length", "global_batch_size", "reward_weights", "sampling_correction",
+        "sampling_correction_min", "sampling_correction_max",
     }  # fmt: skip
     assert set(FIELDS) - LEFT_OUT.keys() <= Options.__dataclass_fields__.keys()
 

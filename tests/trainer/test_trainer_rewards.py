@@ -9,10 +9,12 @@ import torch
 
 pytest.importorskip("transformers", reason="the trainer's requirements are not installed: pip install '.[trainer]'")
 
+from grpo_kernels import group_advantages
 from grpo_kernels.trainer import __main__ as entry
 from grpo_kernels.trainer import rewards
 from grpo_kernels.trainer.options import OptionError, Options
-from grpo_kernels.trainer.rewards import RewardError, Weighted, score
+from grpo_kernels.trainer.rewards import RewardError, Weighted, advantages_of, score
+from grpo_kernels.trainer.rollout import Rollout
 from grpo_kernels.trainer.task import Problem, columns_of
 from trainer_cases import run
 
@@ -217,3 +219,16 @@ def test_unusable_rewards_are_refused_before_anything_is_written(tmp_path, optio
     message = str(caught.value)
     assert all(word in message for word in words) and "\n" not in message
     assert not (tmp_path / "run").exists()
+
+
+def test_gdpo_is_given_each_functions_own_rewards():
+    """Others compare the sums."""
+    parts = {"solved": torch.tensor([0.0, 1.0, 1.0, 0.0]), "length": torch.tensor([100.0, 200.0, 50.0, 300.0])}
+    none = torch.zeros(4, 1, dtype=torch.long)
+    rollout = Rollout(none, none, none, none.bool(), none[:, 0].bool(), parts["solved"] + 0.5 * parts["length"], parts)
+    options = {"num_generations": 2, "reward": ("length", "x:y"), "reward_weights": (1.0, 0.5)}
+    for estimator in ("gdpo", "rloo"):
+        given = rollout.rewards if estimator == "rloo" else torch.stack([*parts.values()], 1)
+        weights = None if estimator == "rloo" else (1.0, 0.5)
+        want = group_advantages(given, 2, advantage_estimator=estimator, reward_weights=weights)
+        assert torch.equal(advantages_of(rollout, Options(**options, advantage_estimator=estimator)), want)
