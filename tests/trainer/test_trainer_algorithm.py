@@ -10,6 +10,7 @@ pytest.importorskip("transformers", reason="the trainer's requirements are not i
 
 from transformers import get_scheduler
 
+from grpo_kernels import group_advantages
 from grpo_kernels.objective.catalogue import LOSS_TYPES
 from grpo_kernels.trainer import loop, normalise
 from grpo_kernels.trainer.options import SCHEDULES, OptionError, Options
@@ -107,7 +108,7 @@ def test_every_completion_is_used_once_per_epoch(policy, rollout, monkeypatch):
     torch.manual_seed(3)
     row, _ = step(policy, rollout, num_iterations=3, num_minibatches=4, gradient_accumulation_steps=3, beta=0.0)
     assert len(calls) == 3 * 4 * 3 and all(len(call["advantages"]) == 1 for call in calls)
-    every = sorted(loop.group_advantages(rollout.rewards, 6).tolist())
+    every = sorted(group_advantages(rollout.rewards, 6).tolist())
     epochs = [[call["advantages"].item() for call in calls[12 * i : 12 * i + 12]] for i in range(3)]
     assert all(sorted(epoch) == pytest.approx(every) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]  # each shuffled anew
