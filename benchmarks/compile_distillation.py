@@ -10,6 +10,7 @@ from grpo_kernels.triton_backend import distillation_launch as launch
 
 KERNELS = ("whole_teacher_kernel", "few_tokens_kernel", "sequence_sums_kernel", "batch_sums_kernel")
 TOLD = 64  # tokens of a teacher that tells the likeliest
+FEW = ("reverse all full", "mixed few full")  # of each kernel of rows one form
 
 
 def calls(logits: torch.Tensor) -> Iterator[tuple[str, Callable]]:
@@ -33,6 +34,11 @@ def calls(logits: torch.Tensor) -> Iterator[tuple[str, Callable]]:
         given = (logits, logits if whole else None, batch)
         yield f"{name} {outcomes} {form}", functools.partial(_one_launch, *given, plan)
         yield f"{name} {outcomes} {form}", functools.partial(_two_launches, *given, plan._replace(weighted=False))
+
+
+def left_out(label: str) -> bool:
+    """Whether a launch of distillation, by its label, is none of FEW."""
+    return label.split()[0] in KERNELS[:2] and not any(each in label for each in FEW)
 
 
 def _one_launch(logits, teacher, batch: DistillationBatch, plan: DistillationPlan) -> None:

@@ -318,14 +318,15 @@ def report(
 ) -> list[dict]:
     """One row per launch form × target × dtype × vocabulary.
 
-    `brief`: every term for the first target alone, of the others what stands with the clipped one, as a term is a few
-    numbers of a token; and NVIDIA's kernels that read no row are not disassembled.
+    `brief`: every term and divergence for the first target alone; of the others what stands with the clipped one, as a
+    term is a few numbers of a token, and `compile_distillation.FEW`. NVIDIA's kernels that read no row are not
+    disassembled.
     """
     jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
         terms = {"clipped"} if brief and target != targets[0] else set(TERMS)
         for each in record_launches(V, dtype, TARGETS[target].warp_size):
-            if not re.search(only, each.label):
+            if not re.search(only, each.label) or (terms != set(TERMS) and compile_distillation.left_out(each.label)):
                 continue
             if each.label.split()[1] in terms or each.label.split()[1] not in TERMS:
                 jobs.setdefault((target, V, each.kernel, str(signature(each))), each)

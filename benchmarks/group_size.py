@@ -88,7 +88,7 @@ def study(
     made = []
     for seed in seeds:
         first = options_of(base, seed=seed)
-        task, tokenizer, policy, _ = build(first, first.torch_device())
+        task, tokenizer, policy, *_ = build(first, first.torch_device())
         warm_up(policy, tokenizer, task, first, lambda step, accuracy: None)
         for size in sizes:
             options = options_of(base, seed=seed, num_generations=size,

@@ -42,7 +42,7 @@ def test_both_trainers_take_the_same_steps(tmp_path, capsys):
     given = ["--device", "cpu", "--steps", "3", "--beta", "0.1", "--shapes", "tiny-untied", "--checkpointing"]
     assert end_to_end.main([*given, "--minutes", "5", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) <= 80
+    assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     assert "tiny-untied, 4 x 16, checkpointing, beta 0.1, 3 steps" in lines
     rows, kept = read(tmp_path)
     assert [(row["trainer"], row["status"]) for row in rows] == [(MODEL_ALONE, OK), (STOCK, OK), (FUSED, OK)]
