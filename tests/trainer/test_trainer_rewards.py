@@ -225,7 +225,8 @@ def test_gdpo_is_given_each_functions_own_rewards():
     """Others compare the sums."""
     parts = {"solved": torch.tensor([0.0, 1.0, 1.0, 0.0]), "length": torch.tensor([100.0, 200.0, 50.0, 300.0])}
     none = torch.zeros(4, 1, dtype=torch.long)
-    rollout = Rollout(none, none, none, none.bool(), none[:, 0].bool(), parts["solved"] + 0.5 * parts["length"], parts)
+    rollout = Rollout(none, none, none, none.bool(), none[:, 0].bool(), parts["solved"] + 0.5 * parts["length"],
+                      reward_parts=parts)  # fmt: skip
     options = {"num_generations": 2, "reward": ("length", "x:y"), "reward_weights": (1.0, 0.5)}
     for estimator in ("gdpo", "rloo"):
         given = rollout.rewards if estimator == "rloo" else torch.stack([*parts.values()], 1)
