@@ -318,9 +318,9 @@ def report(
 ) -> list[dict]:
     """One row per launch form × target × dtype × vocabulary.
 
-    `brief`: every term and divergence for the first target alone; of the others what stands with the clipped one, as a
-    term is a few numbers of a token, and `compile_distillation.FEW`. NVIDIA's kernels that read no row are not
-    disassembled.
+    `brief`: every term and divergence for the first target alone, terms without their leanest form; of the others what
+    stands with the clipped one, as a term is a few numbers of a token, and `compile_distillation.FEW`. NVIDIA's kernels
+    that read no row are not disassembled.
     """
     jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
@@ -328,7 +328,10 @@ def report(
         for each in record_launches(V, dtype, TARGETS[target].warp_size):
             if not re.search(only, each.label) or (terms != set(TERMS) and compile_distillation.left_out(each.label)):
                 continue
-            if each.label.split()[1] in terms or each.label.split()[1] not in TERMS:
+            _, term, form, *_ = (*each.label.split(), "", "")
+            if brief and form == "lean" and term != "clipped":
+                continue
+            if term in terms or term not in TERMS:
                 jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
 
     def compiled(job):
