@@ -155,7 +155,7 @@ def test_gathering_an_id_outside_the_vocabulary(backend, monkeypatch):
 
 def test_gathering_says_what_it_needs():
     head, inputs, rows = restricted_rows(10, masked=False)
-    mask = torch.ones(B, T, V, dtype=torch.bool)
+    mask = torch.ones(B, T, V, dtype=torch.bool).to(DEVICE)
     for support in (None, mask):
         with pytest.raises(ValueError, match="gather_head needs support as a Support"):
             ours(head, inputs, "torch", support=support, gather_head=True)

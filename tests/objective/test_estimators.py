@@ -167,16 +167,17 @@ def test_from_hidden_states_and_compiled(estimator, backend):
 @pytest.mark.parametrize(
     ("rewards", "kwargs", "words"),
     [
-        (f64(1, -1), {"advantage_estimator": "maxrl"}, "must not be negative"),
-        (f64(1, 1), {"advantage_estimator": "ppo"}, "one of 'group', 'rloo'"),
-        (f64(1, 1), {"reward_weights": [1.0]}, r"go with rewards \(B, 1\)"),
-        (torch.ones(2, 3, device=DEVICE), {"reward_weights": [1.0]}, r"reward_weights are 1"),
-        (torch.ones(2, 0, device=DEVICE), {}, r"rewards must be \(B,\)"),
-        (torch.ones(2, 1, 1, device=DEVICE), {}, r"rewards must be \(B,\)"),
+        ([1, -1], {"advantage_estimator": "maxrl"}, "must not be negative"),
+        ([1, 1], {"advantage_estimator": "ppo"}, "one of 'group', 'rloo'"),
+        ([1, 1], {"reward_weights": [1.0]}, r"go with rewards \(B, 1\)"),
+        ([[1, 1, 1], [1, 1, 1]], {"reward_weights": [1.0]}, r"reward_weights are 1"),
+        ([[], []], {}, r"rewards must be \(B,\)"),
+        ([[[1]], [[1]]], {}, r"rewards must be \(B,\)"),
     ],
 )  # fmt: skip
 def test_what_is_refused(rewards, kwargs, words, monkeypatch):
     monkeypatch.setenv("GRPO_KERNELS_VALIDATE", "1")
+    rewards = f64(*rewards)
     with pytest.raises(ValueError, match=words):
         group_advantages(rewards, 2, **kwargs)
     if kwargs.get("advantage_estimator") != "ppo":
