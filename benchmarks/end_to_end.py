@@ -215,7 +215,7 @@ def write(out: Path, where: dict[str, object], rows: Sequence[Row]) -> list[Path
 
 
 def draw(where: dict[str, object], rows: Sequence[Row], path: Path) -> Path:
-    """Bars: time of a step, peak of memory, and the longest T, where there is any.
+    """Bars: time of a step, and where they are known peaks of memory and the longest T.
 
     Raises:
         PlotError: no matplotlib.
@@ -227,8 +227,10 @@ def draw(where: dict[str, object], rows: Sequence[Row], path: Path) -> Path:
     panels = {"step_ms": ("Time of a training step", "ms, median", 1.0, "%.1f")}
     if any(row.peak_bytes for row in rows):
         panels["peak_bytes"] = ("Peak of memory", "GiB that tensors held", GIB, "%.2f")
+    if any(row.loss_bytes for row in rows):
+        panels["loss_bytes"] = ("Of the loss alone", "GiB above the model's", GIB, "%.2f")
     if any(row.longest for row in rows):
-        panels["longest"] = ("Longest completions that fit", "T, tokens", 1.0, "%d")
+        panels["longest"] = ("Longest that fits", "T, tokens", 1.0, "%d")
     settings = list(dict.fromkeys(map(setting_of, rows)))
     with matplotlib.rc_context({"font.size": plots.FONT_SIZE}):
         size = (13.3, 3.6 + 1.3 * len(settings))
@@ -241,9 +243,9 @@ def draw(where: dict[str, object], rows: Sequence[Row], path: Path) -> Path:
                     bars = ax.barh(*zip(*known), 0.25, color=COLOURS[trainer], label=trainer)
                     ax.bar_label(bars, fmt=form, padding=3, fontsize=plots.FONT_SIZE - 3)
                 for at, row in own:
-                    if row.status != OK:
+                    if row.status != OK and not getattr(row, name):
                         ax.text(0, at + 0.27 * (i - 1), f" {row.status}", va="center", fontsize=plots.FONT_SIZE - 3)
-            ax.set_yticks(range(len(settings)), [label(each) for each in settings] if ax is axes[0] else [])
+            ax.set_yticks(range(len(settings)), list(map(label, settings))) if ax is axes[0] else ax.set_yticks([])
             ax.set_ylim(len(settings) - 0.5, -0.5)
             ax.margins(x=0.18)
             ax.grid(False, axis="y")

@@ -250,15 +250,26 @@ def run(setting: Setting, trainer: str, device: torch.device) -> Run:
 
 def attempt(setting: Setting, trainer: str, device: torch.device) -> Run | Failed:
     """`run`, or why there is none. Its memory is free again either way."""
+    found = _attempt(setting, trainer, device)
+    try:
+        gc.collect()  # trainers are in circles with their callbacks
+        free_memory(device)
+    except RuntimeError as error:  # a kernel has failed, and the device takes no more commands
+        return found if isinstance(found, Failed) else _failed(error)
+    return found
+
+
+def _attempt(setting: Setting, trainer: str, device: torch.device) -> Run | Failed:
     try:
         return run(setting, trainer, device)
     except Exception as error:  # a trainer that fails is a row of the table
-        if is_out_of_memory(error):
-            return Failed(OOM, first_line(error))
-        return Failed(ERROR, f"{type(error).__name__}: {first_line(error)}")
-    finally:
-        gc.collect()  # trainers are in circles with their callbacks
-        free_memory(device)
+        return _failed(error)  # the error's frames would hold on to the model
+
+
+def _failed(error: Exception) -> Failed:
+    if is_out_of_memory(error):
+        return Failed(OOM, first_line(error))
+    return Failed(ERROR, f"{type(error).__name__}: {first_line(error)}")
 
 
 def take_workspaces(device: torch.device) -> None:

@@ -118,6 +118,52 @@ def test_the_same_weights_and_completions_each_time():
 GIB = 2**30
 
 
+class Allocator:
+    """What torch.cuda says of memory."""
+
+    def __init__(self, monkeypatch):
+        self.now = self.peak = 5
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: self.now)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
+        monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: self.use())
+
+    def use(self, *levels):
+        self.peak = self.now
+        for self.now in levels:
+            self.peak = max(self.peak, self.now)
+
+
+def test_peaks_of_passes_and_of_all(monkeypatch):
+    memory = Allocator(monkeypatch)
+    watch = training_steps.Watch(torch.device("cuda"))
+    memory.use(100, 50)  # the model is made
+    assert watch.pass_(lambda: memory.use(80, 60)) is None
+    memory.use(90, 70)  # the optimiser
+    watch.pass_(lambda: memory.use(75, 60))
+    assert watch.bytes() == (100 - 5, 80 - 5)
+    memory.use(200, 60)
+    assert watch.bytes() == (200 - 5, 80 - 5)
+
+
+@pytest.mark.parametrize(
+    ("error", "found"),
+    [(None, Failed(ERROR, "RuntimeError: launch failure")), (ValueError("first"), Failed(ERROR, "ValueError: first"))],
+)
+def test_a_device_that_takes_no_more_commands(error, found, monkeypatch):
+    def run(*args):
+        if error:
+            raise error
+        return ALL_RUN[STOCK]
+
+    def free_memory(device):
+        raise RuntimeError("launch failure\nand advice")
+
+    monkeypatch.setattr(training_steps, "run", run)
+    monkeypatch.setattr(training_steps, "free_memory", free_memory)
+    assert training_steps.attempt(TINY, STOCK, CPU) == found
+
+
 def made_up(step_ms, peak, in_passes, losses=(0.0, 1e-8)):
     return Run([1e4, step_ms, step_ms + 1], 3.0, peak, in_passes, list(losses), [2.0, 3.0], [6.0, 6.0])
 
