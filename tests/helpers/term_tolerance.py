@@ -30,6 +30,7 @@ the logarithm. Where p and p_old lie near to each other no error of theirs is as
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 from unittest import mock
@@ -144,7 +145,8 @@ def policy_loss_off(by: Tensor, logps: Tensor, **kwargs):
     if by.numel():
         for name in ("epsilon", "epsilon_high"):
             if (bound := kwargs.get(name, getattr(Knobs, name))) is not None:
-                kwargs[name] = max(bound + OF_A_BOUND * by[0, 0].item(), 0.0)
+                off = math.copysign(OF_A_BOUND, by[0, 0].item())  # all of it: a part would miss what lies beyond
+                kwargs[name] = max(bound + off, 0.0)
     with term_off(by) as seen:
         out = reference.policy_loss(logps, **kwargs)
     if PHI in out.metrics and by.numel():  # a mean
