@@ -67,7 +67,7 @@ MOST_EX2, NARROW_STORES, HALF_LOADS = 3.4, 8, 1
 MORE_STORES = {"whole_teacher_kernel": 3}  # five numbers that are kept of two rows
 _POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.bool: "*i1",
+    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
 }  # fmt: skip
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas", "enable_fp_fusion")
 
@@ -159,6 +159,10 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True))
     run("packed", packed, full_plan._replace(scale_rewards="none"), entropy=True)
     run("packed sequence", packed, Plan(term="clipped", level="sequence"))
+    lists = {"support": flat_ids[0], "support_first": ids, "support_last": ids}
+    run("support full", full._replace(**lists), full_plan, entropy=True)
+    if wave == 32:  # on gfx942 this form spills 13 registers (Triton 3.7.1), with tiles that can be no smaller
+        run("mask full", full._replace(support_mask=torch.zeros(logits.shape, dtype=torch.bool)), full_plan, True)
     run("weights once", full._replace(ref=None), Plan(term="vespo", scale_rewards="group", weight_once=True))
     with recording(launches, dtype, wave):
         launch.scale(logits, logits, one)
@@ -248,7 +252,8 @@ def compile_launch(each: Launch, target_name: str, brief: bool = False) -> dict:
 def passes_of(each: Launch) -> tuple[str, ...]:
     """Those over a row that a launch should make."""
     passes, flags = PASSES.get(each.kernel.fn.__name__, ()), each.arguments
-    if flags.get("FEW"):  # a row is not read, but for a few tokens
+    few = flags.get("FEW") or flags.get("support") is not None  # a row is not read, but for a few tokens
+    if few or flags.get("keep") is not None:  # or its mask is read beside it, a byte per entry
         return ()
     made = {"first": flags.get("VALUES", True), "second": flags.get("GRADIENT", True)}
     return tuple(name for name in passes if made.get(name, True))

@@ -97,6 +97,18 @@ class GatheredHead(ChunkedHead):
         dz = dz.float()
         if into.weight.numel():
             part = dz[:, :, None] * h.float()[:, None]
-            into.weight.index_add_(0, index.view(-1), part.view(-1, h.shape[1]))
+            _add_rows(into.weight, index.view(-1), part.view(-1, h.shape[1]))
         if into.bias.numel():
-            into.bias.index_add_(0, index.view(-1), dz.view(-1))
+            _add_rows(into.bias, index.view(-1), dz.view(-1))
+
+
+def _add_rows(total: Tensor, index: Tensor, parts: Tensor) -> None:
+    """total[index[i]] += parts[i], where an index may come many times, always in the same order.
+
+    On a GPU `index_add_` would add by atomics. `index_put_` sorts, and took a third to two thirds of its time on an
+    H100 (1024 rows of 65 and of 513 ids, H = 896).
+    """
+    if total.is_cuda:
+        total.index_put_((index,), parts, accumulate=True)
+    else:
+        total.index_add_(0, index, parts)

@@ -129,11 +129,8 @@ def absorb_edges(row, head, length, V, scale, cap, only, N: tl.constexpr, EDGE: 
 
 
 @jit
-def absorb_tile(top, total, moment, row, start, V, scale, cap, only, K: tl.constexpr, N: tl.constexpr,
-                W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
-    """Fold one tile into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
-    x = load_tile(row, start, V, cap, only, K, N, W, MASKED, HINT)
-    x = tl.reshape(x, [K, N, W])  # only now: loaded so, Triton 3.6 would spread the lines over threads
+def absorb(top, total, moment, x, scale, ENTROPY: tl.constexpr):
+    """Fold entries [K, N, W] into the threads' accumulators: top, total = Σ 2^d and moment = Σ 2^d·d, each [N]."""
     new_top = tl.maximum(top, tl.max(tl.max(x, axis=2), axis=0))
     drop = (top - new_top) * scale
     shrink = tl.exp2(drop)
@@ -143,6 +140,28 @@ def absorb_tile(top, total, moment, row, start, V, scale, cap, only, K: tl.const
         moment = shrink * (moment + total * tl.maximum(drop, DEEP)) + per_thread_sum(part * tl.maximum(depth, DEEP))
     total = total * shrink + per_thread_sum(part)
     return new_top, total, moment
+
+
+@jit
+def joined(top, total, moment, scale, ENTROPY: tl.constexpr):
+    """(top, total, mean) of all that the threads have taken in."""
+    row_top = tl.max(top, axis=0)
+    drop = (top - row_top) * scale
+    shrink = tl.exp2(drop)
+    row_total = tl.sum(total * shrink, axis=0)
+    mean = 0.0
+    if ENTROPY:
+        mean = tl.sum(shrink * (moment + total * tl.maximum(drop, DEEP)), axis=0) / row_total
+    return row_top, row_total, mean
+
+
+@jit
+def absorb_tile(top, total, moment, row, start, V, scale, cap, only, K: tl.constexpr, N: tl.constexpr,
+                W: tl.constexpr, MASKED: tl.constexpr, ENTROPY: tl.constexpr, HINT: tl.constexpr):  # fmt: skip
+    """`absorb` of one tile."""
+    x = load_tile(row, start, V, cap, only, K, N, W, MASKED, HINT)
+    # Reshaped only now: loaded so, Triton 3.6 would spread the lines over threads.
+    return absorb(top, total, moment, tl.reshape(x, [K, N, W]), scale, ENTROPY)
 
 
 @jit
@@ -167,15 +186,7 @@ def read_row(row, V, scale, cap, only, ALIGNED: tl.constexpr, K: tl.constexpr, N
     for at in range(whole, length, REST * N * W):
         top, total, moment = absorb_tile(top, total, moment, body, at, length, scale, cap, only, REST, N, W, True,
                                          ENTROPY, HINT)  # fmt: skip
-
-    row_top = tl.max(top, axis=0)
-    drop = (top - row_top) * scale
-    shrink = tl.exp2(drop)
-    row_total = tl.sum(total * shrink, axis=0)
-    mean = 0.0
-    if ENTROPY:
-        mean = tl.sum(shrink * (moment + total * tl.maximum(drop, DEEP)), axis=0) / row_total
-    return row_top, row_total, mean
+    return joined(top, total, moment, scale, ENTROPY)
 
 
 @jit

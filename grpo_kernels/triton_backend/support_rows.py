@@ -8,9 +8,12 @@ the row NaN.
 from grpo_kernels.objective.language import constant, jit, tl
 from grpo_kernels.objective.softmax import LOWEST, zero_of
 from grpo_kernels.objective.supports import REPEATED
-from grpo_kernels.triton_backend.row import DEEP, capped, slope_at, slopes, token_logit, write_fill
+from grpo_kernels.triton_backend.row import absorb, capped, joined, slope_at, slopes, token_logit, write_fill
 
 _REPEATED = constant(REPEATED)
+# Ids that a thread looks up at once: a logit's address is known only when its id has come, so the loads of several
+# ids must be on their way together.
+PER_THREAD = constant(4)
 
 
 @jit
@@ -41,30 +44,21 @@ def score_support(row, token, ids, first, last, V, scale, cap, N: tl.constexpr, 
 
     A PART of a row may not have the token, nor any of the ids; the token's logit and depth are then NaN.
     """
+    M: tl.constexpr = N * PER_THREAD
     x_token = token_logit(row, token, V, cap)
     x_own = x_token
     if PART:
         x_own = tl.where((token >= 0) & (token < V), x_token, float("-inf"))
-    tops = tl.full([N], LOWEST, tl.float32)
-    for start in range(first, last, N):
-        _, x, _, _ = entries(row, ids, start + tl.arange(0, N), last, token, V, cap)
-        tops = tl.maximum(tops, x)
-    top = tl.maximum(tl.max(tops, axis=0), x_own)
-    total = tl.zeros([N], tl.float32)
-    moment = tl.zeros([N], tl.float32)
-    for start in range(first, last, N):
-        _, x, _, unknown = entries(row, ids, start + tl.arange(0, N), last, token, V, cap)
-        depth = (x - top) * scale
-        part = tl.exp2(depth)
-        total += tl.where(unknown, float("nan"), part)
-        if ENTROPY:
-            moment += part * tl.maximum(depth, DEEP)
-    depth_token = (x_own - top) * scale
-    part_token = tl.exp2(depth_token)
-    row_total = tl.sum(total, axis=0) + part_token
-    mean = 0.0
-    if ENTROPY:
-        mean = (tl.sum(moment, axis=0) + part_token * tl.maximum(depth_token, DEEP)) / row_total
+    own_top = tl.maximum(x_own, LOWEST)
+    first_one = tl.arange(0, M) == 0
+    tops = tl.where(first_one, own_top, LOWEST)
+    total = tl.where(first_one, tl.exp2((x_own - own_top) * scale), 0.0)
+    moment = tl.zeros([M], tl.float32)
+    for start in range(first, last, M):
+        _, x, _, unknown = entries(row, ids, start + tl.arange(0, M), last, token, V, cap)
+        x = tl.where(unknown, float("nan"), x)
+        tops, total, moment = absorb(tops, total, moment, tl.reshape(x, [1, M, 1]), scale, ENTROPY)
+    top, row_total, mean = joined(tops, total, moment, scale, ENTROPY)
     return top, row_total, mean, x_token, (x_token - top) * scale
 
 
@@ -76,17 +70,18 @@ def write_support(out, row, token, x_token, ids, first, last, scratch, V, scale,
 
     Over the row itself the logits are gone by then: ``scratch``, as long as the ids, holds the entries meanwhile.
     """
+    M: tl.constexpr = N * PER_THREAD
     scale, off, slope, pull, token_entry = slopes(x_token, scale, cap, top, total, mean, g, h, ENTROPY)
     if scratch is not None:
-        for start in range(first, last, N):
-            i = start + tl.arange(0, N)
+        for start in range(first, last, M):
+            i = start + tl.arange(0, M)
             _, x, _, _ = entries(row, ids, i, last, token, V, cap)
             tl.store(scratch + i, slope_at(x, scale, off, cap, slope, pull, ENTROPY), mask=i < last)
     tl.debug_barrier()  # in place: every logit was read before an entry is overwritten
     write_fill(out, zero_of(slope), V, ALIGNED, K, N, W, EDGE)  # 0; in a row that is NaN, NaN
     tl.debug_barrier()  # the entries are stored by other threads than the zeros
-    for start in range(first, last, N):
-        i = start + tl.arange(0, N)
+    for start in range(first, last, M):
+        i = start + tl.arange(0, M)
         if scratch is not None:
             j = tl.load(ids + i, mask=i < last, other=_REPEATED)
             counts = (j >= 0) & (j < V) & (j != token)

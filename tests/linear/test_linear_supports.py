@@ -144,6 +144,7 @@ def test_gathering_never_reads_the_rest_of_the_head(backend):
 def test_gathering_an_id_outside_the_vocabulary(backend, monkeypatch):
     head, inputs, rows = restricted_rows(9, masked=False)
     support = Support.from_lists([[0, V], *rows[1:]]).to(DEVICE)
+    monkeypatch.setenv("GRPO_KERNELS_VALIDATE", "1")
     with pytest.raises(IndexError, match=f"id {V}, which is outside"):
         ours(head, inputs, backend, support=support, gather_head=True)
     monkeypatch.setenv("GRPO_KERNELS_VALIDATE", "0")
