@@ -1,9 +1,9 @@
 """Every kernel in the forms that users meet, against float64, within a minute: `python -m benchmarks.smoke`.
 
-On a GPU worker processes first run every case once, which compiles the kernels into Triton's cache, while this process
-works out the truths; then each case is run twice, compared entry by entry and bit by bit, and timed. Without a GPU a
-small part runs in Triton's interpreter. Where the on-chip kernel cannot run, its cases say "not run", and why. Exit
-status 1 if anything was wrong.
+Each case is compared entry by entry, run again and compared bit by bit, and timed. On a GPU processes beside each other
+do so, and compile the kernels on their way: times are those of a GPU that others use too. Without a GPU a small part
+runs in Triton's interpreter. Where the on-chip kernel cannot run, its cases say "not run", and why. Exit status 1 if
+anything was wrong.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ import math
 import multiprocessing
 import os
 import re
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 import torch
 
@@ -35,8 +34,9 @@ from benchmarks.smoke_distillation import DistillationJob
 from benchmarks.smoke_job import Job, Truth, obstacle
 from benchmarks.smoke_support import SupportJob
 
-WARM_UP_SECONDS = 150  # after which checks begin anyway, and compile what is missing
 WIDTH = 80
+Verdict = tuple[str, list[str]]  # a case's line, and what was wrong
+_gpu = {"lost": False}  # to this process
 
 
 def device() -> torch.device:
@@ -48,19 +48,42 @@ def job_of(case: Case) -> Job:
     return kind(case, device())
 
 
-def compile_kernels(index: int, with_compile: bool) -> None:
-    """In a worker process: whatever the case launches is in Triton's cache afterwards."""
+def check_in_worker(index: int, with_compile: bool) -> Verdict | None:
+    """`check` of one of all cases; None where an illegal access in an earlier case has left this process no GPU."""
+    if _gpu["lost"]:
+        return None
     hasten()
-    job = job_of(all_cases(with_compile)[index])
-    if job.case.how != "compile":
-        job._run(job.fresh())
-    if job.device.type == "cuda":
-        torch.cuda.synchronize()
+    case = all_cases(with_compile)[index]
+    verdict = check(case, prepared(case))
+    _gpu["lost"] = bool(verdict[1]) and gpu_is_lost()
+    return verdict
 
 
-def start_workers(count: int, indices: Sequence[int], with_compile: bool) -> tuple[ProcessPoolExecutor, list]:
-    pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"))
-    return pool, [pool.submit(compile_kernels, index, with_compile) for index in indices]
+def checked_by_workers(count: int, indices: Sequence[int], with_compile: bool) -> Iterator[Verdict]:
+    """The verdicts, in order. What a lost process leaves over goes to new ones, and comes last.
+
+    If one ends, all do: then one process at a time takes the rest, and a case that ends it is at fault.
+    """
+    left = list(indices)
+    while left:
+        again = []
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+            futures = [pool.submit(check_in_worker, index, with_compile) for index in left]
+            for at, (index, future) in enumerate(zip(left, futures)):
+                try:
+                    verdict = future.result()
+                except BrokenProcessPool:
+                    if count == 1:
+                        yield _row(all_cases(with_compile)[index], "-", "-", "ERROR"), ["its process ended"]
+                        at += 1
+                    again += left[at:]
+                    count = 1
+                    break
+                if verdict is None:
+                    again.append(index)
+                else:
+                    yield verdict
+        left = again
 
 
 def prepared(case: Case) -> tuple[Job, dict] | Exception:
@@ -105,8 +128,11 @@ def timed(job: Job) -> tuple[dict[str, torch.Tensor], float]:
     return results, start.elapsed_time(end)
 
 
-def check(case: Case, found: tuple[Job, dict] | Exception) -> tuple[str, list[str]]:
-    """(the case's line, what was wrong)"""
+def _row(case: Case, error: str, span: str, word: str) -> str:
+    return f"{case.name} {error:>8} {span:>9} {word}"
+
+
+def check(case: Case, found: tuple[Job, dict] | Exception) -> Verdict:
     try:
         if isinstance(found, Exception):
             raise found
@@ -116,11 +142,11 @@ def check(case: Case, found: tuple[Job, dict] | Exception) -> tuple[str, list[st
         runs = [timed(job) for _ in range(5 if job.device.type == "cuda" else 1)]
         wrong = [f"{what} is off by {error:.3g} times the tolerance"] if error > 1 else []
         wrong += [] if all(same_bits(first, each) for each, _ in runs) else ["two runs do not give the same bits"]
-        ms = statistics.median(ms for _, ms in runs)
+        ms = min(ms for _, ms in runs)
     except Exception as error:  # see `prepared`
-        return f"{case.name} {'-':>8} {'-':>9} ERROR", [f"{type(error).__name__}: {error}".splitlines()[0]]
+        return _row(case, "-", "-", "ERROR"), [f"{type(error).__name__}: {error}".splitlines()[0]]
     span = f"{ms:.1f} ms" if ms >= 10 else f"{ms * 1e3:.0f} us"
-    return f"{case.name} {error:8.3f} {span:>9} {'WRONG' if wrong else 'ok'}", wrong
+    return _row(case, f"{error:.3f}", span, "WRONG" if wrong else "ok"), wrong
 
 
 def gpu_is_lost() -> bool:
@@ -134,69 +160,44 @@ def gpu_is_lost() -> bool:
         return True
 
 
-def continue_in_a_new_process(arguments: list[str]) -> None:
-    subprocess.run([sys.executable, "-m", "benchmarks.smoke", *arguments], check=False)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.smoke", description=__doc__.splitlines()[0])
     parser.add_argument("--compile", action="store_true", help="torch.compile(fullgraph=True) too, which takes longer")
     parser.add_argument("--small", action="store_true", help="the few cases that also run without a GPU")
     parser.add_argument("--only", metavar="REGEX", default="", help="cases whose line begins so")
-    workers = max(1, min(8, (os.cpu_count() or 1) - 2))
-    how_many = f"processes that compile kernels first ({workers}); 0: this one compiles them"
+    workers = max(1, min(14, (os.cpu_count() or 1) - 2)) if device().type == "cuda" else 0
+    how_many = f"processes beside each other (default here: {workers}); 0: this one does all"
     parser.add_argument("--workers", type=int, metavar="N", default=workers, help=how_many)
-    parser.add_argument("--resume", metavar="N,FAULTS,SECONDS", default="0,0,0", help=argparse.SUPPRESS)
-    arguments = parser.parse_args(argv)
-    began = time.perf_counter()
-    resumed, faults, seconds_before = arguments.resume.split(",")
-    resumed, faults, began = int(resumed), int(faults), began - float(seconds_before)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    began, faults = time.perf_counter(), 0
     on_gpu = device().type == "cuda"
     hasten()
     everything = all_cases(arguments.compile)
-    chosen = [case for case in everything if case.small] if arguments.small or not on_gpu else everything
-
-    def fits(case: Case) -> bool:
-        return re.match(arguments.only, " ".join(case.name.split())) is not None
-
-    chosen = [case for case in chosen if fits(case)]
+    fits = [re.match(arguments.only, " ".join(case.name.split())) is not None for case in everything]
     reasons = {case.name: reason for case in everything if (reason := obstacle(case, device()))}
-    skipped = [case for case in everything if case.name in reasons and fits(case)]
-    chosen = [case for case in chosen if case.name not in reasons]
+    all_sizes = on_gpu and not arguments.small
+    chosen = [index for index, case in enumerate(everything)
+              if fits[index] and case.name not in reasons and (case.small or all_sizes)]  # fmt: skip
+    skipped = [case for index, case in enumerate(everything) if fits[index] and case.name in reasons]
     if not chosen and not skipped:
-        parser.error(f"no case begins with {arguments.only!r}")
+        raise SystemExit(f"python -m benchmarks.smoke: no case begins with {arguments.only!r}")
 
     where = environment.describe(device())
-    if not resumed:
-        print(f"{'GPU' if on_gpu else 'No GPU: a small part, interpreted, on'} {where['device']}")
-        print(f"{len(chosen)} cases; error over tolerance against float64; time of one call")
-    cases = chosen[resumed:]
-    pool, futures = None, []
-    if on_gpu and arguments.workers and not resumed:
-        places = [everything.index(case) for case in cases]
-        pool, futures = start_workers(arguments.workers, places, arguments.compile)
-    ready = [prepared(case) for case in cases]
-    if pool is not None:
-        late = wait(futures, timeout=WARM_UP_SECONDS).not_done
-        for worker in multiprocessing.active_children() if late else ():
-            worker.kill()
-        pool.shutdown(cancel_futures=True)
-        failed = sum(future.done() and future.exception() is not None for future in futures)
-        spent = f"{time.perf_counter() - began:.1f} s"
-        print(f"compiled by {arguments.workers} processes: {spent}, {failed} failed, {len(late)} late", flush=True)
-    for number, case in enumerate(cases, resumed + 1):
-        line, wrong = check(case, ready[number - resumed - 1])
-        ready[number - resumed - 1] = None  # its memory
+    print(f"{'GPU' if on_gpu else 'No GPU: a small part, interpreted, on'} {where['device']}")
+    print(f"{len(chosen)} cases; error over tolerance against float64; least time of a call", flush=True)
+    if arguments.workers:
+        verdicts = checked_by_workers(arguments.workers, chosen, arguments.compile)
+    else:
+        verdicts = (check(everything[index], prepared(everything[index])) for index in chosen)
+    for line, wrong in verdicts:
         print(line, *(f"    {what}"[:WIDTH] for what in wrong), sep="\n", flush=True)
         faults += bool(wrong)
-        if wrong and number < len(chosen) and gpu_is_lost():
-            print("    the GPU is lost to this process: the rest runs in a new one", flush=True)
-            given = list(sys.argv[1:] if argv is None else argv)
-            given += ["--resume", f"{number},{faults},{time.perf_counter() - began}"]
-            continue_in_a_new_process(given)
-            return 1
     for case in skipped:
-        print(f"{case.name} {'-':>8} {'-':>9} not run", f"    {reasons[case.name]}"[:WIDTH], sep="\n")
+        print(_row(case, "-", "-", "not run"), f"    {reasons[case.name]}"[:WIDTH], sep="\n")
     commit, plus, changes = str(where["commit"]).partition("+")
     print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {commit[:9]}{plus}{changes}")
     left_out = f", {len(skipped)} not run" if skipped else ""

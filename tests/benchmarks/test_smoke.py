@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -105,19 +106,68 @@ def test_fault_of_the_truth_is_a_line(monkeypatch, capsys):
     assert status == 1 and lines[2].endswith("ERROR") and "ZeroDivisionError" in lines[3]
 
 
-def test_a_lost_gpu_is_left_to_a_new_process(monkeypatch, capsys):
-    started = []
+def small(*begin: str) -> list[int]:
+    """Places in the table of cases."""
+    return [index for index, each in enumerate(all_cases()) if each.small and each.name.startswith(begin)]
+
+
+def test_workers_check_beside_each_other():
+    """Here they interpret: what counts is that fresh processes check cases by their place in the table, in order."""
+    chosen = small("loss: sampling correction", "log-probs: and backward")
+    found = list(smoke.checked_by_workers(2, chosen, False))
+    assert [line[:51] for line, _ in found] == [all_cases()[index].name for index in chosen]
+    assert all(line.endswith(" ok") and not wrong for line, wrong in found)
+
+
+def test_a_process_that_lost_the_gpu_checks_nothing(monkeypatch):
+    monkeypatch.setitem(smoke._gpu, "lost", False)
     monkeypatch.setattr(Job, "run", lambda *args: 1 / 0)
     monkeypatch.setattr(smoke, "gpu_is_lost", lambda: True)
-    monkeypatch.setattr(smoke, "continue_in_a_new_process", started.append)
-    status, lines = run(capsys, BF16_LOSS, PACKED_LOGPS)
-    assert status == 1 and len(started) == 1
-    *same, option, value = started[0]
-    assert same[:3] == ["--small", "--workers", "0"] and option == "--resume" and value.startswith("1,1,")
-    monkeypatch.undo()
-    assert smoke.main(started[0]) == 1  # a fault before
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith(PACKED_LOGPS) and lines[0].endswith(" ok") and "1 faults" in lines[-1]
+    index = small("loss: grpo, KL k3")[0]
+    line, wrong = smoke.check_in_worker(index, False)
+    assert line.endswith("ERROR") and "ZeroDivisionError" in wrong[0]
+    assert smoke.check_in_worker(index, False) is None
+
+
+class Future:
+    def __init__(self, result):
+        self.value = result
+
+    def result(self):
+        if isinstance(self.value, Exception):
+            raise self.value
+        return self.value
+
+
+class Pool:
+    """Stands for processes of which each ends at a case, or has lost the GPU after it."""
+
+    rounds: ClassVar[list[int]] = []
+
+    def __init__(self, count, context):
+        self.count, self.broken, self.lost = count, False, False
+        self.rounds.append(count)
+
+    __enter__, __exit__ = lambda self: self, lambda self, *_: None
+
+    def submit(self, function, index, with_compile):
+        if self.broken or index == 3:
+            self.broken = True
+            return Future(smoke.BrokenProcessPool())
+        if self.lost:
+            return Future(None)
+        self.lost = index == 1
+        return Future((f"case {index}", []))
+
+
+def test_what_a_lost_process_leaves_goes_to_new_ones(monkeypatch):
+    """Case 1 loses the GPU, case 3 ends its process: every case has its line, once, and 3 alone is at fault."""
+    monkeypatch.setattr(smoke, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(Pool, "rounds", [])
+    found = list(smoke.checked_by_workers(4, [0, 1, 2, 3, 4, 5], False))
+    assert [line for line, wrong in found if not wrong] == [f"case {index}" for index in (0, 1, 2, 4, 5)]
+    assert [wrong for _, wrong in found if wrong] == [["its process ended"]]
+    assert Pool.rounds[0] == 4 and set(Pool.rounds[1:]) == {1}
 
 
 def test_errors():
@@ -177,11 +227,3 @@ def test_on_chip_cases_have_more_rows_than_there_are_programs():
     for each in on_chip_cases():
         assert each.rows == "onchip" and 4 * each.tokens > 132 * (3 if each.V == 32000 else 1)
     assert {each.V for each in on_chip_cases()} == {151936, 128256, 32000}
-
-
-def test_workers_compile_in_parallel():
-    """Here they interpret: what counts is that a fresh process runs a case by its place in the table."""
-    small = [index for index, each in enumerate(all_cases()) if each.name.startswith("loss: sampling correction")]
-    pool, futures = smoke.start_workers(1, small, False)
-    with pool:
-        assert [future.result(timeout=120) for future in futures] == [None]
