@@ -1,13 +1,14 @@
-"""What was measured and is kept in `benchmarks/results`, and the README's table of it.
+"""What was measured and is kept in `benchmarks/results`, and the tables of it in README and docs/performance.md.
 
     python -m benchmarks.records                    # which records there are, and which speak of older kernels
-    python -m benchmarks.records --write            # the README's section anew
+    python -m benchmarks.records --write            # both sections anew
     python -m benchmarks.records --write NAME       # from another record: benchmarks/results/NAME
     python -m benchmarks.records --adopt DIR NAME   # keep DIR's results as the record NAME, and write from it
-    python -m benchmarks.records --check            # exit 1 if the README's section is stale
+    python -m benchmarks.records --check            # exit 1 if a section is stale
 
 A record is what `python -m benchmarks --out DIR` writes. A `record.json` beside it says what these results do not, such
-as the commit of the kernels. In the README the section stands between two markers, the first of which names it:
+as the commit of the kernels. The README quotes its main lines, docs/performance.md all. Either section stands between
+two markers, the first of which names it:
 
     <!-- record:h200 -->
     <!-- /record -->
@@ -31,6 +32,7 @@ from benchmarks.suite import OK
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 BLOCK = re.compile(r"(<!-- record:)([\w.-]+)( -->\n).*?(<!-- /record -->)", re.DOTALL)
 OURS = "grpo_kernels"
 PEERS = ("Liger-Kernel", "TRL kernel", "eager PyTorch", "torch.compile")
@@ -46,7 +48,7 @@ Row = dict[str, object]
 
 
 class RecordError(Exception):
-    """A record or the README's section is not there; the message says what to do."""
+    """A record or a section is not there; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -204,33 +206,54 @@ def lost(lines: Sequence[Line]) -> list[str]:
     return found
 
 
-# --- the README's section -----------------------------------------------------------------------------------
+# --- the sections -----------------------------------------------------------------------------------------
 
 
-def section(record: Record) -> str:
+def section(record: Record, brief: bool = False) -> str:
+    """For docs/performance.md; ``brief``: its main lines, for the README."""
     lines, where = quoted(record.rows), record.where
     first = next((r for r in record.rows if r["implementation"] == OURS and r["status"] == OK), None)
     if first is None:
         raise RecordError(f"the record {record.name!r} has no time of {OURS}")
-    device = str(where["device"]).removeprefix("NVIDIA ")
+    device, folder = str(where["device"]).removeprefix("NVIDIA "), f"benchmarks/results/{record.name}"
     made = (
         f"{where['device']}, driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}, "
         f"Liger-Kernel {where['liger_kernel']}, TRL {where['trl']}, {str(where['date'])[:10]}, kernels of commit "
         f"{record.kernels_commit}, `{where.get('command', 'python -m benchmarks --suite gpu --out DIR')}`"
     )
-    parts = [
-        f"## On an {device}" if device[0] in "AH" else f"## On a {device}",
-        f"Times as multiples of a copy of the logits in the same rounds, {tokens(first)} rows; for the head, of its "
-        'three matrix products alone. "At least" is what the bytes that must move take at the copy\'s speed. Every '
-        "result was checked against float64 in the same run.",
-        f"![the table as a plot](benchmarks/results/{record.name}/{PLOT})",
-        _table(lines),
-        *_sentences(record),
-        f"{made}; every row in [`benchmarks/results/{record.name}`](benchmarks/results/{record.name}/results.csv).",
-    ]
+    unit = f"Times as multiples of a copy of the logits in the same rounds, {tokens(first)} rows"
+    size = f"V = {first['vocab']} {first['dtype']}"
+    title = f"On an {device}" if device[0] in "AH" else f"On a {device}"
+    if brief:
+        parts = [
+            f"## {title}",
+            f"{unit}, {size} (of the head: of its three matrix products). Every result was checked against float64.",
+            _table([line for line in lines if is_main(line, first)]).replace(f", {size}", ""),
+            *_lost(record),
+            f"{made}. [All lines](docs/performance.md#the-record), [every row]({folder}/results.csv).",
+            f"![× a copy, all lines]({folder}/{PLOT})",
+        ]
+    else:
+        parts = [
+            f"{title}. {unit}; for the head, of its three matrix products alone. \"At least\" is what the bytes that "
+            "must move take at the copy's speed. Every result was checked against float64 in the same run.",
+            f"![the table as a plot](../{folder}/{PLOT})",
+            _table(lines),
+            *_lost(record),
+            *_sentences(record),
+            *(f"{name}: not measured." for name in PEERS if not any(name in line.times for line in lines)),
+            f"{made}; every row in [`{folder}`](../{folder}/results.csv).",
+        ]
     if record.is_old:
         parts.insert(1, "**The kernels have changed since this was measured.** These are the older ones' times.")
     return "\n\n".join(part if part.startswith(("|", "!", "#")) else _wrapped(part) for part in parts) + "\n"
+
+
+def is_main(line: Line, first: Row) -> bool:
+    """Of the vocabulary and dtype of the first row, with nothing masked and no entropies."""
+    row = line.row
+    same = all(row[name] == first[name] for name in ("vocab", "dtype", "masked", "zero_advantage"))
+    return same and line.mode != "entropies"
 
 
 def _wrapped(text: str) -> str:
@@ -238,7 +261,8 @@ def _wrapped(text: str) -> str:
 
 
 def _table(lines: Sequence[Line]) -> str:
-    head = ["", "at least", "grpo_kernels", "in place", "Liger (in place)", *(name for name in PEERS[1:])]
+    peers = [name for name in PEERS[1:] if any(name in line.times for line in lines)]
+    head = ["", "at least", "grpo_kernels", "in place", "Liger (in place)", *peers]
     cells = [head, ["---"] * len(head)]
     for line in lines:
         own, others = line.times.get(OURS), line.times
@@ -246,7 +270,7 @@ def _table(lines: Sequence[Line]) -> str:
         liger = _number(others, "Liger-Kernel") + (
             f" ({line.in_place['Liger-Kernel']:.2f})" if "Liger-Kernel" in line.in_place else ""
         )
-        rest = [_number(others, name) for name in PEERS[1:]]
+        rest = [_number(others, name) for name in peers]
         own_text = f"**{own:.2f}**" if fastest else f"{own:.2f}"
         in_place = f"{line.in_place[OURS]:.2f}" if OURS in line.in_place else ""
         cells.append([line.title, f"{line.floor:.2f}", own_text, in_place, liger, *rest])
@@ -259,10 +283,13 @@ def _number(times: dict[str, float], name: str) -> str:
     return f"{times[name]:.1f}" if times[name] >= 10 else f"{times[name]:.2f}"
 
 
+def _lost(record: Record) -> list[str]:
+    slower = lost(all_lines(record.rows))
+    return [f"**Slower than another:** {'; '.join(slower)}."] if slower else []
+
+
 def _sentences(record: Record) -> list[str]:
     text = []
-    if slower := lost(all_lines(record.rows)):
-        text.append(f"**Slower than another:** {'; '.join(slower)}.")
     found = {(r["case"], r["mode"], r["implementation"]): r for r in record.rows if r["status"] == OK}
     case = next(iter(found))[0]
 
@@ -292,17 +319,18 @@ def _sentences(record: Record) -> list[str]:
     return text
 
 
-def filled(text: str, name: str | None = None) -> str:
-    """The README's text with its section made anew, from the record it names or from `name`.
+def filled(page: Path, name: str | None = None) -> str:
+    """A page's text with its section made anew, from the record it names or from `name`.
 
     Raises:
         RecordError: there is no section, or no such record.
     """
+    text = page.read_text(encoding="utf-8")
     match = BLOCK.search(text)
     if match is None:
-        raise RecordError("the README has no section between <!-- record:NAME --> and <!-- /record -->")
+        raise RecordError(f"{page.name} has no section between <!-- record:NAME --> and <!-- /record -->")
     name = name or match[2]
-    made = section(load(name))
+    made = section(load(name), brief=page == README)
     return BLOCK.sub(lambda m: f"{m[1]}{name}{m[3]}{made}{m[4]}", text, count=1)
 
 
@@ -332,9 +360,9 @@ def listing() -> list[str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.records", description=__doc__.split("\n")[0])
     todo = parser.add_mutually_exclusive_group()
-    todo.add_argument("--write", nargs="?", const="", metavar="NAME", help="write the README's section, from NAME")
+    todo.add_argument("--write", nargs="?", const="", metavar="NAME", help="write the sections, from NAME")
     todo.add_argument("--adopt", nargs=2, metavar=("DIR", "NAME"), help="keep DIR's results as NAME, and write from it")
-    todo.add_argument("--check", action="store_true", help="exit 1 if the README's section is stale")
+    todo.add_argument("--check", action="store_true", help="exit 1 if a section is stale")
     parser.add_argument("--commit", help="with --adopt: whose kernels they are (default: this checkout's, if it is)")
     arguments = parser.parse_args(argv)
     try:
@@ -344,16 +372,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.write is None and not arguments.check:
             print(*listing(), sep="\n")
             return 0
-        text = README.read_text(encoding="utf-8")
-        wanted = filled(text, arguments.write or None)
+        wanted = {page: filled(page, arguments.write or None) for page in (README, PERFORMANCE)}
     except RecordError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    if wanted != text:
-        print("stale: README.md" if arguments.check else "written: README.md")
+    stale = [page for page in wanted if wanted[page] != page.read_text(encoding="utf-8")]
+    for page in stale:
+        print(f"{'stale' if arguments.check else 'written'}: {page.name}")
         if not arguments.check:
-            README.write_text(wanted, encoding="utf-8")
-    return int(arguments.check and wanted != text)
+            page.write_text(wanted[page], encoding="utf-8")
+    return int(arguments.check and bool(stale))
 
 
 if __name__ == "__main__":

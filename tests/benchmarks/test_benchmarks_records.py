@@ -1,4 +1,4 @@
-"""Records of measurements: which kernels they speak of, and the README's section."""
+"""Records of measurements: which kernels they speak of, and the sections of README and docs/performance.md."""
 
 import json
 import re
@@ -15,10 +15,12 @@ NEW = ENVIRONMENT | {"liger_kernel": "0.8.5", "trl": "1.16.0", "kernels": "0123"
 
 @pytest.fixture
 def place(monkeypatch, tmp_path):
-    """A README and results of its own."""
+    """Pages and results of its own."""
     monkeypatch.setattr(records, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(records, "README", tmp_path / "README.md")
-    (tmp_path / "README.md").write_text("before\n<!-- record:new -->\nold\n<!-- /record -->\nafter\n")
+    monkeypatch.setattr(records, "PERFORMANCE", tmp_path / "performance.md")
+    for page in (records.README, records.PERFORMANCE):
+        page.write_text("before\n<!-- record:new -->\nold\n<!-- /record -->\nafter\n")
     report.write(tmp_path / "results" / "new", NEW, made_up(SUITES["gpu"]))
     return tmp_path
 
@@ -28,7 +30,7 @@ def flat(text):
     return re.sub(r"(?<=[^\n|])\n(?=[^\n|])", " ", text)
 
 
-def test_the_readme_is_up_to_date():
+def test_the_pages_are_up_to_date():
     assert records.main(["--check"]) == 0, "run `python -m benchmarks.records --write`"
     for name in records.names():
         assert (records.RESULTS / name / records.PLOT).read_bytes().startswith(b"\x89PNG")
@@ -98,13 +100,27 @@ def test_what_is_not_there_or_of_another_run_is_said(place, capsys):
 def test_the_section_says_all(place):
     text = flat(records.section(records.load("new")))
     (line,) = (row for row in text.splitlines() if row.startswith("| forward + backward, V = 151936 bf16 "))
-    assert line.split(" | ")[1:] == ["1.00", "**1.25**", "1.25", "1.75 (1.75)", "2.00", "14.0", "not measured |"]
+    assert line.split(" | ")[1:] == ["1.00", "**1.25**", "1.25", "1.75 (1.75)", "2.00", "14.0 |"]
+    assert "torch.compile: not measured." in text
     assert "| forward + backward, sequence level, V = 151936 bf16 | 1.50 |" in text
     assert "50% masked, V = 151936 bf16 | 0.75 |" in text and "log-probs only, V = 50257 bf16 | 0.50 |" in text
     assert "quack's cross-entropy with its gradient, the nearest kernel of another loss (it is no GRPO): 1.10" in text
     assert "Slower than another" not in text and "do_bench" not in text
     assert "driver 570.1, torch 2.13.0, Triton 3.7.1, Liger-Kernel 0.8.5, TRL 1.16.0, 2026-01-02, kernels of" in text
     assert "commit 0123456 with changes, `python -m benchmarks --suite gpu --out DIR`" in text
+
+
+def test_the_readme_has_the_main_lines(place):
+    assert records.main(["--write"]) == 0
+    brief, whole = (flat(page.read_text()) for page in (records.README, records.PERFORMANCE))
+    rows = [line for line in brief.splitlines() if line.startswith("| ")][2:]
+    assert ", 8192 rows, V = 151936 bf16 (of the head" in brief and len(rows) < 8
+    for wanted in ("forward + backward", "forward + backward, sequence level", "log-probs only",
+                   "head, forward + backward, H = 4096"):  # fmt: skip
+        (row,) = (row for row in rows if row.startswith(f"| {wanted} |"))
+        assert row.split(" | ")[2:] in [line.split(" | ")[2:] for line in whole.splitlines()]
+    assert "(benchmarks/results/new/copy_multiples.png)" in brief and "docs/performance.md#the-record" in brief
+    assert "(../benchmarks/results/new/copy_multiples.png)" in whole and "kernels of commit" in brief
 
 
 def test_what_was_lost_is_said_in_the_table_or_not(place):
@@ -118,6 +134,7 @@ def test_what_was_lost_is_said_in_the_table_or_not(place):
     report.write(place / "results" / "new", NEW, rows)
     record = records.load("new")
     assert len(records.quoted(record.rows)) < 22 < len(records.all_lines(record.rows))
+    assert "V = 50257 bf16 out of place (3.20 beside" in flat(records.section(record, brief=True))
     text = flat(records.section(record))
     assert "forward + backward, V = 50257 bf16 out of place (3.20 beside Liger-Kernel's 1.75)" in text
     assert "sequence level, V = 151936 bf16 in place (1.80 beside Liger-Kernel's 1.75)" in text
