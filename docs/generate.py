@@ -58,7 +58,7 @@ def several(names: Iterable[str]) -> str:
 
 def linked(text: str) -> str:
     """With arXiv numbers as links."""
-    return re.sub(r"arXiv:(\d{4}\.\d{5})", r"[arXiv:\1](https://arxiv.org/abs/\1)", text)
+    return re.sub(r"([^,;]+), arXiv:(\d{4}\.\d{5})", r"[\1](https://arxiv.org/abs/\2)", text)
 
 
 def chosen(catalogue: dict, names: list[str]) -> dict:
