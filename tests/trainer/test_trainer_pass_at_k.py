@@ -138,8 +138,7 @@ NAMES = ("eval/pass@1", "eval/pass@2", "eval/pass@4", "eval/pass@5")
 
 def draws_too(prompts, completions, **columns):
     """A reward that uses the generators, as a judge that breaks ties may."""
-    drawn()
-    return starts_even(prompts, completions)
+    return [float(random.random() + np.random.rand() + torch.rand(()).item() > 1.5) for _ in completions]
 
 
 @pytest.fixture
@@ -182,7 +181,7 @@ def test_a_run_measures_it(tmp_path, settings, monkeypatch):
     torch.manual_seed(0)
     encoded = tokenizer(prompts, return_tensors="pt", padding=True)
     ids = policy.generate(**encoded, do_sample=True, temperature=0.7, top_k=6, top_p=1.0, max_new_tokens=3)
-    texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+    texts = tokenizer.batch_decode(ids[:, encoded["input_ids"].shape[1] :])  # a special token is wrong
     right = [starts_even(None, texts[i : i + 5]) for i in range(0, len(texts), 5)]
     for k in (1, 2, 4, 5):
         chosen = [[max(each) for each in itertools.combinations(rewards, k)] for rewards in right]
