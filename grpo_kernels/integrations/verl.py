@@ -2,11 +2,13 @@
 
     actor_rollout_ref.actor.policy_loss.loss_mode=fused_vanilla
 
-Loss, gradient and logged metrics are those of verl's function without ``fused_``, which read the same settings. verl
-loads this module by itself (entry point ``verl.plugins``), or by
-``VERL_USE_EXTERNAL_MODULES=grpo_kernels.integrations.verl``. Its fused linear op has `patch()`.
+Loss, gradient and logged metrics are those of verl's function without ``fused_``, which read the same settings. The
+installed verl decides: a loss that it does not have is not registered. verl loads this module by itself (entry point
+``verl.plugins``), or by ``VERL_USE_EXTERNAL_MODULES=grpo_kernels.integrations.verl``. Its fused linear op has
+`patch()`.
 """
 
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from grpo_kernels.integrations.verl_linear import (
 
 try:
     import verl
-    from verl.trainer.ppo.core_algos import register_policy_loss
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, register_policy_loss
     from verl.workers.config import ActorConfig
 except ImportError as error:
     raise without_verl(error) from error
@@ -64,6 +66,10 @@ def _cap(config: ActorConfig, default: float) -> float:
 
 def _vanilla(config: ActorConfig) -> dict:
     return {"policy_term": "clipped", "dual_clip": _cap(config, 3.0), "log_ratio_clamp": SAFE, **_clip(config)}
+
+
+def _up(config: ActorConfig) -> dict:
+    return {**_vanilla(config), "policy_term": "up"}
 
 
 def _gspo(config: ActorConfig) -> dict:
@@ -138,6 +144,12 @@ def _clipped(seen: Seen) -> Tensor:
     return seen.ours["clip_ratio/region_mean"]
 
 
+def _clipped_where_not_good(seen: Seen) -> Tensor:
+    """Of the tokens that can be clipped; ours is of all."""
+    clipped = seen.ours["clip_ratio/region_mean"] * seen.mask.sum()
+    return clipped / ((seen.mask & (seen.advantages <= 0)).sum() + 1e-8)
+
+
 def _capped(seen: Seen) -> Tensor:
     return seen.ours["clip_ratio/dual_mean"]
 
@@ -169,6 +181,50 @@ def _zero(seen: Seen) -> float:
 Metrics = dict[str, Callable[[Seen], Tensor | float]]
 _BOTH: Metrics = {CLIPFRAC: _clipped, PPO_KL: _safe_kl, CLIPFRAC_LOWER: _capped}
 
+# --- How verl averages them ------------------------------------------------------------------------------
+
+SEQUENCES = "seq-mean-token-mean"
+
+
+def _asked(mode: str) -> str:
+    return mode
+
+
+def _by_sequences(mode: str) -> str:
+    return SEQUENCES
+
+
+def _as_verls_gspo(mode: str) -> str:
+    return mode if _gspo_obeys() else SEQUENCES
+
+
+class _AnyActor(ActorConfig):
+    """What verl's gspo reads of its config; what the whole must hold differs between versions."""
+
+    def __init__(self):
+        self.clip_ratio = self.clip_ratio_low = self.clip_ratio_high = 0.2
+        self.global_batch_info = {}
+
+
+@functools.cache
+def _gspo_obeys() -> bool:
+    """Whether the installed verl's gspo averages as loss_agg_mode says. 0.9.1's does; 0.9.0's and the main branch's
+    take seq-mean-token-mean. So no version says it, but its answer for two sequences does: asked once, on the CPU."""
+    logps, mask = torch.zeros(2, 2, device="cpu"), torch.tensor([[1.0, 0.0], [1.0, 1.0]], device="cpu")
+    advantages = torch.tensor([[3.0, 0.0], [1.0, 1.0]], device="cpu")  # and all ratios are 1
+    with torch.no_grad():
+        loss = POLICY_LOSS_REGISTRY["gspo"](
+            old_log_prob=logps, log_prob=logps, advantages=advantages, response_mask=mask,
+            loss_agg_mode="token-sum", config=_AnyActor(),
+        )[0].item()  # fmt: skip
+    for obeys, answer in ((True, -5.0), (False, -2.0)):
+        if math.isclose(loss, answer, rel_tol=1e-5):
+            return obeys
+    raise RuntimeError(
+        f"The gspo of verl {verl.__version__} averages neither by loss_agg_mode nor by {SEQUENCES}: of two sequences "
+        f"it makes {loss}, not -5 or -2. Use verl's own, loss_mode=gspo."
+    )
+
 
 class Loss(NamedTuple):
     """A policy loss of verl's."""
@@ -176,14 +232,15 @@ class Loss(NamedTuple):
     keywords: Callable[[ActorConfig], dict]  # of `policy_loss`
     metrics: Metrics
     default_mode: str = "token-mean"  # loss_agg_mode, where the caller does not say
-    fixed_mode: bool = False  # whatever the caller says
+    mode: Callable[[str], str] = _asked  # what verl makes of it
     aggregates: bool = True  # False: always the mean over the call's sequences
 
 
 LOSSES = {
     "vanilla": Loss(_vanilla, _BOTH),
-    "gspo": Loss(_gspo, {CLIPFRAC: _clipped, PPO_KL: _kl, CLIPFRAC_LOWER: _zero}, "seq-mean-token-mean"),
-    "sapo": Loss(_sapo, {CLIPFRAC: _zero, PPO_KL: _safe_kl, CLIPFRAC_LOWER: _zero}, "seq-mean-token-mean", True),
+    "up": Loss(_up, {CLIPFRAC: _clipped_where_not_good, PPO_KL: _safe_kl, CLIPFRAC_LOWER: _capped}),
+    "gspo": Loss(_gspo, {CLIPFRAC: _clipped, PPO_KL: _kl, CLIPFRAC_LOWER: _zero}, SEQUENCES, _as_verls_gspo),
+    "sapo": Loss(_sapo, {CLIPFRAC: _zero, PPO_KL: _safe_kl, CLIPFRAC_LOWER: _zero}, SEQUENCES, _by_sequences),
     "cispo": Loss(_cispo, {CLIPFRAC: _out_of_bounds, PPO_KL: _safe_kl, CLIPFRAC_LOWER: _zero}),
     "geo_mean": Loss(_geo_mean, {CLIPFRAC: _for_good, PPO_KL: _kl, CLIPFRAC_LOWER: _for_bad}, aggregates=False),
     "dppo_tv": Loss(_dppo_tv, _BOTH),
@@ -232,7 +289,7 @@ def _compute(
         raise TypeError(f"config must be verl's ActorConfig (it has global_batch_info), got {type(config).__name__}.")
     keywords = loss.keywords(config)
     if loss.aggregates:
-        keywords |= _aggregation(loss.default_mode if loss.fixed_mode else mode, config.global_batch_info)
+        keywords |= _aggregation(loss.mode(mode), config.global_batch_info)
     elif weights is not None:
         weights = weights + 1e-10  # verl's: the logarithm of a weight of 0 is finite
     out = policy_loss(
@@ -318,5 +375,7 @@ if verl.__version__.split(".")[:2] != TESTED.split("."):
         stacklevel=2,
     )
 for _name, _loss in LOSSES.items():
-    _register(_name, _loss)
-register_policy_loss(PREFIX + "bypass_mode")(_bypass_mode)
+    if _name in POLICY_LOSS_REGISTRY:
+        _register(_name, _loss)
+if "bypass_mode" in POLICY_LOSS_REGISTRY:
+    register_policy_loss(PREFIX + "bypass_mode")(_bypass_mode)

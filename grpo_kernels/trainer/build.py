@@ -1,9 +1,7 @@
 """Options to task, tokenizer and policy; whatever is wrong with them shows here, before a run writes anything."""
 
-import random
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,6 +18,7 @@ from grpo_kernels.trainer.model import (
     tiny_qwen2,
 )
 from grpo_kernels.trainer.options import OptionError, Options
+from grpo_kernels.trainer.randomness import seed_all
 from grpo_kernels.trainer.task import Task
 from grpo_kernels.trainer.teacher import Teacher, load_teacher
 from grpo_kernels.trainer.tokenizer import character_tokenizer
@@ -44,9 +43,7 @@ def build(options: Options, device: torch.device, resumed: Checkpoint | None = N
     Raises:
         OptionError: model, data or rewards are not usable.
     """
-    torch.manual_seed(options.seed)
-    random.seed(options.seed)
-    np.random.seed(options.seed % 2**32)
+    seed_all(options.seed)
     tokenizer = config = None
     if resumed is not None:
         tokenizer = resumed.tokenizer()

@@ -129,7 +129,7 @@ def _run(
         seconds = {"warm-up": warmed_up - start, "GRPO": trained - warmed_up}
         files = {"metrics": options.metrics_dir() / "metrics.jsonl", "curves": curves, "model": options.model_dir()}
         reporter.summary(records, seconds, files)
-    return Result(*records.accuracy(), **files)
+    return Result(*records.ends("eval/accuracy"), **files)
 
 
 def _reference(

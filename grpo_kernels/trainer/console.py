@@ -13,6 +13,7 @@ from rich.text import Text
 
 from grpo_kernels.trainer import tensorboard
 from grpo_kernels.trainer.options import REWARD_WINDOW, SOLVED_REWARD, Options
+from grpo_kernels.trainer.pass_at_k import PREFIX, rates_in
 from grpo_kernels.trainer.records import Rows
 from grpo_kernels.trainer.rewards import advantages_of
 from grpo_kernels.trainer.rollout import Rollout, Row
@@ -150,6 +151,9 @@ class Reporter:
                 if name in self._last:
                     line += f"  {name} {self._last[name]:.3f}"
             self._say(f"{line}  step {step}/{steps}  {self._last['step_time']:.2f} s")
+            passes = [f"{name.removeprefix('eval/')} {row[name]:.3f}" for name in row if name.startswith(PREFIX)]
+            if passes:
+                self._say("  " + "  ".join(dict.fromkeys((passes[0], passes[-1]))))
 
     def _measured(self, space: str) -> str:
         return "" if self._accuracy is None else f"{space}accuracy {self._accuracy:.3f}"
@@ -162,13 +166,15 @@ class Reporter:
             files: what was written, by what it is.
         """
         self._progress.stop()
-        accuracy = ["-" if value is None else f"{value:.3f}" for value in records.accuracy()]
         reward = records.series("reward")[1]
         window = min(WINDOW, len(reward))
         table = Table(title=None, show_edge=False, pad_edge=False, header_style="bold")
         for title in ("", "before GRPO", "after GRPO"):
             table.add_column(title, justify="right" if title else "left")
-        table.add_row("accuracy, held-out, greedy", accuracy[0], f"[bold]{accuracy[1]}[/bold]")
+        for name in ("eval/accuracy", *rates_in(records)):
+            before, after = ("-" if value is None else f"{value:.3f}" for value in records.ends(name))
+            how = "sampled" if name.startswith(PREFIX) else "greedy"
+            table.add_row(f"{name.removeprefix('eval/')}, held-out, {how}", before, f"[bold]{after}[/bold]")
         first, last = sum(reward[:window]) / window, sum(reward[-window:]) / window
         table.add_row(f"reward, sampled, {window} steps", f"{first:.3f}", f"{last:.3f}")
         self._say()

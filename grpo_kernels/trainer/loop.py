@@ -31,7 +31,9 @@ from grpo_kernels.objective.metrics import combine
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.normalise import Whole, share
 from grpo_kernels.trainer.options import REWARD_WINDOW, Options
+from grpo_kernels.trainer.pass_at_k import pass_rates
 from grpo_kernels.trainer.progress import Progress, Saver
+from grpo_kernels.trainer.randomness import set_aside
 from grpo_kernels.trainer.rewards import advantages_of, score
 from grpo_kernels.trainer.rollout import (
     Rollout,
@@ -50,7 +52,7 @@ from grpo_kernels.trainer.teacher import Teacher, divergence
 # What belongs to the loop, and is kept in files of its own.
 __all__ = ["Progress", "Rollout", "Row", "completion_logits", "mask_after_eos", "model_inputs"]
 
-EVALUATED_AT_ONCE = 512  # held-out problems
+EVALUATED_AT_ONCE = 512  # completions of held-out problems
 
 
 @torch.no_grad()
@@ -122,6 +124,31 @@ def evaluate(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: 
     for i in range(0, len(task.held_out), EVALUATED_AT_ONCE):
         rewards.append(sample(policy, tokenizer, task, task.held_out[i : i + EVALUATED_AT_ONCE]).rewards)
     return torch.cat(rewards).double().nanmean().item()
+
+
+def evaluate_samples(
+    policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, options: Options
+) -> Row:
+    """pass@k of ``options.eval_samples`` completions of each held-out problem, sampled as in training.
+
+    Each call starts from the run's seed, so that calls differ by the policy alone, and leaves the random generators
+    as they were, so that training does not notice.
+    """
+    policy.eval()
+    task, n, rewards = replace(task, rewards=()), options.eval_samples, []
+    at_once = max(1, EVALUATED_AT_ONCE // n)
+    with set_aside(options.seed), precision(options, policy.device):
+        for i in range(0, len(task.held_out), at_once):
+            rollout = sample(policy, tokenizer, task, task.held_out[i : i + at_once], n, options.temperature,
+                             options.top_p, options.top_k)  # fmt: skip
+            rewards.append(rollout.rewards.view(-1, n))
+    return pass_rates(torch.cat(rewards))
+
+
+def measure(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, options: Options) -> Row:
+    """What is known of the held-out problems: the greedy accuracy, and pass@k where it is asked for."""
+    row = {"eval/accuracy": evaluate(policy, tokenizer, task)}
+    return row | evaluate_samples(policy, tokenizer, task, options) if options.eval_samples else row
 
 
 def batches(problems: Sequence[Problem], size: int, seed: int) -> Iterator[list[Problem]]:
@@ -250,8 +277,8 @@ def train(
 
     Args:
         log: receives a row of metrics per step, under TRL's names; and, unless ``options.eval_every`` is 0,
-            rows with ``eval/accuracy`` before the first step, after the last, and every so many steps. The
-            last is ``options.steps``, or without it the one whose rewards count as solved.
+            rows of `measure` before the first step, after the last, and every so many steps. The last is
+            ``options.steps``, or without it the one whose rewards count as solved.
         reference: what the KL is to; None: the policy as it comes.
         teacher: what the policy is pulled towards on its own completions, in the place of rewards.
         saver: keeps the state after steps, and knows where a continued run stands.
@@ -270,7 +297,7 @@ def train(
     rate, drawn = rate_at(options), batches(task.train, options.batch_size, options.seed)
     progress = saver.restore(optimizer) if saver else Progress()
     if progress.step == 0 and options.eval_every:
-        log({"step": 0, "eval/accuracy": evaluate(policy, tokenizer, task)})
+        log({"step": 0, **measure(policy, tokenizer, task, options)})
     for _ in range(progress.step):
         next(drawn)
     for step in range(progress.step + 1, options.max_steps + 1):
@@ -303,7 +330,7 @@ def train(
         })  # fmt: skip
         last = step == options.max_steps or options.solved(progress.rewards)
         if options.eval_every and (last or step % options.eval_every == 0):
-            log({"step": step, "eval/accuracy": evaluate(policy, tokenizer, task)})
+            log({"step": step, **measure(policy, tokenizer, task, options)})
         if saver:
             saver.save(optimizer, progress, last)
         if last:

@@ -143,6 +143,10 @@ class Options(LossOptions):
     logits_budget_gib: float = option(4.0, "GiB that the logits of a loss and their gradient may take, for auto")
 
     eval_every: int = option(10, "steps between measurements of the held-out accuracy; 0: none", resumable=True)
+    eval_samples: int = option(
+        0, "completions of each held-out problem that each measurement samples, for pass@k with k = 1, 2, 4, ... up to "
+        "that; 0: none", resumable=True,
+    )  # fmt: skip
     samples_every: int = option(50, "steps between tables of samples; 0: none", resumable=True)
     save_every: int = option(50, "steps between checkpoints; one more is written at the end", resumable=True)
     save_total_limit: int = option(2, "checkpoints that are kept, the newest", resumable=True)
@@ -177,7 +181,7 @@ class Options(LossOptions):
         for name in ("temperature", "learning_rate", "max_grad_norm", "logits_budget_gib"):
             value = getattr(self, name)
             _check(0 < value < math.inf, name, value, "a finite number above 0")
-        for name in ("warmup_steps", "samples_every", "eval_every", "top_k"):
+        for name in ("warmup_steps", "samples_every", "eval_every", "eval_samples", "top_k"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(0 < self.warmup_accuracy < 1, "warmup_accuracy", self.warmup_accuracy, "between 0 and 1")
         _check(0 <= self.teacher_beta <= 1, "teacher_beta", self.teacher_beta, "from 0 to 1")
@@ -215,6 +219,9 @@ class Options(LossOptions):
         what = batch if part == rows else f"the {part} completions of a minibatch"
         _check(part % self.gradient_accumulation_steps == 0, "gradient_accumulation_steps",
                self.gradient_accumulation_steps, f"a divisor of {what}")  # fmt: skip
+        if self.eval_samples and not self.eval_every:
+            raise OptionError("--eval-samples are sampled every --eval-every steps, which is 0. Raise it, or set "
+                              "--eval-samples 0.")  # fmt: skip
         if self.beta and self.kl_to == "old" and self.updates == 1:
             raise OptionError(
                 "--kl-to old acts from the second update on, and there is one. Raise --num-iterations or "

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from grpo_kernels.trainer.options import Options
+from grpo_kernels.trainer.pass_at_k import rates_in
 from grpo_kernels.trainer.records import Rows
 
 # Okabe and Ito's, told apart by colour-blind readers too.
@@ -96,14 +97,7 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
         _curve(advantage, records, f"advantage/{name}", colour, name.replace("mean_abs", "mean |A|"))
     _legend(advantage)
 
-    _panel(accuracy, "Held-out accuracy", "greedy")
-    steps, values = records.series("eval/accuracy")
-    accuracy.plot(steps, values, color=_BLUE, linewidth=1.8, marker="o", markersize=3.5)
-    accuracy.set_ylim(-0.02, 1.02)
-    if not values:
-        _note(accuracy, "not measured", 0.5)
-    elif None not in (ends := records.accuracy()):
-        _note(accuracy, f"{ends[0]:.3f} before, {ends[1]:.3f} after", 0.06)
+    _accuracy(accuracy, records)
 
     _panel(loss, "Loss: near 0 by construction", "watch the reward instead")
     _curve(loss, records, "loss", _GREY)
@@ -142,6 +136,25 @@ def _rewards(axes: Axes, records: Rows) -> None:
             label = name.removeprefix("rewards/").removesuffix("/mean")
             _curve(axes, records, name, COLOURS[1 + i % (len(COLOURS) - 1)], label)
     _legend(axes)
+
+
+def _accuracy(axes: Axes, records: Rows) -> None:
+    """Greedy; and pass@k, darker for a larger k."""
+    rates = rates_in(records)
+    _panel(axes, "Held-out accuracy", "share of problems" if rates else "greedy")
+    steps, values = records.series("eval/accuracy")
+    axes.plot(steps, values, color=_BLUE, linewidth=1.8, marker="o", markersize=3.5, label="greedy" if rates else None)
+    for i, name in enumerate(rates):
+        axes.plot(*records.series(name), color=_ORANGE, alpha=0.3 + 0.7 * (i + 1) / len(rates), linewidth=1.4,
+                  marker="o", markersize=2.5, label=name.removeprefix("eval/"))  # fmt: skip
+    axes.set_ylim(-0.02, 1.02)
+    if rates:  # beside the curves, which may be anywhere; in their order from above
+        handles, labels = axes.get_legend_handles_labels()
+        axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    if not values:
+        _note(axes, "not measured", 0.5)
+    elif not rates and None not in (ends := records.ends("eval/accuracy")):
+        _note(axes, f"{ends[0]:.3f} before, {ends[1]:.3f} after", 0.06)
 
 
 def _kl(axes: Axes, records: Rows, options: Options) -> None:

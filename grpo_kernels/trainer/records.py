@@ -38,9 +38,9 @@ class Rows:
         rows = [row for row in self.rows if name in row]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
-    def accuracy(self) -> tuple[float | None, float | None]:
-        """``eval/accuracy`` before the first step and after the last; None where it was not measured."""
-        measured = dict(zip(*self.series("eval/accuracy")))
+    def ends(self, name: str) -> tuple[float | None, float | None]:
+        """The value before the first step and after the last; None where it was not measured."""
+        measured = dict(zip(*self.series(name)))
         return measured.get(0), measured.get(self.rows[-1]["step"]) if self.rows else None
 
     def names(self, prefix: str = "") -> list[str]:

@@ -27,15 +27,41 @@ def linear_cross_entropy(*args):
     raise AssertionError("verl's own")
 
 
+VERLS = ("vanilla", "gspo", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl", "gpg", "dro", "bypass_mode", "kl_cov")
+
+
+class Losses(dict):
+    """verl's registry: of the fused losses alone, as far as the tests read it."""
+
+    def fused(self):
+        return {name.removeprefix("fused_") for name in self if name.startswith("fused_")}
+
+
+def gspo_by(mode):
+    """A gspo for ratios of 1, which averages as ``mode`` says; None: as loss_agg_mode does."""
+
+    def gspo(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config):
+        assert config.clip_ratio_low == config.clip_ratio_high == 0.2 and config.global_batch_info == {}
+        losses = -advantages * response_mask
+        sums, counts = losses.sum(-1), response_mask.sum(-1)
+        answers = {"token-sum": sums.sum(), "seq-mean-token-mean": (sums / counts).mean(), "other": sums[0]}
+        return answers[mode or loss_agg_mode], {}
+
+    return gspo
+
+
 @pytest.fixture
 def verl(monkeypatch):
     """verl's modules, as far as the plugin imports them."""
-    losses = {}
+    losses = Losses(dict.fromkeys(VERLS))
     contents = {
         "verl": {"__version__": "0.9.7"},
         "verl.trainer": {},
         "verl.trainer.ppo": {},
-        "verl.trainer.ppo.core_algos": {"register_policy_loss": lambda name: lambda f: losses.setdefault(name, f)},
+        "verl.trainer.ppo.core_algos": {
+            "POLICY_LOSS_REGISTRY": losses,
+            "register_policy_loss": lambda name: lambda f: losses.setdefault(name, f),
+        },
         "verl.workers": {},
         "verl.workers.config": {"ActorConfig": SimpleNamespace},
         "verl.utils": {},
@@ -75,10 +101,18 @@ def batch(**changes):
 
 def test_registers(verl):
     importlib.import_module(PLUGIN)
-    names = {name.removeprefix("fused_") for name in verl.losses}
-    assert names == {"vanilla", "gspo", "sapo", "cispo", "geo_mean", "dppo_tv", "dppo_kl", "gpg", "dro", "bypass_mode"}
+    assert verl.losses.fused() == {*VERLS} - {"kl_cov"}
     importlib.reload(sys.modules[PLUGIN])
-    assert len(verl.losses) == len(names)
+    assert len(verl.losses) == 2 * len(VERLS) - 1
+
+
+@pytest.mark.parametrize("changed", ("up", "dro", "bypass_mode"))
+def test_registers_what_verl_has(verl, changed):
+    """`up` comes with a later verl; others went, or were not there yet."""
+    if verl.losses.pop(changed, "new") == "new":
+        verl.losses[changed] = None
+    importlib.import_module(PLUGIN)
+    assert verl.losses.fused() == ({*VERLS} - {"kl_cov"}) ^ {changed}
 
 
 @pytest.mark.parametrize(
@@ -104,6 +138,54 @@ def test_by_hand(verl, mode, info, scale):
     drift = -torch.tensor(2.0).log().item()
     wanted = {"actor/pg_clipfrac": 0.5, "actor/ppo_kl": drift, "actor/pg_clipfrac_lower": 0.0}
     assert list(metrics) == list(wanted) and metrics == {name: near(value, 2) for name, value in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("mode", "loss", "grad"),
+    [
+        (None, -3.0, [[-1.0, 0.0], [-1.0, -1.0]]),  # token-sum, as is asked for
+        ("seq-mean-token-mean", -1.0, [[-0.5, 0.0], [-0.25, -0.25]]),
+    ],
+)
+def test_gspo_averages_as_verls_does(verl, mode, loss, grad):
+    """Three tokens of ratio 1 and A = 1, in two sequences."""
+    verl.losses["gspo"] = gspo_by(mode)
+    importlib.import_module(PLUGIN)
+    lp, mask = torch.zeros(2, 2, requires_grad=True), torch.tensor([[True, False], [True, True]])
+    args = {"old_log_prob": lp.detach(), "log_prob": lp, "advantages": torch.ones(2, 2), "response_mask": mask}
+    for _ in range(2):
+        lp.grad = None
+        got, _ = verl.losses["fused_gspo"](**args, loss_agg_mode="token-sum", config=config())
+        got.backward()
+        assert got.item() == loss and lp.grad.tolist() == grad
+        verl.losses["gspo"] = None  # asked once
+
+
+def test_gspo_that_averages_in_a_third_way(verl):
+    verl.losses["gspo"] = gspo_by("other")
+    importlib.import_module(PLUGIN)
+    with pytest.raises(RuntimeError, match=r"verl 0\.9\.7 averages neither .* it makes -3\.0, .* loss_mode=gspo"):
+        verl.losses["fused_gspo"](**batch(), config=config())
+
+
+def test_up_by_hand(verl):
+    """A = 1, ρ = 2: ℓ = −1, gradient −1. A = −1: ρ = 2 gives 2; ρ = 1/2 is held at 0.8; ρ = 4 at c = 3.
+
+    Clipped: one of the three that can be; capped: one of all four.
+    """
+    verl.losses["up"] = None
+    importlib.import_module(PLUGIN)
+    lp = torch.full((1, 5), -3.0, requires_grad=True)
+    old = lp.detach() - torch.tensor([[2.0, 2.0, 0.5, 4.0, 9.0]]).log()
+    args = {"old_log_prob": old, "log_prob": lp, "advantages": torch.tensor([[1.0, -1.0, -1.0, -1.0, 5.0]]),
+            "response_mask": torch.tensor([[True, True, True, True, False]])}  # fmt: skip
+    loss, metrics = verl.losses["fused_up"](**args, loss_agg_mode="token-sum", config=config())
+    loss.backward()
+    assert loss.item() == near(-1.0 + 2.0 + 0.8 + 3.0, 16)
+    assert lp.grad.tolist() == [[-1.0, near(2.0, 4), 0.0, 0.0, 0.0]]
+    drift = -torch.tensor(8.0).log().item() / 4  # 2 · 2 · ½ · 4
+    wanted = {"actor/pg_clipfrac": 1 / 3, "actor/ppo_kl": drift, "actor/pg_clipfrac_lower": 1 / 4}
+    assert list(metrics) == list(wanted) and metrics == {name: near(value, 4) for name, value in wanted.items()}
 
 
 def test_loss_may_be_changed_in_place(verl):

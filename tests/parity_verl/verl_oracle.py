@@ -25,7 +25,7 @@ if ray_is_missing:
     sys.modules["ray"].ObjectRef = object
 try:
     from verl.trainer.config import RolloutCorrectionConfig
-    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, compute_grpo_outcome_advantage
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY, agg_loss, compute_grpo_outcome_advantage
     from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
     from verl.workers.config import ActorConfig
     from verl.workers.config.actor import PolicyLossConfig
@@ -35,7 +35,7 @@ finally:
         del sys.modules["ray"]  # nobody else shall take it for Ray
 
 
-__all__ = ["POLICY_LOSS_REGISTRY", "RolloutCorrectionConfig"]
+__all__ = ["POLICY_LOSS_REGISTRY", "RolloutCorrectionConfig", "agg_loss"]
 
 
 def actor_config(
