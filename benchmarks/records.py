@@ -221,20 +221,23 @@ def section(record: Record, brief: bool = False) -> str:
         f"Liger-Kernel {where['liger_kernel']}, TRL {where['trl']}, {str(where['date'])[:10]}, kernels of commit "
         f"{record.kernels_commit}, `{where.get('command', 'python -m benchmarks --suite gpu --out DIR')}`"
     )
+    old = "**The kernels have changed since this was measured.** These are the older ones' times."
     unit = f"Times as multiples of a copy of the logits in the same rounds, {tokens(first)} rows"
     size = f"V = {first['vocab']} {first['dtype']}"
     title = f"On an {device}" if device[0] in "AH" else f"On a {device}"
     if brief:
         parts = [
             f"## {title}",
-            f"{unit}, {size} (of the head: of its three matrix products). Every result was checked against float64.",
+            f"![× a copy, all lines]({folder}/{PLOT})",
+            f"{old} " * record.is_old + f"{unit}, {size} (of the head: of its three matrix products). Every result was "
+            "checked against float64.",
             _table([line for line in lines if is_main(line, first)]).replace(f", {size}", ""),
             *_lost(record),
             f"{made}. [All lines](docs/performance.md#the-record), [every row]({folder}/results.csv).",
-            f"![× a copy, all lines]({folder}/{PLOT})",
         ]
     else:
         parts = [
+            *[old] * record.is_old,
             f"{title}. {unit}; for the head, of its three matrix products alone. \"At least\" is what the bytes that "
             "must move take at the copy's speed. Every result was checked against float64 in the same run.",
             f"![the table as a plot](../{folder}/{PLOT})",
@@ -244,8 +247,6 @@ def section(record: Record, brief: bool = False) -> str:
             *(f"{name}: not measured." for name in PEERS if not any(name in line.times for line in lines)),
             f"{made}; every row in [`{folder}`](../{folder}/results.csv).",
         ]
-    if record.is_old:
-        parts.insert(1, "**The kernels have changed since this was measured.** These are the older ones' times.")
     return "\n\n".join(part if part.startswith(("|", "!", "#")) else _wrapped(part) for part in parts) + "\n"
 
 

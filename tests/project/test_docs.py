@@ -52,13 +52,23 @@ def test_tables_are_fresh():
 
 def test_a_stale_table_shows():
     text = "<!-- catalogue:loss-types grpo -->\nold\n<!-- /catalogue -->\n"
-    assert "arXiv:2402.03300" in generate.filled(text) and "old" not in generate.filled(text)
+    assert "[DeepSeekMath](https://arxiv.org/abs/2402.03300)" in generate.filled(text) and "old" not in generate.filled(text)
     assert generate.filled(generate.filled(text)) == generate.filled(text)
     end = "<!-- /catalogue -->"
     unknown = (f"<!-- catalogue:nonsense -->\n{end}", f"<!-- catalogue:terms nonsense -->\n{end}")
     for wrong in (*unknown, "<!-- catalogue:loss-types -->\n", end):
         with pytest.raises(ValueError, match="catalogue"):
             generate.filled(wrong)
+
+
+def test_the_readme_s_first_screen():
+    """What it is, how to install it, code that runs, the two commands, measured numbers and their plot; in 40 lines."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    first = "\n".join(lines[:40])
+    for wanted in ("pip install", "```python", "make demo", "make test", "kernels of commit", "| forward + backward |",
+                   "python -m benchmarks", "copy_multiples.png"):  # fmt: skip
+        assert wanted in first, wanted
+    assert max(map(len, lines)) <= 120
 
 
 def test_a_marker_in_code_marks_nothing():
