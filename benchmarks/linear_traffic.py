@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.counting import Device, bare_ops, launches
 from grpo_kernels import TopK, fused_linear_distillation_loss, fused_linear_grpo_loss, linear_token_logprobs
+from grpo_kernels.linear.head import logit_bytes
 
 B, T, H, V = 4, 8, 2, 1001  # H is small: what is as large as the weight is not taken for a chunk
 HEIGHT = 8  # rows of logits at a time
@@ -41,6 +42,7 @@ class Case(NamedTuple):
 
 
 GSPO = {"loss_type": "gspo"}
+FP32 = {"logits_dtype": torch.float32}
 CASES = (
     Case("head: log-probs only", Law(products=1), frozen="hw", logps_only=True),
     Case("head: log-probs, with gradient", Law(launches=2, products=4), logps_only=True),
@@ -53,10 +55,14 @@ CASES = (
     Case("head: grpo, hidden states frozen", Law(products=2), frozen="h"),
     Case("head: grpo, reduction none", Law(launches=2, products=4), {"reduction": "none"}),
     Case("head: grpo, none, a mask", Law(launches=2, products=4, waits=1), {"reduction": "none"}, masked=True),
+    Case("head: grpo, fp32 logits", Law(), FP32),
+    Case("head: grpo, fp32 logits, a bias", Law(other=2), FP32, bias=True),
+    Case("head: log-probs only, fp32 logits", Law(products=1), FP32, frozen="hw", logps_only=True),
     Case("head: gspo", Law(launches=2), GSPO),
     Case("head: gspo, a mask", Law(launches=2, waits=2), GSPO, masked=True),
     Case("head: gspo, sequences of two chunks", Law(launches=2, products=4), GSPO, height=T // 2),
     Case("head: distil", Law(products=4), teacher="whole"),
+    Case("head: distil, fp32 logits", Law(products=4), FP32, teacher="whole"),
     Case("head: distil, a mask", Law(products=4, waits=1), masked=True, teacher="whole"),
     Case("head: distil, head frozen", Law(products=3), frozen="w", teacher="whole"),
     Case("head: distil, loss only", Law(products=2), frozen="hw", teacher="whole"),
@@ -73,7 +79,9 @@ def count(case: Case) -> dict:
     bias = torch.empty(V, **on_meta, requires_grad="w" not in case.frozen) if case.bias else None
     ids = torch.empty(B, T, dtype=torch.long, device="meta")
     mask = torch.empty(B, T, device="meta") if case.masked else None
-    size = weight.element_size() * (2 if case.teacher == "whole" else 1)  # both models' logits
+    fp32 = "logits_dtype" in case.kwargs
+    size = logit_bytes(weight, fp32)
+    size += logit_bytes(weight, fp32, gradient=False) if case.teacher == "whole" else 0
     kwargs = {"bias": bias, "chunk_bytes": case.height * V * size, "backend": "triton", **case.kwargs}
     told = (torch.empty(B, T, 2 * H, **on_meta), torch.empty(V, 2 * H, **on_meta))
     if case.teacher == "top":
@@ -108,8 +116,8 @@ def count(case: Case) -> dict:
 
 LEGEND = (
     f"From hidden states, per chunk of {HEIGHT} of {B * T} rows, V = {V}: launches over the logits, matrix products, "
-    "torch's other operations of the size of a chunk's logits (the sum for a bias), and per call how often the host "
-    "waits for the device."
+    "torch's other operations of the size of a chunk's logits (of a bias the sum, with fp32 logits the addition too), "
+    "and per call how often the host waits for the device."
 )
 
 

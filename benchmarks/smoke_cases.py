@@ -149,6 +149,22 @@ def distillation_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def fp32_logits_cases() -> list[Case]:
+    """fp32 logits of hidden states and a head in half precision."""
+    full, fp32, chunk = {"beta": 0.04}, {"logits_dtype": FP32}, 10 * 32000 * 6
+    return [
+        case("head: fp32 logits", kind="head", **full, **fp32),
+        case("head: fp32 logits, chunks, bias", 32000, kind="head", bias=True, chunk_bytes=chunk, **full, **fp32),
+        case("head: fp32 logits, gspo", GPT2, kind="head", loss_type="gspo", return_entropy=True, **fp32),
+        case("head: fp32 logits, fp16, soft cap", 131, FP16, small=True, kind="head", softcap=5.0, **full, **fp32),
+        case("head: fp32 logits, gathered", 32000, kind="head", kept=64, gather=True, bias=True, **full, **fp32),
+        case("head log-probs: fp32 logits", kind="head logps", backward=False, return_entropy=True, **fp32),
+        case("head log-probs: fp32 logits, backward", 32000, FP16, kind="head logps", **fp32),
+        case("head distil: fp32 logits", 32000, kind="head distil", beta=0.3, **fp32),
+        case("head distil: fp32 logits, top 32", kind="head distil", beta=1.0, top=32, **fp32),
+    ]
+
+
 def all_cases(with_compile: bool = False) -> list[Case]:
     full = {"beta": 0.04}
     cases = [case("loss: grpo, KL k3", V, dtype, small=(V, dtype) == (131, BF16), **full)
@@ -223,6 +239,7 @@ def all_cases(with_compile: bool = False) -> list[Case]:
         case("head: fp16, scale, soft cap", 131, FP16, small=True, kind="head", logit_scale=0.5, softcap=5.0, **full),
         case("head: soft cap", 32000, kind="head", logit_scale=0.5, softcap=5.0, **full),
         case("head: bias, entropy bonus", 131, FP32, kind="head", bias=True, entropy_coef=0.01, **full),
+        *fp32_logits_cases(),
         case("head log-probs: forward, entropies", kind="head logps", backward=False, return_entropy=True),
         case("head log-probs: and backward", GPT2, kind="head logps"),
         case("loss: CUDA graph", how="graph", **full),

@@ -15,7 +15,7 @@ from grpo_kernels import TopK, distillation_loss, fused_linear_distillation_loss
 from reference.distillation import outcomes_of
 
 FARTHEST = 100.0  # log p of what is as good as impossible
-OF_HEADS = ("chunk_bytes", "softcap", "logit_scale")
+OF_BOTH, OF_HEAD = ("chunk_bytes", "logits_dtype"), ("softcap", "logit_scale")
 
 
 class DistillationJob(Job):
@@ -59,17 +59,17 @@ class DistillationJob(Job):
     # --- the call -------------------------------------------------------------------------------
 
     def _options(self) -> dict:
-        options = {name: value for name, value in self.case.options.items() if name not in OF_HEADS}
+        options = {name: value for name, value in self.case.options.items() if name not in OF_BOTH + OF_HEAD}
         return {**options, "temperature": self.temperature, "completion_mask": self.mask, "cu_seqlens": self.cu}
 
     def _called(self, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
         case, options = self.case, {**self._options(), "backend": "triton"}
         if case.head:
-            options |= {name: case.options[name] for name in OF_HEADS if name in case.options}
+            options |= {name: case.options[name] for name in OF_BOTH + OF_HEAD if name in case.options}
             told = (self.few,)
             if self.few is None:
                 told = (self.teacher_head["hidden"], self.teacher_head["weight"])
-                options |= {f"teacher_{name}": case.options[name] for name in OF_HEADS[1:] if name in case.options}
+                options |= {f"teacher_{name}": case.options[name] for name in OF_HEAD if name in case.options}
                 options["teacher_bias"] = self.teacher_head.get("bias")
             bias = leaves.get("bias")
             out = fused_linear_distillation_loss(leaves["hidden"], leaves["weight"], *told, bias=bias, **options)

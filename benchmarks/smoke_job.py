@@ -28,7 +28,8 @@ TAIL = 1e-6  # of a row's factor: probabilities below it need not be right
 ROUNDING = {FP32: 2.0**-23, BF16: 2.0**-8, FP16: 2.0**-11}  # on being written; the interpreter truncates
 SUBNORMAL = {FP32: 0.0, BF16: 0.0, FP16: 2.0**-24}
 OURS_ALONE = (
-    "inplace", "skip_zero_advantage", "return_entropy", "chunk_bytes", "softcap", "logit_scale", "temperature",
+    "inplace", "skip_zero_advantage", "return_entropy", "chunk_bytes", "softcap", "logit_scale", "logits_dtype",
+    "temperature",
 )  # fmt: skip
 NEEDS = {"beta": "ref_logps", "num_generations": "rewards", "sampling_correction": "sampling_logps",
          "off_policy_mask_threshold": "sampling_logps", "num_items_in_batch": "num_items_in_batch"}  # fmt: skip
@@ -123,7 +124,7 @@ class Job:
         if self.case.bias:
             head["bias"] = (self._normal(self.V).mul_(4).round_() / 16).to(dtype)
         z = head["hidden"].double().view(n, H) @ head["weight"].double().T
-        z = (z + head["bias"].double() if self.case.bias else z).to(dtype)
+        z = (z + head["bias"].double() if self.case.bias else z).to(self.case.options.get("logits_dtype", dtype))
         return head, z.view(*self.shape, self.V)
 
     def _spoilt(self) -> tuple[Tensor, Tensor]:

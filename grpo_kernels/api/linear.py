@@ -12,9 +12,15 @@ from grpo_kernels.call.prepare import prepare, prepare_logprobs
 from grpo_kernels.call.supports import check_support
 from grpo_kernels.call.targets import split_targets
 from grpo_kernels.linear import head_autograd
-from grpo_kernels.linear.head import chunk_rows
+from grpo_kernels.linear.head import chunk_rows, logit_bytes
 from grpo_kernels.linear.head_autograd import ChunkOptions
-from grpo_kernels.linear.head_checks import check_count, check_hidden, check_number, head_tensors
+from grpo_kernels.linear.head_checks import (
+    check_count,
+    check_hidden,
+    check_logits_dtype,
+    check_number,
+    head_tensors,
+)
 from grpo_kernels.linear.targets import LinearTargetsFunction
 from grpo_kernels.objective.config import LossConfig, resolve_config
 from grpo_kernels.objective.plan import Plan
@@ -51,6 +57,7 @@ def fused_linear_grpo_loss(
     num_rows: int | None = None,
     accumulate_in_fp32: bool = True,
     gather_head: bool = False,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
     config: LossConfig | None = None,
     **overrides,
@@ -87,6 +94,10 @@ def fused_linear_grpo_loss(
             per row, K being the most ids that a row has, in place of V. For small supports, of every row that is
             read. ``chunk_bytes`` are then of gathered rows of the head. The host waits for the device once more, to
             learn K, and a second time in a backward that computes the logits again.
+        logits_dtype: None: the dtype of ``hidden``, to which each logit is rounded. ``torch.float32`` with bf16 or
+            fp16: the products add up in fp32 and stay so, without a head in fp32; the gradient of the logits is made
+            in fp32 and rounded once to the dtype of ``hidden``, for its own two products. A logit of a chunk then
+            takes 4 bytes, and 2 more for its gradient.
         advantages, rewards, num_generations, old_logps, ref_logps, completion_mask, importance_weights,
             sampling_logps, temperature, support, num_items_in_batch, loss_scale, cu_seqlens, skip_zero_advantage,
             return_entropy, reduction, data_group, backend, config, **overrides: as in `fused_grpo_loss`.
@@ -105,6 +116,7 @@ def fused_linear_grpo_loss(
     config = resolve_config(config, overrides)
     weight, bias = head_tensors(weight, bias)
     layout = check_hidden(hidden, weight, bias, completion_ids, cu_seqlens)
+    fp32_logits = check_logits_dtype(logits_dtype, hidden)
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
     of_support = check_support(support, layout, weight.shape[0], hidden)
@@ -118,7 +130,7 @@ def fused_linear_grpo_loss(
     loss, logps, entropy, sums, metrics = head_autograd.run_linear_loss(
         layout.tokens(hidden), weight, bias, batch._replace(**of_support), plan,
         entropy=return_entropy or plan.needs_entropy, data_group=data_group,
-        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend, gather_head, support),
+        options=_options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend, gather_head, support, fp32_logits),
     )  # fmt: skip
     return output(
         batch, plan, layout, loss=loss, logps=layout.restore(logps), sums=sums, metrics=metrics,
@@ -142,6 +154,7 @@ def linear_token_logprobs(
     num_rows: int | None = None,
     accumulate_in_fp32: bool = True,
     gather_head: bool = False,
+    logits_dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> TokenLogprobs:
     """`token_logprobs` of ``softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, a chunk of rows at a time.
@@ -149,8 +162,8 @@ def linear_token_logprobs(
     For old and reference passes, and for objectives of one's own. A backward computes the logits again.
 
     Args:
-        hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32, gather_head:
-            as in `fused_linear_grpo_loss`.
+        hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32, gather_head,
+            logits_dtype: as in `fused_linear_grpo_loss`.
         completion_ids: (B, T) or (N,), integers; or several targets per row, (B, T, K), packed (N, K), or `Targets`,
             as in `token_logprobs`. With `Targets` the host waits for the device once more, to learn which of them
             belong to a chunk.
@@ -169,13 +182,14 @@ def linear_token_logprobs(
     weight, bias = head_tensors(weight, bias)
     completion_ids, targets = split_targets(completion_ids, hidden, support)
     layout = check_hidden(hidden, weight, bias, completion_ids, None)
+    fp32_logits = check_logits_dtype(logits_dtype, hidden)
     checks.check_mask("mask", mask, hidden, layout)
     temperature, softcap, logit_scale = _scaling(temperature, logit_scale, softcap, hidden, layout)
     backend = ops.choose_backend(backend, hidden)
     batch = prepare_logprobs(layout, completion_ids, mask, temperature, softcap=softcap, logit_scale=logit_scale)
     batch = batch._replace(**check_support(support, layout, weight.shape[0], hidden))
     given = (layout.tokens(hidden), weight, bias, *batch.pack(), Plan().key())
-    options = _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend, gather_head, support)
+    options = _options(weight, chunk_bytes, num_rows, accumulate_in_fp32, backend, gather_head, support, fp32_logits)
     if targets is None:
         logps, entropy = head_autograd.LinearLogprobsFunction.apply(*given, return_entropy, options)
         logps = layout.restore(logps)
@@ -195,8 +209,9 @@ def _scaling(temperature, logit_scale, softcap, hidden, layout) -> tuple[torch.T
 
 
 def _options(
-    weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str, gather: bool, support: object
-) -> ChunkOptions:
+    weight: torch.Tensor, chunk_bytes, num_rows, in_fp32: bool, backend: str, gather: bool, support: object,
+    fp32_logits: bool,
+) -> ChunkOptions:  # fmt: skip
     if gather and not isinstance(support, Support):
         raise ValueError(
             f"gather_head needs support as a Support, got {type(support).__name__}. A mask becomes one by "
@@ -206,5 +221,6 @@ def _options(
         raise ValueError(
             "gather_head adds up row by row, and accumulate_in_fp32=False would round as often. Leave one of them out."
         )
-    height = chunk_rows(chunk_bytes, weight.shape[0], weight.element_size(), weight.device.type == "cpu")
-    return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend, bool(gather))
+    itemsize = logit_bytes(weight, fp32_logits and not gather)  # what is gathered are rows of the head
+    height = chunk_rows(chunk_bytes, weight.shape[0], itemsize, weight.device.type == "cpu")
+    return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend, bool(gather), fp32_logits)

@@ -10,9 +10,9 @@ from grpo_kernels.call.distillation_prepare import output, prepare
 from grpo_kernels.call.output import LossOutput
 from grpo_kernels.linear import distillation_autograd
 from grpo_kernels.linear.distillation_checks import check_layout, student_head, teacher_head
-from grpo_kernels.linear.head import chunk_rows
+from grpo_kernels.linear.head import chunk_rows, logit_bytes
 from grpo_kernels.linear.head_autograd import ChunkOptions
-from grpo_kernels.linear.head_checks import check_count, check_number
+from grpo_kernels.linear.head_checks import check_count, check_logits_dtype, check_number
 from grpo_kernels.objective.distillation import Head
 
 
@@ -41,6 +41,7 @@ def fused_linear_distillation_loss(
     chunk_bytes: int | None = None,
     num_rows: int | None = None,
     accumulate_in_fp32: bool = True,
+    logits_dtype: torch.dtype | None = None,
     reduction: str = "mean",
     backend: str | None = None,
 ) -> LossOutput:
@@ -67,6 +68,8 @@ def fused_linear_distillation_loss(
         num_rows: how many rows are read, if known; it must be right, which is checked on the CPU alone. With a mask or
             ``cu_seqlens`` the host otherwise waits for the device once, to count them.
         accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype.
+        logits_dtype: of both models' logits. None: the dtype of their own hidden states; ``torch.float32``: as in
+            `fused_linear_grpo_loss`.
         beta, temperature, tail, completion_mask, cu_seqlens, loss_agg_mode, num_items_in_batch, max_completion_length,
             global_batch_size, loss_scale, reduction, backend: as in `distillation_loss`.
 
@@ -82,6 +85,9 @@ def fused_linear_distillation_loss(
     student = student_head(hidden, weight, bias)
     told = teacher_head(teacher_hidden, teacher_weight, teacher_bias, student)
     layout = check_layout(hidden, teacher_hidden, completion_mask, cu_seqlens)
+    fp32_logits = check_logits_dtype(logits_dtype, hidden)
+    if told[0] is not None:
+        check_logits_dtype(logits_dtype, told[0], "teacher_hidden")
     few = teacher_hidden if isinstance(teacher_hidden, TopK) else None
     backend = ops.choose_backend(backend, hidden)
     batch, plan = prepare(
@@ -91,9 +97,10 @@ def fused_linear_distillation_loss(
         reduction=reduction, student=_scaled("", logit_scale, softcap),
         teacher=_scaled("teacher_", teacher_logit_scale, teacher_softcap),
     )  # fmt: skip
-    itemsize = sum(x.element_size() for x in (student[1], told[1]) if x is not None)
+    itemsize = logit_bytes(student[1], fp32_logits)
+    itemsize += 0 if told[1] is None else logit_bytes(told[1], fp32_logits, gradient=False)
     height = chunk_rows(chunk_bytes, student[1].shape[0], itemsize, hidden.device.type == "cpu")
-    options = ChunkOptions(height, check_count(num_rows), bool(accumulate_in_fp32), backend)
+    options = ChunkOptions(height, check_count(num_rows), bool(accumulate_in_fp32), backend, fp32_logits=fp32_logits)
     student, told = ((layout.tokens(states), *rest) for states, *rest in (student, told))
     loss, values, sums, metrics = distillation_autograd.run(student, told, batch, plan, layout.T, options)
     return output(layout, loss, values, sums, metrics)

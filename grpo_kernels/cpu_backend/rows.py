@@ -120,7 +120,7 @@ def read_rows(
         if slack is not None:
             gradient.mul_(slack if out_of is None else slack.masked_fill_(out_of, 0.0))
         if out is not None and not there:
-            target[place] = gradient.to(target.dtype)
+            target[place] = gradient if isinstance(place, slice) else gradient.to(target.dtype)
 
 
 def write_gradient(rows: Rows, g: Tensor, h: Tensor | None) -> None:

@@ -101,17 +101,17 @@ def row_chunks(
     logps, entropies = _empty(head, entropy)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         h, z = head.product(start, end)
-        z = z[:, None]  # (n, 1, V): n sequences of a token each
+        dz = head.gradient_of(z)
         part = batch.with_only(
             **{name: None if x is None else x[start:end, None] for name, x in of_tokens.items()},
             count=count[start:end] if of_rows else count, loss_scale=batch.loss_scale, tokens=batch.tokens,
             entropy_coef=batch.entropy_coef, **rows.restricted(start, end, each=True),
         )  # fmt: skip
-        lp, H = run.gradient(z, z, part, plan, entropy)
+        lp, H = run.gradient(z[:, None], dz[:, None], part, plan, entropy)  # (n, 1, V): n sequences of a token each
         logps[start:end] = lp[:, 0]
         if entropy:
             entropies[start:end] = H[:, 0]
-        head.add(into, start, end, h, z[:, 0], start == 0)
+        head.add(into, start, end, h, dz, start == 0)
     finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
@@ -145,9 +145,8 @@ def sequence_chunks(
         stats = []
         for a, b in pieces:
             h, z = head.product(a, b)
-            z = z[None]
             tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
-            lp, H, stat = run.logprobs(z, tokens, plan, entropy)
+            lp, H, stat = run.logprobs(z[None], tokens, plan, entropy)
             stats.append(stat)
             logps[a:b] = lp[0]
             if entropy:
@@ -160,12 +159,11 @@ def sequence_chunks(
         for (a, b), stat in zip(pieces, stats):
             if len(pieces) > 1:
                 h, z = head.product(a, b)
-                z = z[None]
-            here = slice(a - start, b - start)
+            dz, here = head.gradient_of(z), slice(a - start, b - start)
             slope_h = slope_H[:, here].contiguous() if plan.bonus else None
             tokens = _tokens_of(part, a - start, b - start)._replace(**rows.restricted(a, b))
-            run.slope(z, z, tokens, stat, g[:, here].contiguous(), slope_h, None)
-            head.add(into, a, b, h, z[0], a == 0)
+            run.slope(z[None], dz[None], tokens, stat, g[:, here].contiguous(), slope_h, None)
+            head.add(into, a, b, h, dz, a == 0)
     finish(head, into)
     return rows.spread_out(logps), rows.spread_out(entropies) if entropy else entropies
 
@@ -201,11 +199,11 @@ def pull_back(
     g, h, up = rows.per_token(g), rows.per_token(h), rows.per_token(up)
     for start, end in _pieces(0, head.count, head.buffer.shape[0]):
         x, z = head.product(start, end)
-        z = z[None]
+        dz = head.gradient_of(z)
         part = batch.with_only(ids=ids[None, start:end], temperature=_cut(temperature, start, end),
                                **rows.restricted(start, end))  # fmt: skip
-        run.slope(z, z, part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))
-        head.add(into, start, end, x, z[0], start == 0)
+        run.slope(z[None], dz[None], part, stats[start:end], *(_cut(y, start, end) for y in (g, h, up)))
+        head.add(into, start, end, x, dz, start == 0)
     finish(head, into)
 
 

@@ -17,7 +17,7 @@ class _Fused(torch.autograd.Function):
         ctx.wanted, ctx.backend = wanted_by(ctx), options.backend
         values, loss, sums, metrics, *gradients = head_ops.linear_distillation_op(
             hidden, weight, bias, told, tensors, numbers, plan, T, ctx.wanted, options.in_fp32, options.height,
-            options.count, options.backend,
+            options.count, options.fp32_logits, options.backend,
         )  # fmt: skip
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
@@ -34,8 +34,9 @@ class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, told, tensors, numbers, plan, T, options: ChunkOptions):
         values, loss, sums, metrics, stats, count = head_ops.linear_distillation_values_op(
-            hidden, weight, bias, told, tensors, numbers, plan, T, options.height, options.count, options.backend
-        )
+            hidden, weight, bias, told, tensors, numbers, plan, T, options.height, options.count, options.fp32_logits,
+            options.backend,
+        )  # fmt: skip
         ctx.wanted, ctx.plan, ctx.T, ctx.options = wanted_by(ctx), plan, T, options
         ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *told, *tensors)
         ctx.mark_non_differentiable(values, sums, metrics)
@@ -49,7 +50,7 @@ class _Deferred(torch.autograd.Function):
         options = ctx.options
         gradients = head_ops.linear_distillation_slope_op(
             hidden, weight, bias, rest[:3], rest[3:], numbers, stats, up, ctx.plan, ctx.T, ctx.wanted, options.in_fp32,
-            options.height, count, options.backend,
+            options.height, count, options.fp32_logits, options.backend,
         )  # fmt: skip
         dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         return *given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted), *(None,) * _REST

@@ -26,16 +26,19 @@ class Pairs:
         T: tokens of a sequence.
         height: rows of logits at a time.
         count: how many rows are read, -1 where the host has to ask.
+        fp32_logits: of both models, whatever the dtypes of their heads.
     """
 
     def __init__(
-        self, student: tuple, teacher: tuple | None, batch: DistillationBatch, T: int, height: int, count: int
-    ):
+        self, student: tuple, teacher: tuple | None, batch: DistillationBatch, T: int, height: int, count: int,
+        fp32_logits: bool,
+    ):  # fmt: skip
         shape = (student[0].shape[0], T)
         tokens = Batch(student[0].new_empty(1).expand(shape), mask=batch.mask, cu=batch.cu, segments=batch.segments)
         self.rows, self.batch, self.height = Rows(tokens, Plan(), count), batch, height
-        self.student = ChunkedHead(*student, self.rows.index, T, height)
-        self.teacher = None if teacher is None else ChunkedHead(*teacher, self.rows.index, T, height)
+        how = self.rows.index, T, height, fp32_logits
+        self.student = ChunkedHead(*student, *how)
+        self.teacher = None if teacher is None else ChunkedHead(*teacher, *how)
         self.temperature = self.rows.per_token(batch.temperature)
         count = batch.count
         self.counts = None if count is None or count.dim() == 0 else self.rows.per_token(count[:, None])
@@ -49,18 +52,20 @@ class Pairs:
         return x if self.rows.index is None else x.index_select(0, self.rows.index)
 
     def __iter__(self):
-        """(start, end, hidden states, student's logits (n, 1, V), the teacher's or None, their batch) of each chunk."""
+        """Of each chunk (start, end, hidden states, student's logits (n, 1, V), where their gradient (n, V) goes, the
+        teacher's logits or None, their batch)."""
         for start in range(0, self.student.count, self.height):
             end = min(start + self.height, self.student.count)
             h = self.student.rows(start, end)
-            z = self.student.logits(h)[:, None]
+            z = self.student.logits(h)
+            dz, z = self.student.gradient_of(z), z[:, None]
             u = None if self.teacher is None else self.teacher.logits(self.teacher.rows(start, end))[:, None]
             ids, logps, heat = (None if x is None else x[start:end, None] for x in (*self.told, self.temperature))
             part = self.batch._replace(
                 mask=None, cu=None, segments=None, token_ids=ids, teacher_logps=logps, temperature=heat,
                 count=self.batch.count if self.counts is None else self.counts[start:end],
             )  # fmt: skip
-            yield start, end, h, z, u, part
+            yield start, end, h, z, dz, u, part
 
     def spread_out(self, values: Tensor) -> Tensor:
         """(3, B, T) of (3, n)."""
@@ -70,9 +75,9 @@ class Pairs:
 def write_gradients(run: ModuleType, pairs: Pairs, plan: DistillationPlan, into: Gradients) -> Tensor:
     """Values (3, B, T); the student's gradients go ``into``."""
     values = torch.empty(3, pairs.student.count, device=pairs.student.weight.device)
-    for start, end, h, z, u, part in pairs:
-        values[:, start:end] = run.gradient(z, u, z, part, plan, 1)[..., 0]
-        pairs.student.add(into, start, end, h, z[:, 0], start == 0)
+    for start, end, h, z, dz, u, part in pairs:
+        values[:, start:end] = run.gradient(z, u, dz[:, None], part, plan, 1)[..., 0]
+        pairs.student.add(into, start, end, h, dz, start == 0)
     finish(pairs.student, into)
     return pairs.spread_out(values)
 
@@ -80,7 +85,7 @@ def write_gradients(run: ModuleType, pairs: Pairs, plan: DistillationPlan, into:
 def score(run: ModuleType, pairs: Pairs, plan: DistillationPlan, stats: Tensor) -> Tensor:
     """Values (3, B, T) without a gradient; ``stats`` takes what `pull_back` needs of each row."""
     values = torch.empty(3, pairs.student.count, device=pairs.student.weight.device)
-    for start, end, _, z, u, part in pairs:
+    for start, end, _, z, _, u, part in pairs:
         said, stat = run.compare(z, u, part, plan, 1)
         values[:, start:end] = said[..., 0]
         stats[start:end] = stat
@@ -92,7 +97,7 @@ def pull_back(
 ) -> None:
     """Gradients times ``up`` [] or (B, T), through logits made anew, which must be the same again."""
     up = pairs.rows.per_token(up)
-    for start, end, h, z, u, part in pairs:
-        run.slope(z, u, z, part, plan, 1, stats[start:end], up[start:end, None])
-        pairs.student.add(into, start, end, h, z[:, 0], start == 0)
+    for start, end, h, z, dz, u, part in pairs:
+        run.slope(z, u, dz[:, None], part, plan, 1, stats[start:end], up[start:end, None])
+        pairs.student.add(into, start, end, h, dz, start == 0)
     finish(pairs.student, into)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_kernels.linear.chunks import Rows
-from grpo_kernels.linear.head import ChunkedHead, Gradients
+from grpo_kernels.linear.head import ChunkedHead, Gradients, multiply
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.objective.supports import REPEATED
@@ -63,21 +63,24 @@ class GatheredRows(Rows):
 class GatheredHead(ChunkedHead):
     """`ChunkedHead` of logits (n, K + 1); ``height`` rows of V logits are as large as what it gathers at a time."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: GatheredRows, T: int, height: int):
-        super().__init__(hidden, weight, bias, rows.index, T, 0)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: GatheredRows, T: int, height: int,
+                 fp32_logits: bool = False):  # fmt: skip
+        super().__init__(hidden, weight, bias, rows.index, T, 0, fp32_logits)
         entries = height * weight.shape[0]
         if weight.device.type == "cpu":
             entries = min(entries, CPU_ELEMENTS)
         height = max(1, min(entries // (rows.width * weight.shape[1]), self.count))
-        self.of, self.buffer = rows, weight.new_empty((height, rows.width))
+        self.of, self.buffer = rows, self.buffer.new_empty((height, rows.width))
         self._last: tuple[Tensor, Tensor]  # of the last product: (rows of the head (n, width), what they hold)
 
     def product(self, start: int, end: int) -> tuple[Tensor, Tensor]:
         h, z = self.rows(start, end), self.buffer[: end - start]
         index, _, wrong = self.of.columns(start, end)
         W = self.weight.index_select(0, index.view(-1)).view(*index.shape, -1)
-        if self.bias is None:
-            torch.bmm(W, h[:, :, None], out=z[:, :, None])
+        if self.bias is None or z.dtype != h.dtype:
+            multiply(W, h[:, :, None], z[:, :, None])
+            if self.bias is not None:
+                z.add_(self.bias[index])
         else:
             torch.baddbmm(self.bias[index][:, :, None], W, h[:, :, None], out=z[:, :, None])
         z[:, 0].masked_fill_(wrong.any(1), torch.nan)

@@ -3,9 +3,13 @@
     z = h·Wᵀ + b,    ∂L/∂h = dz·W,    ∂L/∂W = Σ dzᵀ·h,    ∂L/∂b = Σ dz
 
 One buffer holds the logits of a chunk, and then their gradient. ∂L/∂W adds up in fp32 over the chunks.
+
+With fp32 logits of a head in half precision the products h·Wᵀ add up in fp32 and are not rounded. Their gradient goes
+to a second buffer, rounded once to the head's dtype, in which dh and dW are multiplied.
 """
 
 import dataclasses
+import functools
 import os
 
 import torch
@@ -46,6 +50,14 @@ def chunk_rows(chunk_bytes: int | None, V: int, itemsize: int, on_cpu: bool = Fa
     return max(1, plain(chunk_bytes) // (V * itemsize))
 
 
+def logit_bytes(weight: Tensor, fp32_logits: bool, gradient: bool = True) -> int:
+    """Bytes of a chunk for each of its logits: fp32 logits of half precision stand beside their ``gradient``."""
+    size = weight.element_size()
+    if not fp32_logits or weight.dtype == torch.float32:
+        return size
+    return 4 + size if gradient else 4
+
+
 @dataclasses.dataclass
 class Gradients:
     """∂L/∂ of hidden states, weight and bias, as far as they are wanted; empty where they are not."""
@@ -76,9 +88,11 @@ class ChunkedHead:
         tokens: (n,) which of the B·T tokens are read, in order; None: all.
         T: tokens of a sequence.
         height: rows of logits at a time.
+        fp32_logits: make logits in fp32, whatever the dtype of the weight.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor | None, T: int, height: int):
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor | None, T: int, height: int,
+                 fp32_logits: bool = False):  # fmt: skip
         self.weight, self.bias = weight, bias
         B, rows, H = hidden.shape
         self.count = B * T if tokens is None else tokens.numel()
@@ -86,7 +100,8 @@ class ChunkedHead:
             tokens = torch.arange(B * T, device=hidden.device)
         self.place = tokens if tokens is None or rows == T or B == 1 else tokens // T * rows + tokens % T
         self.flat = hidden.reshape(-1, H)  # a copy where the rows are not evenly spaced, as in a slice of the positions
-        self.buffer = weight.new_empty((min(height, max(self.count, 1)), weight.shape[0]))
+        dtype = torch.float32 if fp32_logits else weight.dtype
+        self.buffer = weight.new_empty((min(height, max(self.count, 1)), weight.shape[0]), dtype=dtype)
 
     def rows(self, start: int, end: int) -> Tensor:
         """Hidden states (n, H) of some of the rows that are read."""
@@ -100,6 +115,8 @@ class ChunkedHead:
     def logits(self, h: Tensor) -> Tensor:
         """(n, V), in the buffer."""
         z = self.buffer[: h.shape[0]]
+        if z.dtype != h.dtype:
+            return self._wide_logits(h, z)
         V = self.weight.shape[0]
         step = _COLUMNS if z.device.type == "cpu" and z.dtype == torch.float32 else V
         for start in range(0, V, step):
@@ -109,6 +126,21 @@ class ChunkedHead:
             else:
                 torch.addmm(self.bias[start : start + step], h, weight.T, out=part)
         return z
+
+    def _wide_logits(self, h: Tensor, z: Tensor) -> Tensor:
+        V, H = self.weight.shape
+        step = max(1, _SLAB // H) if z.device.type == "cpu" else V
+        for start in range(0, V, step):
+            multiply(h, self.weight[start : start + step].T, z[:, start : start + step])
+        return z if self.bias is None else z.add_(self.bias)
+
+    @functools.cached_property
+    def _narrow(self) -> Tensor:
+        return self.weight.new_empty(self.buffer.shape)
+
+    def gradient_of(self, z: Tensor) -> Tensor:
+        """Where the gradient of these logits (n, V) goes, in the dtype of its products: over them, if it is theirs."""
+        return z if z.dtype == self.weight.dtype else self._narrow[: z.shape[0]]
 
     def add(self, into: Gradients, start: int, end: int, h: Tensor, dz: Tensor, first: bool) -> None:
         """What the gradient of a chunk's logits (n, V) adds; the ``first`` chunk writes the weight's."""
@@ -123,6 +155,17 @@ class ChunkedHead:
             accumulate(into.weight, dz, h, first)
         if into.bias.numel():
             into.bias += dz.sum(0, dtype=torch.float32).to(into.bias.dtype)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a·b of matrices, or of as many pairs of them; ``out`` fp32, of half precision: no product is rounded."""
+    product = torch.mm if a.dim() == 2 else torch.bmm
+    if out.dtype == a.dtype:
+        product(a, b, out=out)
+    elif out.device.type != "cpu":
+        product(a, b, out_dtype=out.dtype, out=out)
+    else:  # torch has no such product for it; half precision is exact in fp32
+        product(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def accumulate(total: Tensor, dz: Tensor, h: Tensor, first: bool) -> None:

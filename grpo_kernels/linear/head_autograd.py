@@ -28,13 +28,14 @@ from grpo_kernels.objective.plan import Plan
 
 class ChunkOptions(NamedTuple):
     """How the products are made: rows of logits at a time, rows read (-1: unknown), dtype of ∂L/∂W, backend; whether
-    each row takes only the rows of the head that its support names."""
+    each row takes only the rows of the head that its support names; whether logits are fp32 whatever the head is."""
 
     height: int
     count: int
     in_fp32: bool
     backend: str
     gather: bool = False
+    fp32_logits: bool = False
 
 
 def wanted_by(ctx) -> str:
@@ -51,7 +52,7 @@ class _Fused(torch.autograd.Function):
         ctx.wanted, ctx.backend = wanted_by(ctx), options.backend
         logps, entropies, loss, sums, metrics, *gradients = head_ops.linear_loss_op(
             hidden, weight, bias, tensors, numbers, plan, entropy, ctx.wanted,
-            options.in_fp32, options.height, options.count, options.gather, options.backend,
+            options.in_fp32, options.height, options.count, options.gather, options.fp32_logits, options.backend,
         )  # fmt: skip
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.save_for_backward(*gradients)
@@ -94,7 +95,7 @@ class _Deferred(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, tensors, numbers, plan, entropy, options: ChunkOptions, data_group):
         logps, entropies, stats, count = head_ops.linear_logprobs_op(
             hidden, weight, bias, tensors, numbers, plan, entropy, options.height,
-            options.count, options.gather, options.backend,
+            options.count, options.gather, options.fp32_logits, options.backend,
         )  # fmt: skip
         it = Objective(logps, entropies if entropy else None, tensors, numbers, plan, options.backend, data_group)
         ctx.wanted, ctx.plan, ctx.options = wanted_by(ctx), plan, options
@@ -116,7 +117,8 @@ class _Deferred(torch.autograd.Function):
 def _pull_back(ctx, hidden, weight, bias, tensors, numbers, stats, count, g, h, up):
     gradients = head_ops.linear_slope_op(
         hidden, weight, bias, tensors, numbers, stats, g, h, up, ctx.plan, ctx.wanted,
-        ctx.options.in_fp32, ctx.options.height, count, ctx.options.gather, ctx.options.backend,
+        ctx.options.in_fp32, ctx.options.height, count, ctx.options.gather, ctx.options.fp32_logits,
+        ctx.options.backend,
     )  # fmt: skip
     dtypes = (hidden.dtype, weight.dtype, weight.dtype)
     return given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted)
@@ -129,7 +131,7 @@ class LinearLogprobsFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, tensors, numbers, plan, entropy, options: ChunkOptions):
         logps, entropies, stats, count = head_ops.linear_logprobs_op(
             hidden, weight, bias, tensors, numbers, plan, entropy, options.height,
-            options.count, options.gather, options.backend,
+            options.count, options.gather, options.fp32_logits, options.backend,
         )  # fmt: skip
         ctx.wanted, ctx.plan, ctx.options, ctx.entropy = wanted_by(ctx), plan, options, entropy
         ctx.save_for_backward(hidden, weight, bias, numbers, stats, count, *tensors)

@@ -98,6 +98,18 @@ def check_hidden(
     return check_layout(shape, cu_seqlens, hidden)
 
 
+def check_logits_dtype(logits_dtype: torch.dtype | None, hidden: torch.Tensor, name: str = "hidden") -> bool:
+    """Whether logits are fp32, whatever the dtype of the hidden states, which are called so."""
+    if logits_dtype is not None and not isinstance(logits_dtype, torch.dtype):
+        raise TypeError(f"logits_dtype must be None or a torch.dtype, got {type(logits_dtype).__name__}.")
+    if logits_dtype not in (None, torch.float32, hidden.dtype):
+        raise TypeError(
+            f"logits_dtype must be torch.float32, or {hidden.dtype} as {name} is, got {logits_dtype}. Leave it out, or "
+            f"cast {name} and its head."
+        )
+    return logits_dtype == torch.float32
+
+
 def check_number(name: str, value: float) -> float:
     """A finite number above 0, as Python's."""
     if not is_number(value):

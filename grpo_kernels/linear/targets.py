@@ -75,7 +75,8 @@ def _batches(head: ChunkedHead, batch: Batch, rows: Rows, anchors: Tensor) -> It
 @operator()
 def linear_targets_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor,
-    ids: Tensor, offsets: Tensor | None, plan: str, entropy: bool, height: int, count: int, backend: str,
+    ids: Tensor, offsets: Tensor | None, plan: str, entropy: bool, height: int, count: int, fp32_logits: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(logps (M,), entropies (B, T); for `linear_targets_slope_op` of the rows that are read what it needs, their
     anchors and the anchors' log-probabilities; on the host how many they are, and then `_Read.bounds`)"""
@@ -86,7 +87,7 @@ def linear_targets_op(
     stats, entropies = logps.new_empty(ops.stats_shape(N, backend)), logps.new_empty(N if entropy else 0)
     entries = checked_entries(ids, offsets, batch, weight.shape[0]) if N else None
     rows = Rows(batch, plan, count)
-    head = ChunkedHead(hidden, weight, bias, rows.index, batch.ids.shape[1], height)
+    head = ChunkedHead(hidden, weight, bias, rows.index, batch.ids.shape[1], height, fp32_logits)
     entropies, known = entropies[: head.count], torch.zeros(N // height + 3, dtype=torch.int64, device="cpu")
     known[0] = head.count
     if head.count:
@@ -107,7 +108,7 @@ def linear_targets_op(
 
 
 @fake(linear_targets_op)
-def _(hidden, weight, bias, tensors, numbers, ids, offsets, plan, entropy, height, count, backend):
+def _(hidden, weight, bias, tensors, numbers, ids, offsets, plan, entropy, height, count, fp32_logits, backend):
     N = tensors[0].numel()
     logps, entropies = ops.fake_rows(hidden, tensors[0], entropy)
     stats = logps.new_empty(ops.stats_shape(N, backend))
@@ -121,14 +122,14 @@ def linear_targets_slope_op(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, tensors: Sequence[Tensor | None], numbers: Tensor,
     stats: Tensor, ids: Tensor, offsets: Tensor | None, logps: Tensor, entropies: Tensor, anchors: Tensor,
     anchor_logps: Tensor, g: Tensor, h: Tensor | None, plan: str, wanted: str, in_fp32: bool, height: int,
-    known: Tensor, backend: str,
+    known: Tensor, fp32_logits: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden states, weight and bias from ∂L/∂lp (M,) and ∂L/∂H (B, T)."""
     n, *bounds = known.tolist()  # of a CPU tensor: no device is waited for
     batch, run, V = Batch.unpack(tensors, numbers), ops.backend_of(backend), weight.shape[0]
     rows = Rows(batch, Plan.from_key(plan), n)
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
-    head = ChunkedHead(hidden, weight, bias, rows.index, batch.ids.shape[1], height)
+    head = ChunkedHead(hidden, weight, bias, rows.index, batch.ids.shape[1], height, fp32_logits)
     if n:
         entries = Entries.of(ids, offsets, batch.mask, batch.ids.numel())
         read = _Read(entries, offsets is not None, rows, head, bounds)
@@ -142,20 +143,20 @@ def linear_targets_slope_op(
             first, last = read.bounds[k : k + 2]
             x = head.rows(start, end)
             z = head.logits(x)
-            at = read.entries.rows[first:last] - start
+            dz, at = head.gradient_of(z), read.entries.rows[first:last] - start
             if batch.cap is not None:  # before the gradient takes the place of the logits
                 written.cap(z, at, batch.cap, first, last)
             slope_h = None if h is None else h[None, start:end]
-            run.slope(z[None], z[None], part, stats[start:end], of_rows[None, start:end], slope_h, None)
-            written.over(z, (at,), first, last)
-            head.add(into, start, end, x, z, start == 0)
+            run.slope(z[None], dz[None], part, stats[start:end], of_rows[None, start:end], slope_h, None)
+            written.over(dz, (at,), first, last)
+            head.add(into, start, end, x, dz, start == 0)
     finish(head, into)
     return into.hidden, into.weight, into.bias
 
 
 @fake(linear_targets_slope_op)
 def _(hidden, weight, bias, tensors, numbers, stats, ids, offsets, logps, entropies, anchors, anchor_logps, g, h, plan,
-      wanted, in_fp32, height, known, backend):  # fmt: skip
+      wanted, in_fp32, height, known, fp32_logits, backend):  # fmt: skip
     into = Gradients.like(hidden, weight, bias, wanted, in_fp32)
     return into.hidden, into.weight, into.bias
 
@@ -167,7 +168,7 @@ class LinearTargetsFunction(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, tensors, numbers, plan, ids, offsets, entropy, options: ChunkOptions):
         logps, entropies, *rest = linear_targets_op(
             hidden, weight, bias, tensors, numbers, ids, offsets, plan, entropy, options.height, options.count,
-            options.backend,
+            options.fp32_logits, options.backend,
         )  # fmt: skip
         ctx.wanted, ctx.plan, ctx.options, ctx.entropy = wanted_by(ctx), plan, options, entropy
         ctx.save_for_backward(hidden, weight, bias, numbers, ids, offsets, logps, entropies, *rest, *tensors)
@@ -184,7 +185,8 @@ class LinearTargetsFunction(torch.autograd.Function):
         g, h = given_slopes(g, h if ctx.entropy else None, ids)
         gradients = linear_targets_slope_op(
             hidden, weight, bias, tensors, numbers, stats, ids, offsets, logps, entropies, anchors, anchor_logps, g, h,
-            ctx.plan, ctx.wanted, ctx.options.in_fp32, ctx.options.height, known, ctx.options.backend,
+            ctx.plan, ctx.wanted, ctx.options.in_fp32, ctx.options.height, known, ctx.options.fp32_logits,
+            ctx.options.backend,
         )  # fmt: skip
         dtypes = (hidden.dtype, weight.dtype, weight.dtype)
         return *given([x.to(dtype) for x, dtype in zip(gradients, dtypes)], ctx.wanted), *(None,) * 7

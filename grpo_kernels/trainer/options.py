@@ -140,6 +140,12 @@ class Options(LossOptions):
         "auto: linear where they would not fit their budget",
         ("auto", "logits", "linear"),
     )
+    logits_dtype: str = option(
+        "hidden",
+        "of --loss-path linear; hidden: the dtype of the hidden states; float32: bfloat16 is multiplied without "
+        "rounding the logits",
+        ("hidden", "float32"),
+    )
     logits_budget_gib: float = option(4.0, "GiB that the logits of a loss and their gradient may take, for auto")
 
     eval_every: int = option(10, "steps between measurements of the held-out accuracy; 0: none", resumable=True)
@@ -231,6 +237,8 @@ class Options(LossOptions):
             raise OptionError("--backend reference is for GRPO. Set --backend torch, or leave --teacher out.")
         if self.backend == "reference" and self.loss_path == "linear":
             raise OptionError("--backend reference takes logits. Leave --loss-path out, or set --loss-path logits.")
+        if self.logits_dtype == "float32" and self.loss_path != "linear":
+            raise OptionError("--logits-dtype float32 is for a loss that makes the logits. Set --loss-path linear.")
 
     @property
     def max_steps(self) -> int:

@@ -65,7 +65,7 @@ def completion_logps(
     backend = backend_of(options)
     if head is None:
         return token_logprobs(states, rollout.completion_ids, backend=backend, **kwargs).logps
-    states = head.arguments(policy, states)
+    states = linear_arguments(head, policy, states, options)
     return linear_token_logprobs(**states, completion_ids=rollout.completion_ids, backend=backend, **kwargs).logps
 
 
@@ -81,8 +81,14 @@ def completion_loss(
     backend = backend_of(options)
     if head is None:
         return fused_grpo_loss(states, rollout.completion_ids, backend=backend, **kwargs)
-    states = head.arguments(policy, states)
+    states = linear_arguments(head, policy, states, options)
     return fused_linear_grpo_loss(**states, completion_ids=rollout.completion_ids, backend=backend, **kwargs)
+
+
+def linear_arguments(head: ModelHead, policy: PreTrainedModel, hidden: torch.Tensor, options: Options) -> dict:
+    """Hidden states and head, as the linear functions take them, and the dtype of their logits."""
+    wide = options.logits_dtype == "float32"
+    return {**head.arguments(policy, hidden), "logits_dtype": torch.float32 if wide else None}
 
 
 def check_backend(options: Options, device: torch.device) -> None:

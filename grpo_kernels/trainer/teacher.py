@@ -9,7 +9,13 @@ from grpo_kernels import LossOutput, distillation_loss, fused_linear_distillatio
 from grpo_kernels.integrations.head import HeadError, ModelHead, find_head
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.rollout import Rollout
-from grpo_kernels.trainer.scoring import backend_of, completion_hidden, completion_logits, precision
+from grpo_kernels.trainer.scoring import (
+    backend_of,
+    completion_hidden,
+    completion_logits,
+    linear_arguments,
+    precision,
+)
 
 
 class Teacher(NamedTuple):
@@ -68,4 +74,6 @@ def divergence(
     if head is None:
         return distillation_loss(states, told, **kwargs)
     of_teacher = {f"teacher_{name}": value for name, value in teacher.head.arguments(teacher.model, told).items()}
-    return fused_linear_distillation_loss(**head.arguments(policy, states), **of_teacher, **kwargs)
+    return fused_linear_distillation_loss(
+        **linear_arguments(head, policy, states, options), **of_teacher, **kwargs
+    )

@@ -55,7 +55,7 @@ def _rows(
     wanted = [x for x in (logits, teacher, out) if x is not None]
     shape = logprob_shape if out is None else gradient_shape
     student, told = batch.student, batch.teacher
-    tile = _tile_of_both(shape, V, *wanted, crowding=_crowding(batch, plan, out is not None))
+    tile = _tile(shape, V, *wanted, crowding=_crowding(batch, plan, out is not None))
     # Without a gradient nothing but the scored positions is there to run over.
     programs = B * (rows if out is not None else T)
     rows = rows if out is not None else T
@@ -96,18 +96,6 @@ def _crowding(batch: DistillationBatch, plan: DistillationPlan, gradient: bool) 
     if plan.outcomes != "all":
         return 2 if capped else 1
     return 4 if plan.mixed or capped or not gradient else 2
-
-
-def _tile_of_both(shape, V: int, *tensors: torch.Tensor, crowding: int) -> dict[str, int]:
-    """`_tile` of rows that may differ in their dtype; then they are cut alike only if every row starts at 16 bytes."""
-    if len({x.element_size() for x in tensors}) == 1:
-        return _tile(shape, V, *tensors, crowding=crowding)
-    aligned = V % 16 == 0 and all(
-        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in _strides(x)) for x in tensors
-    )
-    size = tensors[0].element_size()
-    width = 16 // size if aligned else 1
-    return {"ALIGNED": aligned, "EDGE": width, **shape(V, size, width, crowding)}
 
 
 def totals(values, batch: DistillationBatch, plan: DistillationPlan) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

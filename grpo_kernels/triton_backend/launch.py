@@ -312,8 +312,11 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int = 1) ->
 
     ALIGNED: every access is 16 bytes, from end to end. Else the body of a row is still accessed so, if all rows are
     equally far off a boundary of 16 bytes; if not, every entry by itself. EDGE: the body starts at a multiple of so
-    many entries, those of a line of memory if all rows are equally far off one.
+    many entries, those of a line of memory if all rows are equally far off one. Rows of tensors that differ in their
+    dtype are cut alike only if every one of them starts at 16 bytes.
     """
+    if len({x.element_size() for x in tensors}) > 1:
+        return _mixed_tile(shape, V, *tensors, crowding=crowding)
     first, size, line = tensors[0], tensors[0].element_size(), line_bytes(tensors[0])
     seq, tok = _strides(first)
     # Where rows start, and how far those of one tensor are apart from another's. All of several numbers are multiples
@@ -326,6 +329,14 @@ def _tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int = 1) ->
     aligned = wide >= 16 and at % 16 == 0 and V % 16 == 0
     wide = 16 if aligned else wide  # no edges: one kernel, wherever a line starts
     return _tile_of(shape, V, size, wide, aligned, crowding)
+
+
+def _mixed_tile(shape: Callable, V: int, *tensors: torch.Tensor, crowding: int) -> dict[str, int]:
+    size = tensors[0].element_size()
+    aligned = V % 16 == 0 and all(
+        x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in _strides(x)) for x in tensors
+    )
+    return _tile_of(shape, V, size, 16 if aligned else size, aligned, crowding)
 
 
 @functools.lru_cache(maxsize=256)

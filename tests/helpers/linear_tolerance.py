@@ -6,7 +6,8 @@ With z = h·Wᵀ + b, k the slope of what scale and softcap make of z, and dz th
     δdz ≤ |k|·δ(gradient in the logits) + |δk|·|gradient in the logits|
     δdW ≤ |δdz|ᵀ·|h| + u·steps(N)·|dz|ᵀ·|h|,      δdh, δdb likewise
 
-and half precision rounds dz once before the products and each product once on being written.
+and half precision rounds dz once before the products and each product once on being written. fp32 logits of a head in
+half precision (``logits_dtype``) have the first line's error alone: products of half precision are exact in fp32.
 """
 
 import torch
@@ -21,7 +22,7 @@ HALF = (torch.bfloat16, torch.float16)
 
 
 def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_scale=1.0, softcap=None, roundings=1,
-                  **kwargs) -> tuple[Bounds, list[Tensor]]:  # fmt: skip
+                  logits_dtype=None, **kwargs) -> tuple[Bounds, list[Tensor]]:  # fmt: skip
     """(bounds of the outputs; of the gradients of hidden, weight, bias, as far as they exist and are not frozen).
 
     Args: as of `linear_cases.expected`.
@@ -34,7 +35,7 @@ def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_s
     kwargs = {k: v for k, v in {**inputs, **kwargs}.items() if k not in LINEAR_ONLY}
     kwargs = {k: v.cpu() if torch.is_tensor(v) else v for k, v in kwargs.items()}
     support = kwargs.pop("support", None)
-    z, d_z = product(h, W, b, dtype)
+    z, d_z = product(h, W, b, logits_dtype or dtype)
     z, slope, d_z, d_slope = capped(z, d_z, logit_scale, softcap)
     if support is not None:
         ids, mask = kwargs["completion_ids"], kwargs["completion_mask"]
@@ -50,12 +51,13 @@ def linear_bounds(head: dict, inputs: dict, *, frozen=(), upstream=None, logit_s
     return allowed, carried_on(g, allowed.grad, slope, d_slope, h, W, b, dtype, frozen, roundings)
 
 
-def linear_logprob_bounds(head, ids, mask, temperature, objective, *, logit_scale=1.0, softcap=None):
+def linear_logprob_bounds(head, ids, mask, temperature, objective, *, logit_scale=1.0, softcap=None,
+                          logits_dtype=None):  # fmt: skip
     """The same for `linear_token_logprobs` and a scalar objective(logps, entropy)."""
     dtype = head["hidden"].dtype
     given = (head.get(name) for name in ("hidden", "weight", "bias"))
     h, W, b = (x if x is None else x.detach().cpu().double() for x in given)
-    z, slope, d_z, d_slope = capped(*product(h, W, b, dtype), logit_scale, softcap)
+    z, slope, d_z, d_slope = capped(*product(h, W, b, logits_dtype or dtype), logit_scale, softcap)
     allowed = logprob_bounds(z, ids, mask, temperature, objective, d_z, torch.float64)
     leaf = z.clone().requires_grad_()
     lp, H = reference.token_logprobs(leaf, ids, temperature, mask)
@@ -64,7 +66,7 @@ def linear_logprob_bounds(head, ids, mask, temperature, objective, *, logit_scal
 
 
 def product(h, W, b, dtype) -> tuple[Tensor, Tensor]:
-    """The head's logits as its dtype holds them, and their error."""
+    """The head's logits as the dtype holds them, and their error."""
     z = h @ W.T if b is None else h @ W.T + b
     size = h.abs() @ W.abs().T + (0.0 if b is None else b.abs())
     error = U * (steps(h.shape[-1]) * size + z.abs())

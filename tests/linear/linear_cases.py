@@ -27,11 +27,14 @@ def batch(seed=0, dtype=torch.float32, extra=0, bias=True):
     return head, inputs
 
 
-def logits_of(hidden, weight, bias=None, logit_scale=1.0, softcap=None, dtype=torch.float64):
-    """What the head makes, rounded to the head's dtype where it is half precision, as a model's own head rounds it."""
+def logits_of(hidden, weight, bias=None, logit_scale=1.0, softcap=None, dtype=torch.float64, logits_dtype=None):
+    """What the head makes, rounded to the head's dtype where it is half precision, as a model's own head rounds it.
+
+    With ``logits_dtype`` fp32 nothing is rounded.
+    """
     z = hidden.to(dtype) @ weight.to(dtype).T
     z = z if bias is None else z + bias.to(dtype)
-    if hidden.dtype in (torch.bfloat16, torch.float16):
+    if hidden.dtype in (torch.bfloat16, torch.float16) and logits_dtype != torch.float32:
         z = z + (z.to(hidden.dtype).to(dtype) - z).detach()
     z = z * logit_scale
     return z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -61,12 +64,13 @@ class Expected(tuple):
     """(LossOutput, gradients), and `allowed()`, the bounds of both."""
 
 
-def expected(head, inputs, *, frozen=(), upstream=None, logit_scale=1.0, softcap=None, **kwargs):
+def expected(head, inputs, *, frozen=(), upstream=None, logit_scale=1.0, softcap=None, logits_dtype=None, **kwargs):
     """The same in float64 by `reference/`."""
-    given = dict(frozen=frozen, upstream=upstream, logit_scale=logit_scale, softcap=softcap, **kwargs)
+    of_head = dict(logit_scale=logit_scale, softcap=softcap, logits_dtype=logits_dtype)
+    given = dict(frozen=frozen, upstream=upstream, **of_head, **kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in LINEAR_ONLY}
     leaves = leaves_of(head, frozen)
-    z = logits_of(**leaves, logit_scale=logit_scale, softcap=softcap)
+    z = logits_of(**leaves, **of_head)
     exact = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
     out = reference.grpo_loss(z, **exact, **kwargs)
     want = Expected((out, gradients(out.loss, leaves, upstream)))

@@ -69,9 +69,9 @@ def test_chunks_come_from_the_environment(setting, monkeypatch):
 
     real = module.ChunkedHead.__init__
 
-    def noted(self, hidden, weight, bias, tokens, T, height):
+    def noted(self, hidden, weight, bias, tokens, T, height, *rest):
         heights.append(height)
-        real(self, hidden, weight, bias, tokens, T, height)
+        real(self, hidden, weight, bias, tokens, T, height, *rest)
 
     monkeypatch.setattr(module.ChunkedHead, "__init__", noted)
     if setting == "environment":

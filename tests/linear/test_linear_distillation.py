@@ -53,10 +53,10 @@ def ours(head, told, backend, kwargs, *, frozen=(), upstream=None, **changes):
     return out, [g.cpu() for g in torch.autograd.grad(out.loss, needed, up.expand_as(out.loss))]
 
 
-def logits(head, scale=1.0, softcap=None):
-    """(logits in float64, as the head's dtype holds them; their slope; the errors of both)"""
+def logits(head, scale=1.0, softcap=None, dtype=None):
+    """(logits in float64, as the dtype holds them, the head's or this; their slope; the errors of both)"""
     h, W, b = (None if x is None else x.double() for x in head.values())
-    return capped(*product(h, W, b, head["hidden"].dtype), scale, softcap)
+    return capped(*product(h, W, b, dtype or head["hidden"].dtype), scale, softcap)
 
 
 def check(head, told, backend, kwargs, *, frozen=(), upstream=None, **changes):
@@ -65,10 +65,11 @@ def check(head, told, backend, kwargs, *, frozen=(), upstream=None, **changes):
     kwargs = {k: v for k, v in {**kwargs, **changes}.items() if k not in ("chunk_bytes", "num_rows")}
     plain = dict(logit_scale=1.0, softcap=None, teacher_logit_scale=1.0, teacher_softcap=None)
     scaling = [kwargs.pop(name, default) for name, default in plain.items()]
-    z, slope, d_z, d_slope = logits(head, *scaling[:2])
+    dtype = kwargs.pop("logits_dtype", None)
+    z, slope, d_z, d_slope = logits(head, *scaling[:2], dtype)
     errors = {"x": d_z}
     if not isinstance(told, TopK):
-        told, _, errors["told"], _ = logits(told, *scaling[2:])
+        told, _, errors["told"], _ = logits(told, *scaling[2:], dtype)
     roundings = 1 if upstream is None else 2
     exact, allowed = wanted(Pair(z, told, None, kwargs), upstream=upstream, dtype=torch.float64, errors=errors)
     assert_within(out.loss, exact["loss"], allowed["loss"], "loss")
@@ -104,6 +105,17 @@ def test_scales_and_softcaps_of_both(beta, teacher, backend):
     head, told, kwargs = batch(teacher, temperature=0.8)
     check(head, told, backend, kwargs, beta=beta, chunk_bytes=5 * ROW, **SCALED)
     check(head, told, backend, kwargs, beta=beta, logit_scale=2.0, teacher_logit_scale=0.7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("teacher", TEACHERS)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_fp32_logits_of_half_precision(dtype, teacher, backend):
+    head, told, kwargs = batch(teacher, dtype=dtype)
+    for beta, changes in ((0.3, {}), (1.0, SCALED), (1.0, {"reduction": "none"})):
+        up = torch.linspace(0.5, 1.5, B * T).view(B, T) if "reduction" in changes else 2.0
+        check(head, told, backend, kwargs, beta=beta, chunk_bytes=3 * V * 10, upstream=up, logits_dtype=torch.float32,
+              **changes)  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -311,6 +323,7 @@ BAD = {
     "rows": (dict(teacher_hidden=TOLD["hidden"][:2]), ValueError, "each of the 4×5 tokens"),
     "softcap": (dict(teacher_softcap=0.0), ValueError, "teacher_softcap must be a finite number above 0"),
     "num_rows": (dict(num_rows=1), ValueError, "num_rows=1, but"),
+    "logits": (dict(logits_dtype=torch.bfloat16), TypeError, "float32 as hidden is, got torch.bfloat16. Leave it out"),
     "chunk": (dict(chunk_bytes=0), ValueError, "chunk_bytes must be above 0"),
     "inplace": (dict(inplace=True), TypeError, "inplace"),
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """What the losses from hidden states allocate: a chunk and the gradients, and no [N, V]. Counted on the CPU."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -26,11 +28,11 @@ def peak_bytes(call):
     return held.max().item()
 
 
-def ours(inputs, frozen="", **kwargs):
+def ours(inputs, frozen="", chunk=CHUNK * ROW, **kwargs):
     hidden = inputs.hidden.detach().requires_grad_("h" not in frozen)
     weight = inputs.weight.detach().requires_grad_("w" not in frozen)
     loss = fused_linear_grpo_loss(hidden, weight, inputs.completion_ids, inputs.advantages, old_logps=inputs.old_logps,
-                                  chunk_bytes=CHUNK * ROW, **kwargs).loss  # fmt: skip
+                                  chunk_bytes=chunk, **kwargs).loss  # fmt: skip
     return torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
 
 
@@ -56,5 +58,20 @@ def test_a_quarter_of_eager_pytorch(inputs):
 
 def test_log_probs_take_a_chunk(inputs):
     call = lambda: linear_token_logprobs(inputs.hidden, inputs.weight, inputs.completion_ids, chunk_bytes=CHUNK * ROW)  # noqa: E731
+    with torch.no_grad():
+        assert peak_bytes(call) <= CHUNK * ROW + SCRATCH + SMALL
+
+
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo"))
+def test_fp32_logits_of_half_precision_take_six_bytes(loss_type):
+    """Beside them stands what a CPU copies in fp32 for a product: here all of the weight, or a chunk's gradient."""
+    inputs = make_linear_inputs(replace(CASE, dtype=torch.bfloat16), torch.device("cpu"))
+    chunk = CHUNK * CASE.vocab * 6
+    for frozen, gradients in (("", 2 * inputs.weight.nbytes), ("w", 0)):
+        peak = peak_bytes(lambda frozen=frozen: ours(inputs, frozen, chunk, loss_type=loss_type,
+                                                     logits_dtype=torch.float32))  # fmt: skip
+        assert chunk + gradients <= peak <= chunk + gradients + SCRATCH + SMALL
+    call = lambda: linear_token_logprobs(inputs.hidden, inputs.weight, inputs.completion_ids, chunk_bytes=chunk,  # noqa: E731
+                                         logits_dtype=torch.float32)  # fmt: skip
     with torch.no_grad():
         assert peak_bytes(call) <= CHUNK * ROW + SCRATCH + SMALL

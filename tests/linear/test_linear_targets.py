@@ -42,18 +42,18 @@ def scalar(out, case, form, entropy):
     return total + (out.entropy * case.per_token(form, case.h)).sum() if entropy else total
 
 
-def check(head, case, form, backend, *, entropy=True, temperature=1.0, softcap=None, logit_scale=1.0, **kwargs):
-    dtype = head["hidden"].dtype
-    out, grads = run(head, case, form, backend, entropy, temperature, softcap=softcap, logit_scale=logit_scale,
-                     **kwargs)  # fmt: skip
+def check(head, case, form, backend, *, entropy=True, temperature=1.0, softcap=None, logit_scale=1.0,
+          logits_dtype=None, **kwargs):  # fmt: skip
+    dtype, of_head = head["hidden"].dtype, dict(softcap=softcap, logit_scale=logit_scale, logits_dtype=logits_dtype)
+    out, grads = run(head, case, form, backend, entropy, temperature, **of_head, **kwargs)
     leaves = leaves_of(head)
-    z = logits_of(**leaves, softcap=softcap, logit_scale=logit_scale)
+    z = logits_of(**leaves, **of_head)
     at = dataclasses.replace(case, logits=z.detach())
     lp, entropies, dz = expected(at, temperature, entropy)
     wanted = gradients((z * dz).sum(), leaves)
 
     h, W, b = (x if x is None else x.double() for x in head.values())
-    exact, slope, d_z, d_slope = capped(*product(h, W, b, dtype), logit_scale, softcap)
+    exact, slope, d_z, d_slope = capped(*product(h, W, b, logits_dtype or dtype), logit_scale, softcap)
     allowed = target_bounds(dataclasses.replace(at, logits=exact), temperature, entropy, d_z, torch.float64)
     of_gradients = carried_on(dz, allowed[2], slope, d_slope, h, W, b, dtype)
     assert_within(out.logps, case.per_target(form, lp), case.per_target(form, allowed[0]), "logps")
@@ -84,6 +84,15 @@ def test_half_precision_and_temperatures(entropy, dtype, form, backend):
     head, case = problem(4, seed=2, dtype=dtype, extra=1)
     heat = 0.5 + torch.rand(B, T, generator=torch.Generator().manual_seed(3))
     check(head, case, form, backend, entropy=entropy, temperature=heat, chunk_bytes=4 * V * 2)
+
+
+@each_backend
+@each_form
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("softcap", (None, 1.5))
+def test_fp32_logits_of_half_precision(softcap, dtype, form, backend):
+    head, case = problem(4, seed=9, dtype=dtype)
+    check(head, case, form, backend, softcap=softcap, chunk_bytes=4 * V * 6, logits_dtype=torch.float32)
 
 
 @each_backend

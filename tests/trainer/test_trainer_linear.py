@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 
 import pytest
@@ -28,6 +29,7 @@ from grpo_kernels.integrations import head
 from grpo_kernels.integrations.head import ModelHead
 from grpo_kernels.trainer import __main__ as entry
 from grpo_kernels.trainer import cli, data, scoring
+from grpo_kernels.trainer import teacher as distilling
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.model import tiny_qwen2
 from grpo_kernels.trainer.options import OptionError, Options
@@ -83,6 +85,34 @@ def test_both_ways_are_the_same_run(options, tmp_path, monkeypatch):
 
     assert_same_run((b, {}), (a, {}), nudged_run((a, {}), make))
     assert max(row["grad_norm"] for row in a if "loss" in row) > 0
+
+
+@pytest.mark.parametrize("teacher", (False, True))
+def test_fp32_logits_of_bf16_hidden_states(teacher, tmp_path, monkeypatch):
+    """All losses and log-probabilities of a run are asked for them, and get bf16."""
+    asked = []
+    names = ("fused_linear_grpo_loss", "linear_token_logprobs")
+    for module, name in [(scoring, name) for name in names] + [(distilling, "fused_linear_distillation_loss")]:
+        real = getattr(module, name)
+
+        def noted(*args, real=real, name=name, **kwargs):
+            asked.append((name, kwargs["hidden"].dtype, kwargs["weight"].dtype, kwargs["logits_dtype"]))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, noted)
+    options = {**SMALL, "steps": 1, "loss_path": "linear", "dtype": "bfloat16"}
+    if teacher:
+        tokenizer = character_tokenizer(TASK.alphabet)
+        tiny_qwen2(tokenizer, 64).save_pretrained(tmp_path / "teacher")
+        tokenizer.save_pretrained(tmp_path / "teacher")
+        options["teacher"] = str(tmp_path / "teacher")
+    monkeypatch.setattr(cli, "save_curves", lambda *_: None)
+    wants = (("fused_linear_distillation_loss",) if teacher else names, (("hidden", None), ("float32", torch.float32)))
+    for (name, dtype), wanted in itertools.product(wants[1], [wants[0]]):
+        asked.clear()
+        cli.run(Options(output_dir=str(tmp_path / name), logits_dtype=name, **options), Console(file=io.StringIO()))
+        assert {each[0] for each in asked} == set(wanted)
+        assert {each[1:] for each in asked} == {(torch.bfloat16, torch.bfloat16, dtype)}
 
 
 @pytest.mark.parametrize(("budget", "want"), [(4.0, LOGITS), (1e-6, LINEAR)])
@@ -185,6 +215,8 @@ def test_such_a_run_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "says"),
     [({"loss_path": "chunks"}, "--loss-path must be one of auto, logits, linear"),
+     ({"logits_dtype": "bfloat16"}, "--logits-dtype must be one of hidden, float32, got bfloat16"),
+     ({"logits_dtype": "float32"}, "--logits-dtype float32 is for a loss that makes the logits. Set"),
      ({"logits_budget_gib": 0.0}, "--logits-budget-gib must be a finite number above 0, got 0.0")],
 )  # fmt: skip
 def test_bad_options(options, says):

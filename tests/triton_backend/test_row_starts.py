@@ -69,7 +69,8 @@ def test_accesses_are_as_wide_as_both_rows_allow():
 
     bf16, odd = rows_at(0, 2, 3, 64, torch.bfloat16), rows_at(0, 2, 3, 37, torch.bfloat16)
     assert chosen(64, bf16) == chosen(64, bf16, bf16.clone()) == (8, True)
-    assert chosen(64, bf16.float()) == (4, True)
+    assert chosen(64, bf16.float()) == chosen(64, bf16.float(), bf16) == (4, True)
+    assert chosen(37, odd.float(), odd) == (1, False)  # of two dtypes: their rows end at different places
     assert chosen(37, odd) == chosen(37, odd, odd) == chosen(37, odd, odd.clone()) == (8, False)
     assert chosen(37, bf16[..., :37]) == (8, False)  # rows start on a boundary, and do not end on one
     later = rows_at(1, 2, 3, 37, torch.bfloat16)
