@@ -82,8 +82,9 @@ def fused_linear_grpo_loss(
         bias: (V,), or None.
         logit_scale: factor of the logits (Cohere), or the inverse of their divisor (Granite); above 0.
         softcap: bound of the logits (Gemma); None: none.
-        chunk_bytes: bytes of logits at a time. None: GRPO_KERNELS_CHUNK_BYTES, or else 1 GiB, and at most
-            4096 rows; on a CPU 32 MiB, and at least 256 rows. The result does not depend on it beyond rounding.
+        chunk_bytes: bytes of logits at a time. None: GRPO_KERNELS_CHUNK_BYTES, or else what the shapes and dtypes say:
+            the bytes of ``weight``, or 400 MiB where that is more, and at least 1024 rows; but at most 4096, and 1 GiB.
+            On a CPU 32 MiB, and at least 256 rows. The result does not depend on it beyond rounding.
         num_rows: how many rows are read, if known; it must be right, which is checked on the CPU alone. With
             a mask, ``skip_zero_advantage`` or ``cu_seqlens`` the host otherwise waits for the device once, to
             count them; objectives that depend on whole sequences then wait a second time, for their lengths,
@@ -222,5 +223,5 @@ def _options(
             "gather_head adds up row by row, and accumulate_in_fp32=False would round as often. Leave one of them out."
         )
     itemsize = logit_bytes(weight, fp32_logits and not gather)  # what is gathered are rows of the head
-    height = chunk_rows(chunk_bytes, weight.shape[0], itemsize, weight.device.type == "cpu")
+    height = chunk_rows(chunk_bytes, weight, itemsize)
     return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend, bool(gather), fp32_logits)

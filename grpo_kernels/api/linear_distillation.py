@@ -63,8 +63,8 @@ def fused_linear_distillation_loss(
         bias, teacher_bias: (V,), or None.
         logit_scale, teacher_logit_scale: factors of the logits (Cohere), or the inverse of their divisor (Granite).
         softcap, teacher_softcap: bounds of the logits (Gemma); None: none.
-        chunk_bytes: bytes of logits at a time, of both models together. None: GRPO_KERNELS_CHUNK_BYTES, or else 1 GiB,
-            and at most 4096 rows; on a CPU 32 MiB, and at least 256 rows.
+        chunk_bytes: bytes of logits at a time, of both models together. None: GRPO_KERNELS_CHUNK_BYTES, or else as in
+            `fused_linear_grpo_loss`.
         num_rows: how many rows are read, if known; it must be right, which is checked on the CPU alone. With a mask or
             ``cu_seqlens`` the host otherwise waits for the device once, to count them.
         accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype.
@@ -99,7 +99,7 @@ def fused_linear_distillation_loss(
     )  # fmt: skip
     itemsize = logit_bytes(student[1], fp32_logits)
     itemsize += 0 if told[1] is None else logit_bytes(told[1], fp32_logits, gradient=False)
-    height = chunk_rows(chunk_bytes, student[1].shape[0], itemsize, hidden.device.type == "cpu")
+    height = chunk_rows(chunk_bytes, student[1], itemsize)
     options = ChunkOptions(height, check_count(num_rows), bool(accumulate_in_fp32), backend, fp32_logits=fp32_logits)
     student, told = ((layout.tokens(states), *rest) for states, *rest in (student, told))
     loss, values, sums, metrics = distillation_autograd.run(student, told, batch, plan, layout.T, options)

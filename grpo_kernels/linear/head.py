@@ -17,8 +17,11 @@ from torch import Tensor
 
 from grpo_kernels.objective.scalars import is_whole, plain
 
-CHUNK_BYTES = 1 << 30
-CHUNK_ROWS = 4096
+# A chunk reads and writes all of the weight's gradient as it adds up in fp32: with few rows that is most of its time.
+# But until the last chunk is gone, the gradient's copy in the weight's dtype is not there yet: a chunk of its size adds
+# nothing to the peak. Measured on an H100, see docs/linear.md.
+CHUNK_BYTES = range(400 << 20, 1 << 30)
+CHUNK_ROWS = range(1024, 4096)
 # On a CPU fewer rows suffice, and leave the logits nearer to the cache: but each chunk reads the weight twice, and
 # reads and writes its gradient, which shows where a chunk has fewer rows than these.
 CPU_BYTES = 1 << 25
@@ -28,16 +31,19 @@ _COLUMNS = 2048
 _SLAB = 1 << 22  # elements that are converted to fp32 at a time
 
 
-def chunk_rows(chunk_bytes: int | None, V: int, itemsize: int, on_cpu: bool = False) -> int:
-    """Rows of logits at a time: what fits ``chunk_bytes``, else GRPO_KERNELS_CHUNK_BYTES.
+def chunk_rows(chunk_bytes: int | None, weight: Tensor, itemsize: int) -> int:
+    """Rows of logits at a time: what fits ``chunk_bytes``, else GRPO_KERNELS_CHUNK_BYTES; a row takes V·``itemsize``.
 
-    Without either what fits 1 GiB, at most 4096 rows; on a CPU what fits 32 MiB, and at least 256 of them.
+    Without either as many as fit the bytes of the weight (V, H), or 400 MiB where that is more, and at least 1024; but
+    at most 4096, and what fits 1 GiB. On a CPU what fits 32 MiB, and at least 256 of them.
     """
     setting = os.environ.get("GRPO_KERNELS_CHUNK_BYTES", "")
+    row = weight.shape[0] * itemsize
     if chunk_bytes is None and not setting:
-        rows = min(CHUNK_ROWS, CHUNK_BYTES // (V * itemsize))
-        if on_cpu:
-            rows = min(rows, max(CPU_ROWS, CPU_BYTES // (V * itemsize)))
+        rows = max(CHUNK_ROWS.start, max(weight.nbytes, CHUNK_BYTES.start) // row)
+        rows = min(rows, CHUNK_ROWS.stop, CHUNK_BYTES.stop // row)
+        if weight.device.type == "cpu":
+            rows = min(rows, max(CPU_ROWS, CPU_BYTES // row))
         return max(1, rows // 128 * 128 or rows)
     if chunk_bytes is None:
         if not setting.isdigit():
@@ -47,7 +53,7 @@ def chunk_rows(chunk_bytes: int | None, V: int, itemsize: int, on_cpu: bool = Fa
         raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}.")
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes must be above 0, got {chunk_bytes}.")
-    return max(1, plain(chunk_bytes) // (V * itemsize))
+    return max(1, plain(chunk_bytes) // row)
 
 
 def logit_bytes(weight: Tensor, fp32_logits: bool, gradient: bool = True) -> int:

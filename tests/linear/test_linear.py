@@ -80,8 +80,25 @@ def test_chunks_come_from_the_environment(setting, monkeypatch):
     ours(head, call("grpo", inputs)[0], "torch")
     assert heights == [5 if setting == "environment" else 4096]
     if setting == "default":
-        assert module.chunk_rows(None, 151936, 2) == 3456  # 1 GiB, whole 128s
-        assert [module.chunk_rows(None, V, 4, on_cpu=True) for V in (16000, 32000, 151936)] == [512, 256, 256]
+        for V, H, dtype, itemsize, rows in DEFAULT_CHUNKS:
+            assert module.chunk_rows(None, torch.empty(V, H, dtype=dtype, device="meta"), itemsize) == rows
+        on_cpu = [module.chunk_rows(None, torch.empty(V, 8), 4) for V in (16000, 32000, 151936)]
+        assert on_cpu == [512, 256, 256]
+
+
+BF16 = torch.bfloat16
+# (V, H, dtype, bytes of a logit, rows), all in whole 128s
+DEFAULT_CHUNKS = (
+    (151936, 896, BF16, 2, 1280),  # 400 MiB
+    (151936, 1536, BF16, 2, 1536),  # as large as the weight
+    (151936, 3584, BF16, 2, 3456),  # 1 GiB
+    (128256, 4096, BF16, 2, 4096),
+    (32000, 4096, BF16, 2, 4096),  # 250 MiB
+    (262144, 640, BF16, 2, 1024),
+    (151936, 896, BF16, 6, 1024),  # fp32 logits and their gradient
+    (262144, 640, torch.float32, 4, 1024),
+    (600000, 640, torch.float32, 4, 384),  # 1 GiB
+)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
