@@ -123,7 +123,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
     packed = Batch(flat_ids, flat_ids, tokens, tokens, tokens, column, None, None, column, count=sequence, cu=cu,
                    segments=segments)  # fmt: skip
-    own = {name: bool(term.statistic) for name, term in TERMS.items()}
+    own = {name: term.of_sequence for name, term in TERMS.items()}
     launches: list[Launch] = []
 
     def run(label, batch, plan, entropy=False, softcap=torch.inf):
@@ -160,6 +160,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     run("packed", packed, full_plan._replace(scale_rewards="none"), entropy=True)
     run("packed sequence", packed, Plan(term="clipped", level="sequence"))
     run("weights once", full._replace(ref=None), Plan(term="vespo", scale_rewards="group", weight_once=True))
+    run("places", packed._replace(places=torch.arange(B * T)[None]), Plan(term="fipo"))
     with recording(launches, dtype, wave):
         launch.scale(logits, logits, one)
         for up, bounds in ((None, None), (token, None), (None, cu)):

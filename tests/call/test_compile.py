@@ -103,7 +103,7 @@ def test_compiled_by_inductor_is_eager():
 SEQUENCE_CALLS = {
     "sequence": {"loss_type": "gspo"},
     "per token": {"loss_type": "gspo", "reduction": "none"},
-    **{name: {"policy_term": name} for name, term in TERMS.items() if term.statistic},
+    **{name: {"policy_term": name} for name, term in TERMS.items() if term.of_sequence},
     "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
     "late": {"sampling_correction": "sequence_mask"},
     "early": {"sampling_correction": "token_truncate", "off_policy_mask_threshold": 0.1},
