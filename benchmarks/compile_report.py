@@ -52,7 +52,8 @@ TARGETS = {
 }
 KERNELS = (
     "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel", "unite_kernel",
+    "suffix_kernel", "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel",
+    "unite_kernel",
     *compile_distillation.KERNELS,
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

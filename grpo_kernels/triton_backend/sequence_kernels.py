@@ -183,15 +183,15 @@ def suffix_kernel(
         inside = tok >= first
         live = unmasked(mask, seq * mask_b + tok * mask_t, inside)
         lp = tl.load(logps + row + tok, mask=live, other=0.0)
-        r, _ = limited_ratio(log_ratio(lp, load_row(old, seq * old_b + tok * old_t, live, lp)), limits, LIMITED)
-        x, log2_decay = FUNCTION(r, c)
+        r = log_ratio(lp, load_row(old, seq * old_b + tok * old_t, live, lp))
+        x, log2_decay = FUNCTION(limited_ratio(r, limits, LIMITED)[0], c)
         x = tl.where(live, x, 0.0).to(tl.float64)
         steps = tl.zeros([SUFFIX_BLOCK], tl.float64) + 1.0
         if places is not None:
             after = inside & (tok + 1 < last)
             there = tl.load(places + tok + 1, mask=after, other=1)
             steps = (there - tl.load(places + tok, mask=after, other=0)).to(tl.float64)
-        decay, F = tl.associative_scan((tl.exp2(steps * log2_decay), x), 0, joined)
-        _, F = joined(1.0, carried, decay, F)
+        decay, within = tl.associative_scan((tl.exp2(steps * log2_decay), x), 0, joined)
+        F = joined(1.0, carried, decay, within)[1]
         tl.store(future + row + tok, F.to(tl.float32), mask=inside)
         carried = tl.sum(tl.where(lane == SUFFIX_BLOCK - 1, F, 0.0), axis=0)

@@ -8,7 +8,7 @@ INF = tl.constexpr(float("inf"))
 _NAMES = list(SUM_NAMES)
 SUMS = tl.constexpr(len(_NAMES))
 COLUMNS = tl.constexpr(64)  # the next power of two
-SEQUENCES = tl.constexpr(32)  # whose sums are loaded at a time
+SEQUENCES = tl.constexpr(16)  # whose sums are loaded at a time
 # Columns of the table of sums; of those that are a minimum or a maximum, a bit each.
 LOW, HIGH, CLIPS = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low", "high", "count"))
 LOW_MIN, HIGH_MAX = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low_min", "high_max"))
