@@ -171,7 +171,7 @@ def test_the_law_holds_for_packed_input_and_temperatures(loss_type):
     assert (rows_written(touching[-1], grad) == 1).all()
 
 
-@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "topr"))
+@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "fipo", "topr"))
 def test_sequences_without_an_advantage_are_never_read(loss_type):
     case, kwargs = law_case("clipped")
     kwargs["advantages"] = torch.tensor([1.0, 0.0, -1.0])[:, None] * torch.tensor([1.0, 0.0, 1.0, 1.0])
