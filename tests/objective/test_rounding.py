@@ -44,12 +44,16 @@ def influence_of(term: str, c, r: torch.Tensor, A: torch.Tensor) -> torch.Tensor
     return on_torch(suffix.influence)(suffix_sums(x, log2_decay, Batch(r)).float(), r, A, c)[0]
 
 
+# What brings out more of a term's own arithmetic.
+FURTHER = {"sapo": {"sapo_temperature_pos": 8.0}, "fipo": {"fipo_clip_range": None, "delta": None}}
+
+
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("term", TERMS)
 def test_what_a_term_of_exact_inputs_is_off_by(term, weighted):
     """fp32 against float64 on log ratios up to 16 and weights from 0 to e¹²: what is derived, and 8 u besides."""
     g, entry = torch.Generator().manual_seed(33), TERMS[term]
-    knobs = facts(term).settings[-1] | ({"sapo_temperature_pos": 8.0} if term == "sapo" else {})
+    knobs = facts(term).settings[-1] | FURTHER.get(term, {})
     k, c = Knobs(policy_term=term, **knobs), entry.coefficients(LossConfig(policy_term=term, **knobs))
     lp, r = (torch.randint(-low, high, (2000, 3), generator=g) / 1024 for low, high in ((16384, 1), (8192, 2048)))
     r[::2] /= 64
