@@ -52,7 +52,8 @@ TARGETS = {
 }
 KERNELS = (
     "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel", "unite_kernel",
+    "suffix_kernel", "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel",
+    "unite_kernel",
     *compile_distillation.KERNELS,
 )  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -124,7 +125,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
     packed = Batch(flat_ids, flat_ids, tokens, tokens, tokens, column, None, None, column, count=sequence, cu=cu,
                    segments=segments)  # fmt: skip
-    own = {name: bool(term.statistic) for name, term in TERMS.items()}
+    own = {name: term.of_sequence for name, term in TERMS.items()}
     launches: list[Launch] = []
 
     def run(label, batch, plan, entropy=False, softcap=torch.inf, read=None):
@@ -169,6 +170,7 @@ def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
     if wave == 32:  # on gfx942 this form spills 13 registers (Triton 3.7.1), with tiles that can be no smaller
         run("mask full", full._replace(support_mask=torch.zeros(logits.shape, dtype=torch.bool)), full_plan, True)
     run("weights once", full._replace(ref=None), Plan(term="vespo", scale_rewards="group", weight_once=True))
+    run("places", packed._replace(places=torch.arange(B * T)[None]), Plan(term="fipo"))
     with recording(launches, dtype, wave):
         launch.scale(logits, logits, one)
         for up, bounds in ((None, None), (token, None), (None, cu)):

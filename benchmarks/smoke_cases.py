@@ -198,7 +198,9 @@ def all_cases(with_compile: bool = False) -> list[Case]:
         case("loss: temperatures (B, T), gspo", 131, FP32, temperature="tokens", loss_type="gspo"),
         case("loss: dapo, num_items, loss_scale", loss_type="dapo", num_items_in_batch=True, loss_scale=0.5),
         case("loss: delta, dual clip", 131, FP32, delta=1.3, dual_clip=1.2),
-        *(case(f"loss: {name}", 131, FP32, loss_type=name, **full) for name in ("cispo", "sapo", "vespo", "gmpo")),
+        *(case(f"loss: {name}", 131, FP32, loss_type=name, **full)
+          for name in ("cispo", "sapo", "vespo", "gmpo", "fipo")),
+        case("loss: packed, fipo", 131, FP32, small=True, layout="packed", loss_type="fipo", fipo_clip_range=None),
         case("loss: reduction none", reduction="none", **full),
         case("loss: reduction none, gspo", 131, FP32, reduction="none", loss_type="gspo", inplace=True),
         case("loss: skip_zero_advantage", skip_zero_advantage=True),
@@ -236,6 +238,7 @@ def all_cases(with_compile: bool = False) -> list[Case]:
         case("head: grpo, KL k3", kind="head", **full),
         case("head: grpo, KL k3, chunks, bias", 32000, kind="head", bias=True, chunk_bytes=10 * 64000, **full),
         case("head: sequence level (gspo)", 32000, FP32, kind="head", loss_type="gspo", return_entropy=True),
+        case("head: a suffix (fipo)", 131, FP32, kind="head", loss_type="fipo", delta=1.5),
         case("head: fp16, scale, soft cap", 131, FP16, small=True, kind="head", logit_scale=0.5, softcap=5.0, **full),
         case("head: soft cap", 32000, kind="head", logit_scale=0.5, softcap=5.0, **full),
         case("head: bias, entropy bonus", 131, FP32, kind="head", bias=True, entropy_coef=0.01, **full),

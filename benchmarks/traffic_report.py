@@ -83,7 +83,7 @@ class Case(NamedTuple):
 def law_of(loss_type: str) -> Law:
     """By the catalogue: what depends on the rest of its sequence takes a second launch."""
     variant = LOSS_TYPES[loss_type]
-    alone = LEVELS[variant.level].how == "" and TERMS[variant.term].statistic is None
+    alone = LEVELS[variant.level].how == "" and not TERMS[variant.term].of_sequence
     return ONE_LAUNCH if alone else TWO_LAUNCHES
 
 

@@ -26,6 +26,7 @@ LOSS_TYPES: dict[str, LossType] = {
     "gspo": LossType("clipped", "sequence", "sequence-mean"),  # arXiv:2507.18071
     "gspo_token": LossType("clipped", "sequence_token", "sequence-mean"),
     "up": LossType("up", "token", "global-tokens"),  # arXiv:2607.06987
+    "fipo": LossType("fipo", "token", "global-tokens"),  # arXiv:2603.19835
     "cispo": LossType("cispo", "token", "global-tokens"),  # arXiv:2506.13585
     "sapo": LossType("sapo", "token", "sequence-mean"),  # arXiv:2511.20347
     "vespo": LossType("vespo", "token", "global-tokens"),  # arXiv:2602.10693
@@ -42,6 +43,7 @@ ALL_LEVELS = ("token", "sequence", "sequence_token", "sequence_sum")
 TERM_LEVELS: dict[str, tuple[str, ...]] = {
     "clipped": ALL_LEVELS,
     "up": ("token",),  # it drops a token's ratio where the token is good
+    "fipo": ("token",),  # its weight looks at tokens, one after the other
     "cispo": ALL_LEVELS,
     "sapo": ALL_LEVELS,
     "vespo": ALL_LEVELS,
@@ -79,6 +81,11 @@ class Knobs:
     epsilon_high: float | None = None  # ε_h: and from above at 1 + ε_h ("clip higher", DAPO); None: ε_l
     delta: float | None = None  # δ: cap on the ratio where the minimum leaves it unbounded (INTELLECT-2)
     dual_clip: float | None = None  # c: bound on what a token of negative advantage can cost; dppo's cap on ρ
+    fipo_clip_range: float | None = 0.2  # bounds FIPO's influence weight to 1 ± this; None or 0: no bounds
+    fipo_clip_high_only: bool = True  # the lower bound is 1
+    fipo_safety_threshold: float | None = 4.0  # ρ above which a bad token's influence is at most 1; None: no such ρ
+    fipo_decay_rate: float = 32.0  # half-life of FIPO's look ahead, in tokens
+    fipo_gamma: float | None = None  # its discount itself; None: by the half-life
     cispo_min: float | None = None  # raw bounds of CISPO's ratio; None: no bound
     cispo_max: float | None = 5.0
     sapo_temperature_pos: float = 1.0  # τ for A > 0: how sharply SAPO's gate closes
@@ -160,10 +167,12 @@ class Knobs:
             raise ValueError("epsilon_high is not cispo's bound; cispo_max bounds its ratio itself")
         if self.log_ratio_clamp is not None and term in ("vespo", "gmpo"):
             raise ValueError(f"log_ratio_clamp: {term} limits its ratio itself")
-        if self.delta is not None and term not in ("clipped", "up"):
-            raise ValueError(f"delta caps the ratio of the terms 'clipped' and 'up'; {term!r} has no such cap")
-        if self.dual_clip is not None and term not in ("clipped", "up", "dppo_tv", "dppo_kl"):
-            raise ValueError(f"dual_clip belongs to 'clipped', 'up', 'dppo_tv' and 'dppo_kl', not to {term!r}")
+        if self.delta is not None and term not in ("clipped", "up", "fipo"):
+            raise ValueError(f"delta caps the ratio of the terms 'clipped', 'up' and 'fipo'; {term!r} has no such cap")
+        if self.dual_clip is not None and term not in ("clipped", "up", "fipo", "dppo_tv", "dppo_kl"):
+            raise ValueError(f"dual_clip belongs to 'clipped', 'up', 'fipo', 'dppo_tv' and 'dppo_kl', not to {term!r}")
+        if self.fipo_gamma is not None and term != "fipo":
+            raise ValueError(f"fipo_gamma belongs to 'fipo', not to {term!r}")
 
     def _check_values(self) -> None:
         def check(right: bool, name: str, wanted: str) -> None:
@@ -176,6 +185,10 @@ class Knobs:
             check(getattr(self, name) is None or getattr(self, name) >= 0, name, "at least 0")
         for name in ("sapo_temperature_pos", "sapo_temperature_neg"):
             check(getattr(self, name) > 0, name, "above 0")
+        check((self.fipo_clip_range or 0) >= 0, "fipo_clip_range", "at least 0")
+        for name in ("fipo_decay_rate", "fipo_safety_threshold"):
+            check(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
+        check(self.fipo_gamma is None or 0 < self.fipo_gamma <= 1, "fipo_gamma", "in (0, 1]")
         check(self.dual_clip is None or self.dual_clip > 1, "dual_clip", "above 1")
         check(0 <= self.top_entropy_quantile <= 1, "top_entropy_quantile", "in [0, 1]")
         lo, hi = self.log_ratio_bounds

@@ -22,6 +22,7 @@ from reference.terms import (
     clip_branches,
     dppo_cap,
     dppo_keeps,
+    future_of,
     vespo_log_w,
     vespo_phi,
 )
@@ -89,6 +90,16 @@ def up_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
     return clipped_metrics(x._replace(A=x.A.clamp(max=0)), advantages, k)
 
 
+def fipo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
+    """The names are ms-swift's, without their endings."""
+    future = future_of(x, k)
+    return clipped_metrics(x, advantages, k) | {
+        "fipo/future_kl": masked_mean(future.kl, x.mask),
+        "fipo/influence_weight": masked_mean(future.influence, x.mask),
+        "fipo/safety_keep": masked_mean(future.safe.to(x.r.dtype), x.mask),
+    }
+
+
 def dppo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
     keep = dppo_keeps(x, k)
     capped = keep & (x.r.exp() > dppo_cap(k))
@@ -124,6 +135,7 @@ def vespo_metrics(x: Tokens, advantages: Tensor, k: Knobs) -> dict[str, Tensor]:
 TERM_METRICS: dict[str, Callable[[Tokens, Tensor, Knobs], dict[str, Tensor]]] = {
     "clipped": clipped_metrics,
     "up": up_metrics,
+    "fipo": fipo_metrics,
     "dppo_tv": dppo_metrics,
     "dppo_kl": dppo_metrics,
     "gmpo": gmpo_metrics,

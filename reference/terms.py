@@ -101,6 +101,43 @@ def term_up(x: Tokens, k: Knobs) -> Tensor:
     return torch.where(x.A > 0, -x.A * gradient_of(x.lp).exp(), term_clipped(x, k))
 
 
+class Future(NamedTuple):
+    """What comes after a token, all (B, T) and detached."""
+
+    kl: Tensor  # F_t = Σ_{k ≥ t} γ^(k−t)·m_k·r_k·[ρ_k ≤ δ]
+    influence: Tensor  # W_t
+    safe: Tensor  # bool: W_t was not held back
+
+
+def future_of(x: Tokens, k: Knobs) -> Future:
+    """How the policy has moved on the tokens to come, discounted, and what that makes a token weigh (FIPO).
+
+    A sum of −r is an estimate of the KL divergence of the rest of the sequence. Where the policy has come to like what
+    followed a token, the token weighs more than 1. A bad token that has become much more likely is unsafe to reward.
+    """
+    r = (x.lp - x.old).detach().clamp(*k.log_ratio_bounds)
+    rho = r.exp()
+    counted = x.mask if k.delta is None else x.mask & ~(rho > k.delta)
+    gamma = 2 ** (-1 / k.fipo_decay_rate) if k.fipo_gamma is None else k.fipo_gamma
+    distance = torch.arange(r.shape[1], device=r.device) - torch.arange(r.shape[1], device=r.device)[:, None]
+    discounts = torch.tensor(gamma, dtype=r.dtype, device=r.device) ** distance.clamp(min=0)  # [t, k]
+    ahead = counted[:, None, :] & (distance >= 0)
+    kl = torch.where(ahead, discounts * r[:, None, :], 0).sum(-1)
+    influence = kl.exp()
+    if k.fipo_clip_range:
+        least = 1.0 if k.fipo_clip_high_only else 1 - k.fipo_clip_range
+        influence = influence.clamp(least, 1 + k.fipo_clip_range)
+    safe = torch.ones_like(x.mask)
+    if k.fipo_safety_threshold is not None:
+        safe = ~((x.A < 0) & (rho > k.fipo_safety_threshold))
+    return Future(kl, torch.where(safe, influence, influence.clamp(0.8, 1.0)), safe)
+
+
+def term_fipo(x: Tokens, k: Knobs) -> Tensor:
+    """ℓ = sg[W]·clipped: a token counts for more where the policy has come to like what it led to (FIPO)."""
+    return future_of(x, k).influence * term_clipped(x, k)
+
+
 # --- Terms of the form −sg[weight]·A·lp: the policy gradient, with a weight for each token ------------------
 
 
@@ -206,6 +243,7 @@ def term_dro(x: Tokens, k: Knobs) -> Tensor:
 TERMS: dict[str, Callable[[Tokens, Knobs], Tensor]] = {
     "clipped": term_clipped,
     "up": term_up,
+    "fipo": term_fipo,
     "reinforce": term_reinforce,
     "cispo": term_cispo,
     "topr": term_topr,

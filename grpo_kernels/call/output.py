@@ -29,6 +29,6 @@ def output(
     metric_names, sum_names = names_of(
         beta=bool(plan.kl), entropy=has_entropy or plan.needs_entropy, rewards=batch.rewards is not None,
         reports=TERMS[plan.term].reports, dual=plan.capped, sampling=batch.sampling is not None,
-        corrected=bool(plan.correction),
+        corrected=bool(plan.correction), suffix=plan.suffix is not None,
     )  # fmt: skip
     return LossOutput(layout.restore(loss), logps, entropy, named(metrics, metric_names), named(sums, sum_names))

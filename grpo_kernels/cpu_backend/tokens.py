@@ -10,8 +10,9 @@ from grpo_kernels.objective import token
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import LEVELS, TERMS
 from grpo_kernels.objective.language import on_torch
+from grpo_kernels.objective.metrics import SUFFIX
 from grpo_kernels.objective.plan import Plan
-from grpo_kernels.objective.sequences import advantages, expand, per_sequence, rows_to_read
+from grpo_kernels.objective.sequences import advantages, expand, per_sequence, rows_to_read, suffix_sums
 
 
 class Tokens(NamedTuple):
@@ -82,7 +83,7 @@ def objective(
         return per_sequence(counted(x), batch)[:, None]
 
     r_seq = statistic = step = inverse = own_slope = None
-    if plan.of_sequence:
+    if plan.shares:
         r_token = on_torch(token.log_ratio)(lp, old)
         inverse = 1.0 / of_sequences(torch.ones_like(lp)).clamp(min=1.0)  # (B, 1)
     if how:
@@ -96,6 +97,14 @@ def objective(
         if batch.is_weight is not None and plan.weight_once:
             statistic = statistic + on_torch(own.correction)(batch.is_weight.float())
         statistic, tokens = statistic.float(), tokens._replace(trust=None)
+    future, influence, calm = None, None, None
+    if plan.suffix is not None:
+        r_hat, _ = on_torch(token.limited_ratio)(on_torch(token.log_ratio)(lp, old), batch.limits, plan.limited)
+        x, log2_decay = on_torch(plan.suffix.function)(r_hat, c)
+        future = suffix_sums(counted(x), log2_decay, batch).float()
+        influence, calm = on_torch(plan.suffix.influence)(future, r_hat, tokens.adv, c)
+        trust = influence if tokens.trust is None else on_torch(token.product)(influence, tokens.trust)
+        tokens = tokens._replace(trust=trust)
     chosen, keep = live, None
     if plan.off_policy:
         sampled = old if batch.sampling is None else batch.sampling.float()
@@ -142,5 +151,6 @@ def objective(
     ratio, policy = r.exp(), tokens.w * loss
     rows = {"loss": policy + torch.where(h == 0.0, 0.0, h * entropies) if plan.bonus else policy,
             "policy_loss": policy, "kl": kl, "entropy": entropies, "tokens": torch.ones_like(lp), "ratio": ratio,
-            "approx_kl": torch.expm1(r) - r, **dict(zip(REGION, region)), **mismatch}  # fmt: skip
+            "approx_kl": torch.expm1(r) - r, **dict(zip(REGION, region)), **mismatch,
+            **dict(zip(SUFFIX, (future, influence, calm)))}  # fmt: skip
     return *totals_of(rows, once, live, batch), *slopes

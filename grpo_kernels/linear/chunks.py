@@ -139,6 +139,7 @@ def sequence_chunks(
             count=batch.count if batch.count is None or batch.count.dim() == 0 else batch.count[first:last],
             loss_scale=batch.loss_scale, tokens=batch.tokens, entropy_coef=batch.entropy_coef,
             cu=on_device[first : last + 1] - start,
+            places=None if rows.index is None else rows.index[None, start:end],
         )  # fmt: skip
         part = part._replace(segments=run.segments(None, part.cu, end - start)[0])
         pieces = list(_pieces(start, end, height))

@@ -45,6 +45,7 @@ class Batch(NamedTuple):
     batch_std: torch.Tensor | None = None  # (): spread of all rewards, those of other ranks too; for that scale alone
     cu: torch.Tensor | None = None  # (B+1,) bounds of the sequences in packed input
     segments: torch.Tensor | None = None  # (N,) int32: the sequence of each packed token
+    places: torch.Tensor | None = None  # as ids, of packed input whose sequences lack tokens: where they stood, rising
     support: torch.Tensor | None = None  # (M,) int32: ids that rows are restricted to, see `Support`
     support_first: torch.Tensor | None = None  # as ids: of those the place of a row's first, and
     support_last: torch.Tensor | None = None  # as ids: that behind its last; the same: not restricted

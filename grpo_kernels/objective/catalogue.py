@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from grpo_kernels.objective import kl, terms
-from grpo_kernels.objective.compiling import traced
+from grpo_kernels.objective.compiling import log2, traced
 
 
 class Level(NamedTuple):
@@ -50,6 +50,16 @@ class Statistic(NamedTuple):
     spreads: bool  # ∂ℓ/∂x goes to every token of the sequence; else x is detached
 
 
+class Suffix(NamedTuple):
+    """A term's own number per token, of the token and those that follow it; its loss is multiplied by what that says.
+
+    It is detached, and independent of the level. See `grpo_kernels.objective.terms`.
+    """
+
+    function: object  # (r, c) -> (x, log₂ γ), the future of a token being Σ γ^k·x of the k-th token after it
+    influence: object  # (future, r̂, A, c) -> (W, keep)
+
+
 class Term(NamedTuple):
     """A policy term: its functions, its coefficients, and what it goes with. An entry says what is not the default."""
 
@@ -66,7 +76,13 @@ class Term(NamedTuple):
     reports: str = ""  # the metric its region is for: "clip_ratio" (all of them), another's name, or none
     capped: str | bool = False  # whether its region has a cap: always, or where the knob of this name is set
     statistic: Statistic | None = None
+    suffix: Suffix | None = None
     acts_without_advantage: bool = False  # A = 0 leaves a gradient, so that no row can be skipped
+
+    @property
+    def of_sequence(self) -> bool:
+        """Whether a token's loss depends on others of its sequence, at level token too."""
+        return self.statistic is not None or self.suffix is not None
 
     def coefficients(self, config) -> NamedTuple:
         """Its coefficients under a `LossConfig`."""
@@ -84,6 +100,15 @@ def _or(value: float | None, default: float) -> float:
 def _clip(epsilon, epsilon_high, delta, dual_clip) -> terms.Clip:
     low, high = traced(epsilon), traced(_or(epsilon_high, epsilon))
     return terms.Clip(1.0 - low, 1.0 + high, _or(delta, math.inf), _or(dual_clip, math.inf))
+
+
+def _fipo(epsilon, epsilon_high, delta, dual_clip, clip_range, high_only, threshold, rate, gamma) -> terms.Fipo:
+    least, most = 0.0, math.inf
+    if clip_range:
+        least, most = 1.0 if high_only else 1.0 - traced(clip_range), 1.0 + traced(clip_range)
+    log2_decay = -1.0 / traced(rate) if gamma is None else log2(gamma)
+    clip = _clip(epsilon, epsilon_high, delta, dual_clip)
+    return terms.Fipo(*clip, least, most, _or(threshold, math.inf), log2_decay)
 
 
 def _cispo(cispo_min, cispo_max) -> terms.Cispo:
@@ -127,6 +152,22 @@ TERMS = {
         region=terms.up_region,
         reports="clip_ratio",
         capped="dual_clip",
+    ),
+    "fipo": Term(
+        function=terms.clipped,
+        formula="sg[W]·clipped, W = clamp(exp F, 1 or 1−fipo_clip_range, 1+fipo_clip_range), F_t = Σ_k "
+        "γ^k·m·r·[ρ ≤ δ] of the tokens t+k; W within [0.8, 1] where A < 0 and ρ > fipo_safety_threshold",
+        gradient="that of clipped, times W",
+        paper="FIPO, arXiv:2603.19835",
+        knobs=("epsilon", "epsilon_high", "delta", "dual_clip", "fipo_clip_range", "fipo_clip_high_only",
+               "fipo_safety_threshold", "fipo_decay_rate", "fipo_gamma"),
+        kind=terms.Fipo,
+        of_knobs=_fipo,
+        levels=("token",),
+        region=terms.clipped_region,
+        reports="clip_ratio",
+        capped="dual_clip",
+        suffix=Suffix(terms.fipo_future, terms.fipo_influence),
     ),
     "cispo": Term(
         function=terms.cispo,
@@ -250,6 +291,7 @@ LOSS_TYPES = {
     "gspo": Variant("clipped", "sequence", "sequence-mean", "GSPO, arXiv:2507.18071"),
     "gspo_token": Variant("clipped", "sequence_token", "sequence-mean", "GSPO-token, arXiv:2507.18071"),
     "up": Variant("up", "token", "global-tokens", "UP-GRPO, arXiv:2607.06987"),
+    "fipo": Variant("fipo", "token", "global-tokens", "FIPO, arXiv:2603.19835"),
     "cispo": Variant("cispo", "token", "global-tokens", "MiniMax-M1, arXiv:2506.13585"),
     "sapo": Variant("sapo", "token", "sequence-mean", "SAPO, arXiv:2511.20347"),
     "vespo": Variant("vespo", "token", "global-tokens", "VESPO, arXiv:2602.10693"),

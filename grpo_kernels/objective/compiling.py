@@ -1,6 +1,7 @@
 """What torch.compile asks for: values that stay values, and no caches."""
 
 import functools
+import math
 
 import torch
 
@@ -11,6 +12,11 @@ def traced(value: float) -> torch.Tensor | float:
     Of a sum or product of numbers torch 2.11 would make a constant, and compile anew for every value.
     """
     return torch.ones((), device="cpu") * value if torch.compiler.is_compiling() else value
+
+
+def log2(value: float) -> torch.Tensor | float:
+    """log₂ of a number, as `traced`."""
+    return traced(value).log2() if torch.compiler.is_compiling() else math.log2(value)
 
 
 def cached(function):

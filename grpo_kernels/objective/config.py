@@ -51,6 +51,13 @@ class LossConfig:
         delta: upper cap of the unclipped branch; None: no cap (INTELLECT-2, arXiv:2505.07291).
         dual_clip: c > 1; for A < 0 the loss is at most −c·A; None: off (arXiv:1912.09729; verl: 3.0). For
             dppo_tv and dppo_kl the cap of ρ, 20 if None.
+        fipo_clip_range: W, the influence of the tokens that follow, is held within 1 ± this, a number of at least 0;
+            None or 0: not held (FIPO, arXiv:2603.19835).
+        fipo_clip_high_only: W is not held below 1 − fipo_clip_range, but below 1.
+        fipo_safety_threshold: where A < 0 and ρ is above this, W is held within [0.8, 1]; None: nowhere.
+        fipo_decay_rate: after how many tokens a log ratio counts half.
+        fipo_gamma: γ itself, by which a log ratio counts less with each token, in (0, 1]; None:
+            2^(−1/fipo_decay_rate).
         cispo_min, cispo_max: bounds of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585).
             TRL's ``epsilon_high`` of cispo is ``cispo_max``; verl's are 1 − ε_low and 1 + ε_high.
         sapo_temperature_pos, sapo_temperature_neg: steepness of the gate (SAPO, arXiv:2511.20347).
@@ -106,6 +113,11 @@ class LossConfig:
     epsilon_high: float | None = _number(None, 0.0, "inf")
     delta: float | None = _number(None, "0", math.inf, only_if_read=True)
     dual_clip: float | None = _number(None, "1", math.inf, only_if_read=True)
+    fipo_clip_range: float | None = _number(0.2, 0.0, "inf", optional=True)
+    fipo_clip_high_only: bool = True
+    fipo_safety_threshold: float | None = _number(4.0, "0", math.inf, optional=True)
+    fipo_decay_rate: float = _number(32.0, "0", "inf")
+    fipo_gamma: float | None = _number(None, "0", 1.0, only_if_read=True)
     cispo_min: float | None = _number(None, 0.0, "inf", only_if_read=True)
     cispo_max: float = _number(5.0, "0", math.inf)
     sapo_temperature_pos: float = _number(1.0, "0", "inf")
@@ -144,7 +156,7 @@ class LossConfig:
         _one_of("scale_rewards", self.scale_rewards, ("group", "batch", "none"))
         if self.sampling_correction is not None:
             _one_of("sampling_correction", self.sampling_correction, CORRECTIONS)
-        for name in ("use_bias_correction_kl", "advantage_unbiased"):
+        for name in ("use_bias_correction_kl", "advantage_unbiased", "fipo_clip_high_only"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         for name, allowed in _RANGES.items():

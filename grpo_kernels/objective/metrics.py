@@ -44,6 +44,9 @@ SUM_NAMES = {
     "sampling/sampling_logp_difference/max": "max",
     "sampling/importance_sampling_ratio/min": "min",
     "sampling/importance_sampling_ratio/max": "max",
+    "fipo/future_kl": "sum",  # of tokens, and so are the next two
+    "fipo/influence_weight": "sum",
+    "fipo/safety_keep": "sum",
 }
 
 METRIC_NAMES = (
@@ -71,7 +74,11 @@ METRIC_NAMES = (
     "sampling/importance_sampling_ratio/max",
     "sampling/corrected_share",
     "sampling/weight_mean",
+    "fipo/future_kl",
+    "fipo/influence_weight",
+    "fipo/safety_keep",
 )
+SUFFIX = METRIC_NAMES[-3:]
 
 # Of a distillation: as SUM_NAMES, all of them added up, and as METRIC_NAMES, each the mean of the sum of its name.
 DISTILLATION_SUMS = ("loss", "tokens", "divergence", "entropy", "teacher_entropy")
@@ -94,7 +101,7 @@ def std_of(total, square, count):
 @jit
 def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift, sequences, ratio_min, low_min,
               ratio_max, high_max, reward, reward_square, scored, flat, not_finite, gap, heard, drawn, draws,
-              corrected, trust, gap_max, drawn_min, drawn_max):  # fmt: skip
+              corrected, trust, gap_max, drawn_min, drawn_max, future, influence, calm):  # fmt: skip
     """The metrics in the order of METRIC_NAMES; 0 where no token counts."""
     some = tokens > 0.0
     any_clip = clips > 0.0
@@ -124,6 +131,9 @@ def summarise(policy, tokens, kl, entropy, low, high, dual, clips, ratio, drift,
         tl.where(any_drawn, drawn_max, 0.0),
         mean_of(corrected, draws),
         mean_of(trust, tokens),
+        mean_of(future, tokens),
+        mean_of(influence, tokens),
+        mean_of(calm, tokens),
     )
 
 
@@ -159,12 +169,14 @@ _SUM_NEEDS = {
     **{name: "sampling/importance_sampling_ratio/mean" for name in SUM_NAMES if name.startswith(_SAMPLING)},
     "sampling/corrected": "sampling/corrected_share",
     "sampling/weight": "sampling/weight_mean",
+    **{name: name for name in SUFFIX},
 }
 
 
 @cached
 def names_of(
-    *, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool, sampling: bool, corrected: bool
+    *, beta: bool, entropy: bool, rewards: bool, reports: str, dual: bool, sampling: bool, corrected: bool,
+    suffix: bool,
 ) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
     """The names that a call gives its metrics, and its sums, as `named` takes them; None: of what it does not have.
 
@@ -181,6 +193,8 @@ def names_of(
         public = dict(zip(_SINGLE, (reports, f"{reports}/count")))
     for name in (*(() if beta else ("kl",)), *(() if entropy else ("entropy",)), *(() if rewards else _REWARD)):
         del names[name]
+    if not suffix:
+        names = {name: public for name, public in names.items() if name not in SUFFIX}
     if not corrected:
         names = {name: public for name, public in names.items() if name not in _CORRECTED}
     if not sampling:
@@ -240,5 +254,5 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
     names, _ = names_of(beta="kl" in joined, entropy="entropy" in joined, rewards="reward" in joined,
                         reports=reports, dual="clip_ratio/dual" in joined,
                         sampling="sampling/importance_sampling_ratio" in joined,
-                        corrected="sampling/corrected" in joined)  # fmt: skip
+                        corrected="sampling/corrected" in joined, suffix=SUFFIX[0] in joined)  # fmt: skip
     return named(values, names)

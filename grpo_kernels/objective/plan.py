@@ -38,6 +38,11 @@ class Plan(NamedTuple):
     @property
     def of_sequence(self) -> bool:
         """Whether a token's loss depends on the rest of its sequence."""
+        return self.shares or self.suffix is not None
+
+    @property
+    def shares(self) -> bool:
+        """Whether the tokens of a sequence share a number, which is made of all of them."""
         return self.level != "token" or self.off_policy or self.own is not None
 
     @property
@@ -54,6 +59,11 @@ class Plan(NamedTuple):
     def own(self):
         """The term's statistic of the sequence, or None."""
         return TERMS[self.term].statistic
+
+    @property
+    def suffix(self):
+        """The term's number of a token and those that follow it, or None."""
+        return TERMS[self.term].suffix
 
     @property
     def needs_entropy(self) -> bool:

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from grpo_kernels.objective.advantages import relative_advantages
 from grpo_kernels.objective.batch import Batch
+from grpo_kernels.objective.language import on_torch
 from grpo_kernels.objective.plan import Plan
+from grpo_kernels.objective.token import joined
 
 
 def expand(x: Tensor, batch: Batch) -> Tensor:
@@ -31,6 +33,32 @@ def per_sequence(x: Tensor, batch: Batch) -> Tensor:
     flat = x.double().reshape(-1, x.shape[-1])  # [K, N]
     sums = torch.segment_reduce(flat.T.contiguous(), "sum", offsets=batch.cu.long(), initial=0.0, unsafe=True)
     return sums.T.reshape(*x.shape[:-2], -1)
+
+
+def suffix_sums(x: Tensor, log2_decay: float, batch: Batch) -> Tensor:
+    """F_t = Σ_{k ≥ t} γ^(k−t)·x_k over the rest of each token's sequence, (B, T) or (1, N), fp64; log₂ γ is given.
+
+    In O(T): pairs of neighbours are joined, then pairs of pairs, and each is taken apart again.
+    """
+    steps = torch.full_like(x, log2_decay, dtype=torch.float64)
+    if batch.places is not None:
+        steps[..., :-1] *= batch.places.diff()
+    steps = steps.exp2()
+    if batch.cu is not None:
+        steps[0, :-1].masked_fill_(batch.segments[1:] != batch.segments[:-1], 0.0)
+    return _suffix_sums(steps, x.double())
+
+
+def _suffix_sums(step: Tensor, x: Tensor) -> Tensor:
+    T, join = x.shape[-1], on_torch(joined)
+    if T < 2:
+        return x
+    step, x = (torch.nn.functional.pad(y, (0, T % 2)) for y in (step, x))
+    first, second = ((step[..., k::2], x[..., k::2]) for k in (0, 1))
+    of_first = _suffix_sums(*join(*second, *first))
+    following = torch.nn.functional.pad(of_first[..., 1:], (0, 1))
+    _, of_second = join(1.0, following, *second)
+    return torch.stack([of_first, of_second], dim=-1).flatten(-2)[..., :T]
 
 
 def segments(mask: Tensor | None, cu: Tensor, N: int) -> tuple[Tensor, Tensor]:

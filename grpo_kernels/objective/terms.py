@@ -13,7 +13,9 @@ There are two derivatives because a sequence level spreads ``∂ℓ/∂r`` over 
 ``∂ℓ/∂lp`` stays on its token. Beside most terms stands a region, ``(r_hat, r, lp, old, A, c) ->
 (low, high, cap)``: where it limits the ratio, for the metrics; ``r_hat`` is the level's log ratio.
 A statistic ``(r, A, c) -> (x, ∂x/∂r)`` is summed or averaged over the sequence's tokens, and what
-``(importance weight) -> y`` adds to it likewise.
+``(importance weight) -> y`` adds to it likewise. What ``(r, c) -> (x, log₂ γ)`` says of a token is summed with all that
+follow it in its sequence, x of the k-th after it times γ^k: its future. ``(future, r, A, c) -> (W, keep)`` makes a
+factor of it for the loss of the token, detached, and 0 where that was held back, for the metrics.
 
 The same bodies run inside the kernels and on torch tensors (`grpo_kernels.objective.language`). They choose with
 comparisons and ``where``, never with ``tl.minimum``/``tl.maximum``, which drop NaN on hardware.
@@ -93,6 +95,35 @@ def up_region(r_hat, r, lp, old, A, c):
     """As clipped where A ≤ 0; no other token is held."""
     low, _, cap = clipped_region(r_hat, r, lp, old, A, c)
     return low, 0.0, cap
+
+
+class Fipo(NamedTuple):
+    """Those of `Clip`; the bounds [least, most] of W; the ρ from which W may not reward; log₂ γ."""
+
+    lo: float
+    hi: float
+    delta: float
+    dual: float
+    least: float
+    most: float
+    threshold: float
+    log2_decay: float
+
+
+@jit
+def fipo_future(r, c):
+    """What a token adds to its suffix's sum: r·[ρ ≤ δ]."""
+    return tl.where(tl.exp(r) > c.delta, 0.0, r), c.log2_decay
+
+
+@jit
+def fipo_influence(future, r, A, c):
+    """W = clamp(exp F, least, most), within [0.8, 1] where A < 0 and ρ > threshold; and 0 there, else 1."""
+    raw = tl.exp(future)
+    weight = tl.where(raw < c.least, c.least, tl.where(raw > c.most, c.most, raw))
+    held = tl.where(weight < 0.8, 0.8, tl.where(weight > 1.0, 1.0, weight))
+    unsafe = (A < 0.0) & (tl.exp(r) > c.threshold)
+    return tl.where(unsafe, held, weight), tl.where(unsafe, 0.0, 1.0)
 
 
 class NoCoefficients(NamedTuple):

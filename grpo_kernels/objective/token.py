@@ -45,6 +45,12 @@ def limited_ratio(r, limits, LIMITED: tl.constexpr):
 
 
 @jit
+def joined(step_later, later, step, x):
+    """(step, x) of a run of tokens, from those of its two parts: F = x + step·F of what follows; x where step is 0."""
+    return step * step_later, x + tl.where(step == 0.0, 0.0, step * later)
+
+
+@jit
 def product(x, trust):
     """x·trust, 0 where either is 0: a mask removes infinities too, and A = 0 outdoes an infinite weight."""
     x = x + tl.where(trust == 0.0, 0.0, 0.0)  # a term may return a plain number

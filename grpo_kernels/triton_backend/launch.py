@@ -14,10 +14,16 @@ from grpo_kernels.objective.metrics import METRIC_NAMES, SUM_NAMES
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import ways
 from grpo_kernels.triton_backend.groups import batch_std_kernel, groups_kernel
-from grpo_kernels.triton_backend.objective_kernels import sequence_kernel, total_kernel
+from grpo_kernels.triton_backend.objective_kernels import sequence_kernel
 from grpo_kernels.triton_backend.quantile import threshold_kernel
 from grpo_kernels.triton_backend.row_kernels import logprob_kernel, loss_kernel, scale_kernel, slope_kernel
-from grpo_kernels.triton_backend.sequence_kernels import correction_kernel, segments_kernel, spread_kernel
+from grpo_kernels.triton_backend.sequence_kernels import (
+    SUFFIX_BLOCK,
+    correction_kernel,
+    segments_kernel,
+    spread_kernel,
+    suffix_kernel,
+)
 from grpo_kernels.triton_backend.shapes import (
     OPTIONS,
     SCALING_WARPS,
@@ -28,6 +34,7 @@ from grpo_kernels.triton_backend.shapes import (
     sequence_parts,
 )
 from grpo_kernels.triton_backend.sharded import BLOCK, unite_kernel
+from grpo_kernels.triton_backend.totals import total_kernel
 
 
 def require_available(device: torch.device) -> None:
@@ -172,13 +179,14 @@ def _sequences(
     """(loss, sums, metrics), None each unless ``summed``; what is no None of the others is written."""
     B, T = batch.sequences, batch.ids.shape[1]
     correction = CORRECTIONS[plan.correction] if plan.correction else None
-    parts = sequence_parts(B, T, plan.of_sequence or (correction is not None and correction.per_sequence))
+    parts = sequence_parts(B, T, plan.shares or (correction is not None and correction.per_sequence))
     partial = logps.new_empty((B * parts, len(SUM_NAMES)), dtype=torch.float64) if summed else None
-    term, own = TERMS[plan.term], plan.own
+    term, own, suffix = TERMS[plan.term], plan.own, plan.suffix
     with _on(logps):
+        future = _future(logps, batch, plan) if suffix else None
         _over(sequence_kernel, B * parts)(
             logps, entropies, batch.mask, batch.old, batch.ref, batch.sampling, batch.adv, batch.rewards,
-            batch.wanted, batch.is_weight, losses, local, spread, share, h, partial,
+            batch.wanted, batch.is_weight, future, losses, local, spread, share, h, partial,
             batch.count, batch.loss_scale, batch.tokens, batch.entropy_coef, batch.threshold, batch.groups,
             batch.batch_std, batch.cu,
             *_strides(batch.mask, batch.old, batch.ref, batch.sampling, batch.adv, batch.wanted, batch.is_weight),
@@ -187,7 +195,8 @@ def _sequences(
             batch.drift, batch.correction_low, batch.correction_high, batch.limits, term.kind(*batch.term),
             TERM=term.function, REGION=term.region, STATISTIC=own and own.function,
             CORRECTION=own and own.correction, OWN=own.how if own else "", HOW=LEVELS[plan.level].how,
-            SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias, OFF_POLICY=plan.off_policy,
+            INFLUENCE=suffix and suffix.influence, SPREAD=plan.spread, KL=plan.kl_function, BIAS=plan.bias,
+            OFF_POLICY=plan.off_policy,
             LIMITED=plan.limited, CLAMPED=plan.clamped, WEIGHT_ONCE=plan.weight_once, CLIP_ONCE=plan.clip_once,
             CORRECTED=correction.of if correction and batch.sampling is not None else "",
             SCALE=plan.scale_rewards, UNBIASED=plan.unbiased, SKIP=plan.skip, BONUS=plan.bonus, **block_shape(),
@@ -198,6 +207,17 @@ def _sequences(
         total, metrics = logps.new_empty(()), logps.new_empty(len(METRIC_NAMES))
         total_kernel[(1,)](partial, sums, total, metrics, B, parts, **block_shape())
     return total, sums, metrics
+
+
+def _future(logps, batch: Batch, plan: Plan) -> torch.Tensor:
+    """[B, T], of each unmasked token, see `suffix_kernel`."""
+    future, term = torch.empty_like(logps), TERMS[plan.term]
+    _over(suffix_kernel, batch.sequences)(
+        logps, batch.old, batch.mask, batch.places, future, batch.cu, *_strides(batch.old, batch.mask),
+        batch.sequences, logps.shape[1], batch.limits, term.kind(*batch.term),
+        FUNCTION=plan.suffix.function, LIMITED=plan.limited, **block_shape(tokens=int(SUFFIX_BLOCK)),
+    )  # fmt: skip
+    return future
 
 
 def join(local, spread, share, up, cu) -> torch.Tensor:

@@ -1,17 +1,17 @@
-"""The [B, T] kernels: token objective, its sums per sequence, and the sums over sequences.
+"""The [B, T] kernel of an objective: each token's loss and derivatives, and the sums of its sequence.
 
-They run on log-probabilities, not on logits, and so cost next to nothing. Sums are taken in fp64, in a fixed order.
+It runs on log-probabilities, not on logits, and so costs next to nothing. Sums are taken in fp64, in a fixed order.
 """
 
 from grpo_kernels.objective.advantages import is_known
 from grpo_kernels.objective.corrections import mismatch, outside
 from grpo_kernels.objective.language import jit, tl
-from grpo_kernels.objective.metrics import SUM_NAMES, summarise
 from grpo_kernels.objective.token import (
     drift_of,
     keeps_sequence,
     limited_ratio,
     log_ratio,
+    product,
     scaled,
     token_objective,
     weight,
@@ -28,18 +28,7 @@ from grpo_kernels.triton_backend.sequence_kernels import (
     total_of,
     unmasked,
 )
-
-_INF = tl.constexpr(float("inf"))
-_NAMES = list(SUM_NAMES)
-SUMS = tl.constexpr(len(_NAMES))
-COLUMNS = tl.constexpr(32)  # the next power of two
-SEQUENCES = tl.constexpr(32)  # whose sums are loaded at a time
-# Columns of the table of sums; of those that are a minimum or a maximum, a bit each.
-LOW, HIGH, CLIPS = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low", "high", "count"))
-LOW_MIN, HIGH_MAX = (tl.constexpr(_NAMES.index(f"clip_ratio/{name}")) for name in ("low_min", "high_max"))
-MINIMA, MAXIMA = (
-    tl.constexpr(sum(1 << k for k, name in enumerate(_NAMES) if SUM_NAMES[name] == how)) for how in ("min", "max")
-)
+from grpo_kernels.triton_backend.totals import INF, SUMS
 
 
 @jit
@@ -60,16 +49,17 @@ def share_of(first, end, part, parts):
 
 @kernel
 def sequence_kernel(
-    logps, entropy, mask, old, ref, sampling, adv, rewards, wanted, is_weight,  # [B, T] ×7, [B], [B, T] ×2
+    logps, entropy, mask, old, ref, sampling, adv, rewards, wanted, is_weight, future,  # [B, T] ×7, [B], [B, T] ×3
     losses, local, spread, share, h, partial,  # out: [B, T] ×5, [B·parts, SUMS] fp64; None where nobody reads it
     count, loss_scale, tokens, entropy_coef, threshold, groups, batch_std, cu,
     mask_b, mask_t, old_b, old_t, ref_b, ref_t, samp_b, samp_t, adv_b, adv_t, wanted_b, wanted_t, is_b, is_t, count_b,
     parts, B, T, G, beta: tl.float32, w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32,
     drift_limit: tl.float32, correction_low: tl.float32, correction_high: tl.float32, limits, c,
     TERM: tl.constexpr, REGION: tl.constexpr, STATISTIC: tl.constexpr, CORRECTION: tl.constexpr, OWN: tl.constexpr,
-    HOW: tl.constexpr, SPREAD: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, OFF_POLICY: tl.constexpr,
-    LIMITED: tl.constexpr, CLAMPED: tl.constexpr, WEIGHT_ONCE: tl.constexpr, CLIP_ONCE: tl.constexpr,
-    CORRECTED: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, BONUS: tl.constexpr,
+    HOW: tl.constexpr, INFLUENCE: tl.constexpr, SPREAD: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr,
+    OFF_POLICY: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr, WEIGHT_ONCE: tl.constexpr,
+    CLIP_ONCE: tl.constexpr, CORRECTED: tl.constexpr, SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr,
+    BONUS: tl.constexpr,
 ):  # fmt: skip
     """``parts`` programs per sequence: ℓ, its derivatives, and the sums of the metrics.
 
@@ -79,12 +69,14 @@ def sequence_kernel(
 
     HOW ("", "mean", "sum") makes the level's log ratio of the tokens', OWN ("", "mean", "sum") the term's own
     statistic. Either of them, or an off-policy mask, needs all of a sequence before its first token, which is then
-    read twice, by one program. CORRECTED: importance weights that were made of the sampler's log-probabilities have
-    one value per "token" or "sequence", or are "gated" by the sequence's.
+    read twice, by one program. INFLUENCE makes a factor of the ``future`` of `suffix_kernel`. CORRECTED: importance
+    weights that were made of the sampler's log-probabilities have one value per "token" or "sequence", or are "gated"
+    by the sequence's.
     """
     WHOLE: tl.constexpr = HOW != "" or OWN != "" or OFF_POLICY
     ALONE: tl.constexpr = WHOLE or CORRECTED == "sequence"
-    TRUST: tl.constexpr = (is_weight is not None and OWN == "") or OFF_POLICY or threshold is not None
+    MASKED: tl.constexpr = OFF_POLICY or threshold is not None
+    TRUST: tl.constexpr = (is_weight is not None and OWN == "") or MASKED or future is not None
     program = tl.program_id(0).to(tl.int64)
     seq = program
     once = 1.0  # what belongs to the sequence is its first part's
@@ -171,11 +163,14 @@ def sequence_kernel(
     s_drawn = no_sum()
     s_corrected = no_sum()
     s_d = no_sum()
-    ratio_min = tl.full([BLOCK], _INF, tl.float32)
-    ratio_max = tl.full([BLOCK], -_INF, tl.float32)
+    s_future = no_sum()
+    s_influence = no_sum()
+    s_calm = no_sum()
+    ratio_min = tl.full([BLOCK], INF, tl.float32)
+    ratio_max = tl.full([BLOCK], -INF, tl.float32)
     gap_max = tl.zeros([BLOCK], tl.float32)
-    drawn_min = tl.full([BLOCK], _INF, tl.float32)
-    drawn_max = tl.full([BLOCK], -_INF, tl.float32)
+    drawn_min = tl.full([BLOCK], INF, tl.float32)
+    drawn_max = tl.full([BLOCK], -INF, tl.float32)
     begin, stop = first, end
     if not ALONE:
         begin, stop = share_of(first, end, program % parts, parts)
@@ -203,6 +198,13 @@ def sequence_kernel(
         trust = tl.full([BLOCK], 1.0, tl.float32)
         if OWN == "":
             trust = trust * w_token
+        if future is not None:
+            F = tl.load(future + at, mask=live, other=0.0)
+            influence, calm = INFLUENCE(F, r, A, c)
+            trust = product(influence, trust)
+            s_future = add(s_future, live, F)
+            s_influence = add(s_influence, live, influence)
+            s_calm = add(s_calm, live, calm)
         if OFF_POLICY:
             trust = tl.where(keeps_sequence(mean_drift, A, drift_limit) != 0.0, trust, 0.0)
         H = load_row(entropy, at, live, 0.0)
@@ -253,8 +255,8 @@ def sequence_kernel(
         s_ratio = add(s_ratio, live, ratio)
         s_drift = add(s_drift, live, ratio - 1.0 - r)
         ranked = live & (ratio == ratio)
-        ratio_min = tl.minimum(ratio_min, tl.where(ranked, ratio, _INF))
-        ratio_max = tl.maximum(ratio_max, tl.where(ranked, ratio, -_INF))
+        ratio_min = tl.minimum(ratio_min, tl.where(ranked, ratio, INF))
+        ratio_max = tl.maximum(ratio_max, tl.where(ranked, ratio, -INF))
 
         if sampling is not None:
             sampled = load_row(sampling, seq * samp_b + tok * samp_t, there, 0.0)
@@ -276,8 +278,8 @@ def sequence_kernel(
                     s_corrected = add(s_corrected, live & corrected, 1.0)
                 s_drawn = add(s_drawn, live, drawn)
                 ranked = live & (drawn == drawn)
-                drawn_min = tl.minimum(drawn_min, tl.where(ranked, drawn, _INF))
-                drawn_max = tl.maximum(drawn_max, tl.where(ranked, drawn, -_INF))
+                drawn_min = tl.minimum(drawn_min, tl.where(ranked, drawn, INF))
+                drawn_max = tl.maximum(drawn_max, tl.where(ranked, drawn, -INF))
 
     n_policy = total_of(s_policy)
     n_tokens = total_of(s_tokens)
@@ -318,8 +320,8 @@ def sequence_kernel(
             n_drawn = tl.where(n_draws > 0.0, drawn, 0.0).to(tl.float64)
             n_trust = n_drawn * n_tokens
             known = (n_draws > 0.0) & (drawn == drawn)
-            least = tl.where(known, drawn, _INF)
-            most = tl.where(known, drawn, -_INF)
+            least = tl.where(known, drawn, INF)
+            most = tl.where(known, drawn, -INF)
         else:
             n_draws = n_tokens
             n_corrected = total_of(s_corrected)
@@ -333,59 +335,8 @@ def sequence_kernel(
         tl.min(ratio_min, axis=0), 0.0, tl.max(ratio_max, axis=0), 0.0,  # `total_kernel` has the clipped shares
         reward, reward * reward, scored, flat, once - scored if rewards is not None else 0.0,
         total_of(s_gap), total_of(s_heard), n_drawn, n_draws, n_corrected, n_trust,
-        tl.max(gap_max, axis=0), least, most,
+        tl.max(gap_max, axis=0), least, most, total_of(s_future), total_of(s_influence), total_of(s_calm),
     )  # fmt: skip
     if partial is not None:
         for k in tl.static_range(len(row_of_sums)):
             tl.store(partial + program * SUMS + k, row_of_sums[k])
-
-
-@jit
-def entry(values, column, k: tl.constexpr):
-    return tl.sum(tl.where(column == k, values, 0.0), axis=0)
-
-
-@kernel
-def total_kernel(partial, sums, loss, metrics, B, parts):
-    """One program: the sums over sequences [SUMS] fp64, the loss [] and the metrics, fp32.
-
-    ``partial`` [B·parts, SUMS] is added up by rows; of the sequences' clipped shares there is a minimum and a maximum.
-    """
-    column = tl.arange(0, COLUMNS)
-    is_min = ((MINIMA >> column) & 1) != 0
-    is_max = ((MAXIMA >> column) & 1) != 0
-    nothing = tl.where(is_min, _INF, tl.where(is_max, -_INF, 0.0)).to(tl.float64)
-    table = tl.zeros([SEQUENCES, COLUMNS], tl.float64) + nothing[None, :]
-    low_min = tl.full([SEQUENCES], _INF, tl.float64)
-    high_max = tl.full([SEQUENCES], -_INF, tl.float64)
-    for start in range(0, B, SEQUENCES):
-        seq = start + tl.arange(0, SEQUENCES).to(tl.int64)
-        here = seq < B
-        low = tl.zeros([SEQUENCES], tl.float64)
-        high = tl.zeros([SEQUENCES], tl.float64)
-        clips = tl.zeros([SEQUENCES], tl.float64)
-        for part in range(0, parts):
-            row = partial + (seq * parts + part) * SUMS
-            x = tl.load(row[:, None] + column[None, :], mask=here[:, None] & (column < SUMS)[None, :], other=0.0)
-            x = tl.where(here[:, None], x, nothing[None, :])
-            best = tl.where(is_min[None, :], tl.minimum(table, x), tl.maximum(table, x))
-            table = tl.where((is_min | is_max)[None, :], best, table + x)
-            low += tl.load(row + LOW, mask=here, other=0.0)
-            high += tl.load(row + HIGH, mask=here, other=0.0)
-            clips += tl.load(row + CLIPS, mask=here, other=0.0)
-        some = clips > 0.0
-        clips = tl.where(some, clips, 1.0)
-        low_min = tl.minimum(low_min, tl.where(some, low / clips, _INF))
-        high_max = tl.maximum(high_max, tl.where(some, high / clips, -_INF))
-    total = tl.sum(tl.where((is_min | is_max)[None, :], 0.0, table), axis=0)
-    values = tl.where(is_min, tl.min(table, axis=0), tl.where(is_max, tl.max(table, axis=0), total))
-    values = tl.where(column == LOW_MIN, tl.min(low_min, axis=0), values)
-    values = tl.where(column == HIGH_MAX, tl.max(high_max, axis=0), values)
-    tl.store(sums + column, values, mask=column < SUMS)
-    tl.store(loss, entry(values, column, 0).to(tl.float32))
-    every = ()
-    for k in tl.static_range(1, SUMS):
-        every = every + (entry(values, column, k),)  # noqa: RUF005  Triton knows no (*every, x)
-    found = summarise(*every)
-    for k in tl.static_range(len(found)):
-        tl.store(metrics + k, found[k].to(tl.float32))

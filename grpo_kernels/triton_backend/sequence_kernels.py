@@ -7,9 +7,11 @@ same bits.
 
 from grpo_kernels.objective.corrections import mismatch, outside, within
 from grpo_kernels.objective.language import jit, tl
+from grpo_kernels.objective.token import joined, limited_ratio, log_ratio
 from grpo_kernels.triton_backend.row_kernels import kernel
 
 BLOCK = tl.constexpr(256)
+SUFFIX_BLOCK = tl.constexpr(128)
 
 
 @jit
@@ -157,3 +159,39 @@ def segments_kernel(mask, cu, segments, lengths, mask_b, mask_t, B, N):
         sizes = add(sizes, live, 1.0)
         tl.store(segments + tok, tl.where(inside, seq, B).to(tl.int32), mask=tok < end)
     tl.store(lengths + seq, total_of(sizes).to(tl.float32))
+
+
+@kernel
+def suffix_kernel(
+    logps, old, mask, places, future, cu,  # [B, T] ×3, [N] or None, out: [B, T], [B+1]
+    old_b, old_t, mask_b, mask_t, B, T, limits, c,
+    FUNCTION: tl.constexpr, LIMITED: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, from its end: ``future`` of a token is Σ γ^k·x of the k-th token after it, k ≥ 0.
+
+    FUNCTION says what x and log₂ γ are. Masked tokens add nothing, and count as a step. ``places`` says how many steps
+    lie between packed tokens whose sequences lack some. A block's tokens are joined in a tree, which is always the
+    same, and get from the blocks after it what their first token's future is.
+    """
+    seq = tl.program_id(0).to(tl.int64)
+    first, last, _ = bounds(cu, seq, B, T)
+    row = output_row(cu, seq, T)
+    lane = tl.arange(0, SUFFIX_BLOCK)
+    carried = tl.zeros([], tl.float64)
+    for start in range(0, last - first, SUFFIX_BLOCK):
+        tok = last - 1 - start - lane.to(tl.int64)  # backwards: a scan from the first lane
+        inside = tok >= first
+        live = unmasked(mask, seq * mask_b + tok * mask_t, inside)
+        lp = tl.load(logps + row + tok, mask=live, other=0.0)
+        r = log_ratio(lp, load_row(old, seq * old_b + tok * old_t, live, lp))
+        x, log2_decay = FUNCTION(limited_ratio(r, limits, LIMITED)[0], c)
+        x = tl.where(live, x, 0.0).to(tl.float64)
+        steps = tl.zeros([SUFFIX_BLOCK], tl.float64) + 1.0
+        if places is not None:
+            after = inside & (tok + 1 < last)
+            there = tl.load(places + tok + 1, mask=after, other=1)
+            steps = (there - tl.load(places + tok, mask=after, other=0)).to(tl.float64)
+        decay, within = tl.associative_scan((tl.exp2(steps * log2_decay), x), 0, joined)
+        F = joined(1.0, carried, decay, within)[1]
+        tl.store(future + row + tok, F.to(tl.float32), mask=inside)
+        carried = tl.sum(tl.where(lane == SUFFIX_BLOCK - 1, F, 0.0), axis=0)

@@ -69,9 +69,9 @@ def sequence_parts(B: int, T: int, whole: bool) -> int:
 
 
 @functools.cache
-def block_shape(wave: int = WAVE) -> dict[str, int]:
+def block_shape(wave: int = WAVE, tokens: int = 256) -> dict[str, int]:
     """Options of the [B, T] kernels, which hold a token per thread and what is added up of it.
 
     Left to itself ptxas aims at an occupancy they do not need, and spills.
     """
-    return {"num_warps": 256 // wave, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}
+    return {"num_warps": tokens // wave, **({"maxnreg": 128} if wave == 32 else {}), **OPTIONS}

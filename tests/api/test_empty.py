@@ -26,7 +26,7 @@ CALLS = {
     "token": {},
     "bonus": {"entropy_coef": 0.1, "return_entropy": True, "beta": 0.1},
     "sequence": {"loss_type": "gspo", "beta": 0.1},
-    **{name: {"policy_term": name} for name, term in TERMS.items() if term.statistic},
+    **{name: {"policy_term": name} for name, term in TERMS.items() if term.of_sequence},
     "dr_grpo": {"loss_type": "dr_grpo", "max_completion_length": 5},
     "verl's": {"loss_agg_mode": "seq-mean-token-mean"},
     "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},

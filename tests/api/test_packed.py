@@ -123,7 +123,7 @@ def test_masks_and_corrections(mode, drop, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "vespo"))
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "vespo", "fipo"))
 @pytest.mark.parametrize("per_token", (False, True))
 def test_skip_zero_advantage(per_token, loss_type, backend):
     some = lambda case, inside: {"advantages": case.advantages * torch.tensor([0.0, 1, 1, 0, 1])}  # noqa: E731
@@ -211,7 +211,7 @@ def test_token_logprobs(entropy, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "vespo", "gmpo", "topr"))
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "vespo", "gmpo", "fipo", "topr"))
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 def test_policy_loss(reduction, loss_type, backend):
     """The same objective from log-probs, padded and packed, as from logits."""

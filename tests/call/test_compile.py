@@ -103,7 +103,7 @@ def test_compiled_by_inductor_is_eager():
 SEQUENCE_CALLS = {
     "sequence": {"loss_type": "gspo"},
     "per token": {"loss_type": "gspo", "reduction": "none"},
-    **{name: {"policy_term": name} for name, term in TERMS.items() if term.statistic},
+    **{name: {"policy_term": name} for name, term in TERMS.items() if term.of_sequence},
     "quantile": {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
     "late": {"sampling_correction": "sequence_mask"},
     "early": {"sampling_correction": "token_truncate", "off_policy_mask_threshold": 0.1},
@@ -173,7 +173,8 @@ def number_of_compilations(calls, backend):
 
 
 @pytest.mark.parametrize(("backend", "reduction"), [("torch", "mean"), ("torch", "none"), ("triton", "mean")])
-def test_new_values_do_not_recompile(backend, reduction):
+@pytest.mark.parametrize("loss_type", ("dapo", "fipo"))
+def test_new_values_do_not_recompile(loss_type, backend, reduction):
     """The first value is a constant, the second makes it a variable, and then nothing is compiled again."""
     hidden, weight, inputs = batch()
 
@@ -181,11 +182,17 @@ def test_new_values_do_not_recompile(backend, reduction):
         return {
             "beta": 0.01 * k, "epsilon": 0.1 + 0.01 * k, "epsilon_high": 0.2 + 0.01 * k, "delta": 1.5 + 0.1 * k,
             "temperature": 0.5 + 0.1 * k, "loss_scale": 1 / k, "num_items_in_batch": 100 + k,
-            "entropy_coef": 0.001 * k, "advantage_eps": 1e-4 * k,
+            "entropy_coef": 0.001 * k, "advantage_eps": 1e-4 * k, **of_fipo(k),
         }  # fmt: skip
 
+    def of_fipo(k):
+        if loss_type != "fipo":
+            return {}
+        return {"fipo_clip_range": 0.2 + 0.01 * k, "fipo_safety_threshold": 1.0 + 0.1 * k,
+                "fipo_gamma" if reduction == "none" else "fipo_decay_rate": 0.05 * k}  # fmt: skip
+
     rewards = torch.tensor([0.0, 1.0], device=DEVICE)
-    fixed = {**inputs, "rewards": rewards, "num_generations": 2, "loss_type": "dapo", "reduction": reduction}
+    fixed = {**inputs, "rewards": rewards, "num_generations": 2, "loss_type": loss_type, "reduction": reduction}
     calls = ((hidden, weight, {**fixed, **values(k)}) for k in range(1, 13))
     assert number_of_compilations(calls, backend) <= 3
 

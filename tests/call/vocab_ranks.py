@@ -95,6 +95,7 @@ def packed():
     for backend in ("torch", "triton"):
         check(logits, backend, **flat, loss_type="gspo", temperature=torch.tensor([0.5, 1.0, 2.0, 0.8]))
         check(logits, backend, **flat, return_entropy=True)
+        check(logits, backend, **flat, loss_type="fipo", fipo_decay_rate=2.0)
 
 
 def like_the_whole(logits, backend, **kwargs):

@@ -14,6 +14,16 @@ from typing import NamedTuple
 
 import pytest
 
+from term_slopes import (
+    clipped_slopes,
+    dppo_kl_slopes,
+    dppo_tv_slopes,
+    fipo_influences,
+    gmpo_slopes,
+    sapo_slopes,
+    up_slopes,
+    vespo_slopes,
+)
 from variation import SEED_OFFSET
 
 INF, E = math.inf, math.e
@@ -23,18 +33,19 @@ CAPPED = REGION | {"clip_ratio/dual_mean"}
 
 
 class Row(NamedTuple):
-    """Numbers by hand: a term at one token, the only one of its sequence, whose log ratio is lp − old."""
+    """Numbers by hand: a term at one token, the first of its sequence, whose log ratio is lp − old."""
 
     lp: float
     old: float
     A: float
     knobs: dict
     want: tuple[float, float, float]  # ℓ, ∂ℓ/∂r, ∂ℓ/∂lp
+    after: tuple[float, ...] = ()  # log ratios of the tokens that follow
 
 
-def ratio(rho: float, A: float, loss: float, slope: float, by_lp: float = 0.0, lp: float = -1.0, **knobs) -> Row:
+def ratio(rho: float, A: float, loss: float, slope: float, by_lp=0.0, lp=-1.0, after=(), **knobs) -> Row:
     """ℓ and ∂ℓ/∂r at a ratio."""
-    return Row(lp, lp - math.log(rho), A, knobs, (loss, slope, by_lp))
+    return Row(lp, lp - math.log(rho), A, knobs, (loss, slope, by_lp), after)
 
 
 def weighted(rho: float, A: float, factor: float, **knobs) -> Row:
@@ -57,6 +68,7 @@ class Facts:
             in one of them, and no two have the same value.
         slopes: (k, ρ, A, p, p_old) -> (∂ℓ/∂r̂, ∂ℓ/∂lp), the closed form, with the knobs k, for A ≠ 0; or
         of_sequence: (k, w, r, A, importance weights) -> ∂Σ w·ℓ/∂lp of each token, of lists, for a statistic.
+        influences: (k, r, A, places) -> W of each token, of lists, which multiplies what the slopes say, for a suffix.
         metrics: its own, with the first of the settings.
         levels: where it has a meaning.
         sees_level: its loss depends on the level.
@@ -67,6 +79,7 @@ class Facts:
     settings: tuple[dict, ...] = ({},)
     slopes: Callable | None = None
     of_sequence: Callable | None = None
+    influences: Callable | None = None
     metrics: frozenset[str] | set[str] = frozenset()
     levels: tuple[str, ...] = LEVELS
     sees_level: bool = True
@@ -77,62 +90,6 @@ class Facts:
         """Each knob with its values in the settings."""
         names = dict.fromkeys(name for setting in self.settings for name in setting)
         return {name: tuple(each[name] for each in self.settings if name in each) for name in names}
-
-
-# --- closed forms, in plain numbers; k has the knobs ------------------------------------------------------------
-
-
-def widths(k) -> tuple[float, float]:
-    return k.epsilon, k.epsilon if k.epsilon_high is None else k.epsilon_high
-
-
-def clipped_slopes(k, rho, A, p, old):
-    low, high = 1 - widths(k)[0], 1 + widths(k)[1]
-    delta, dual = k.delta or INF, k.dual_clip or INF
-    free, clip = min(rho, delta) * A, min(max(rho, low), high) * A
-    if A < 0 and -min(free, clip) > -dual * A:
-        return 0.0, 0.0
-    moves = rho <= delta if free <= clip else low <= rho <= high
-    return -rho * A * moves, 0.0
-
-
-def up_slopes(k, rho, A, p, old):
-    return (0.0, -A) if A > 0 else clipped_slopes(k, rho, A, p, old)
-
-
-def sapo_slopes(k, rho, A, p, old):
-    gate = 1 / (1 + math.exp(-(k.sapo_temperature_pos if A > 0 else k.sapo_temperature_neg) * (rho - 1)))
-    return -4 * A * rho * gate * (1 - gate), 0.0
-
-
-def dppo_tv_slopes(k, rho, A, p, old):
-    low, high = widths(k)
-    keep = p - old <= high if A > 0 else p - old >= -low
-    return 0.0, -A * min(rho, k.dual_clip or 20) * keep
-
-
-def dppo_kl_slopes(k, rho, A, p, old):
-    low, high = widths(k)
-    kl = old * math.log(old / p) + (1 - old) * math.log((1 - old + 1e-8) / (1 - p + 1e-8))
-    keep = (kl <= high or p <= old) if A > 0 else (kl <= low or p >= old)
-    return 0.0, -A * min(rho, k.dual_clip or 20) * keep
-
-
-def vespo_slopes(k, w, r, A, weights):
-    log_w = sum(r) + sum(map(math.log, weights))
-    up, down = (k.vespo_k_pos, k.vespo_lambda_pos), (k.vespo_k_neg, k.vespo_lambda_neg)
-    shape = [up if a >= 0 else down for a in A]
-    phi = [math.exp(rate + power * log_w - rate * math.exp(log_w)) for power, rate in shape]
-    return [-x * a * f for x, a, f in zip(w, A, phi)]
-
-
-def gmpo_slopes(k, w, r, A, weights):
-    """Of −Σ w·A·exp(mean δ + mean log weight)."""
-    low, high = widths(k)
-    delta = [min(x, high) if a > 0 else max(x, -low) if a < 0 else 0.0 for x, a in zip(r, A)]
-    mean = (sum(delta) + sum(map(math.log, weights))) / max(len(r), 1)
-    total = -sum(x * a for x, a in zip(w, A)) * math.exp(mean)
-    return [total / len(r) * ((a > 0 and x <= high) or (a < 0 and x >= -low)) for x, a in zip(r, A)]
 
 
 # --- the terms --------------------------------------------------------------------------------------------------
@@ -201,6 +158,58 @@ TERM_TABLE = {
         settings=({**NARROW, "delta": 1.01}, {**NARROW, "delta": 1.09, "dual_clip": 1.03}),  # above 1 A < 0 alone tells
         slopes=up_slopes,
         metrics=REGION,
+        levels=("token",),
+    ),
+    "fipo": Facts(
+        by_hand=(
+            # alone in its sequence, F = r and W = ρ, within [1, 1.2]: ℓ = −W·ρ·A
+            ratio(1.1, 2.0, -2.42, -2.42),
+            ratio(1.0, -1.0, 1.0, 1.0),
+            ratio(0.9, -1.0, 0.9, 0.9),
+            ratio(1.5, -1.0, 1.8, 1.8),
+            # clipped at 1.2, W = 1.2; the upper bound at 1.6; held at 0.8, or 0.7 and W = 1
+            ratio(1.5, 2.0, -2.88, 0.0),
+            ratio(1.5, 2.0, -3.6, -3.6, epsilon_high=0.6),
+            ratio(0.5, -1.0, 0.8, 0.0),
+            ratio(0.75, -1.0, 0.75, 0.75, epsilon=0.3, epsilon_high=0.1),
+            # W within [0.8, 1.2], within [0.6, 1.4], within [1, 1.6], and free
+            ratio(0.9, -1.0, 0.81, 0.81, fipo_clip_high_only=False),
+            ratio(0.5, 2.0, -0.8, -0.8, fipo_clip_high_only=False),
+            ratio(0.5, 2.0, -0.6, -0.6, fipo_clip_high_only=False, fipo_clip_range=0.4),
+            ratio(1.5, -1.0, 2.25, 2.25, fipo_clip_range=0.6),
+            ratio(1.5, -1.0, 2.25, 2.25, fipo_clip_range=None),
+            ratio(0.5, 2.0, -0.5, -0.5, fipo_clip_range=0.0),
+            # A < 0 and ρ above the threshold: W ≤ 1; A > 0 is free of it, and so is what lies below
+            ratio(5.0, -1.0, 5.0, 5.0),
+            ratio(5.0, -1.0, 6.0, 6.0, fipo_safety_threshold=None),
+            ratio(1.5, -1.0, 1.5, 1.5, fipo_safety_threshold=1.4),
+            ratio(1.5, 2.0, -2.88, 0.0, fipo_safety_threshold=1.4),
+            ratio(1.3, -1.0, 1.56, 1.56, fipo_safety_threshold=1.4),
+            # δ caps ρ, and takes what is above it out of F
+            ratio(1.5, -1.0, 1.3, 0.0, delta=1.3),
+            ratio(1.25, -1.0, 1.5, 1.5, delta=1.3),
+            # at most −cA, times W
+            ratio(2.0, -1.0, 1.8, 0.0, dual_clip=1.5),
+            # half of what follows, a quarter of what follows that: F = log 1.1. γ = ¼: the same
+            ratio(1.0, 2.0, -2.2, -2.2, after=(2 * math.log(1.1),), fipo_decay_rate=1.0),
+            ratio(1.0, 2.0, -2.2, -2.2, after=(0.0, 4 * math.log(1.1)), fipo_decay_rate=1.0),
+            ratio(1.0, 2.0, -2.2, -2.2, after=(4 * math.log(1.1),), fipo_gamma=0.25),
+            ratio(1.0, 2.0, -2.2, -2.2, after=(2.0, 2 * math.log(1.1)), fipo_decay_rate=2.0, delta=1.5),
+            # 1.5·½ = 0.75, within [0.6, 1.4]; unsafe, and so within [0.8, 1]
+            ratio(1.5, -1.0, 1.125, 1.125, after=(math.log(0.5),), fipo_gamma=1.0, fipo_clip_high_only=False,
+                  fipo_clip_range=0.4),
+            ratio(1.5, -1.0, 1.2, 1.2, after=(math.log(0.5),), fipo_gamma=1.0, fipo_clip_high_only=False,
+                  fipo_clip_range=0.4, fipo_safety_threshold=1.4),
+            ratio(1.3, 0.0, 0.0, 0.0),
+        ),
+        settings=(
+            {**WIDE, "delta": 1.6, "fipo_clip_range": 0.3, "fipo_clip_high_only": False, "fipo_safety_threshold": 1.12,
+             "fipo_decay_rate": 2.0},
+            {**WIDE, "delta": 1.4, "dual_clip": 1.3, "fipo_clip_range": 0.7, "fipo_gamma": 0.6},
+        ),
+        slopes=clipped_slopes,
+        influences=fipo_influences,
+        metrics=REGION | {"fipo/future_kl", "fipo/influence_weight", "fipo/safety_keep"},
         levels=("token",),
     ),
     "cispo": Facts(

@@ -9,6 +9,9 @@ term is given the benefit of its sign::
     ρ = e^r̂                    3·|r̂| + 4 =: q
     log of a weight e^d         of the weight 3·|d| + 4, of the logarithm as much: 6·|d| + 8 =: q_d, absolute
     the same, for A ≤ 0        up. For A > 0 ℓ is −A: 0
+    the same, and W = e^F      fipo. Of F: of each r_k 1, of its γ^k the rounding of log₂ γ, k·|log γ|, all times
+                               γ^k·|r_k|; F itself 1; adding up is in fp64: d_F. Of W d_F + 3·|F| + 4, its bounds 1;
+                               only the bounds' where F lies beyond them by more than d_F
     e^x, x = log w·k + λ − λ·w  vespo. Of k·log w: k, log w, the product; of λ: 1; of λ·w: λ, the product, w as of ρ.
                                 λ + k·log w rounds once more, then 3 of all as of each x:
                                 7·k·|log w| + 5·λ + (9 + 3·|log w|)·λ·w + 4,
@@ -40,12 +43,13 @@ from torch import Tensor
 
 import reference
 from reference.knobs import Knobs
-from reference.tensors import gradient_of, masked_sum, sequence_mean
-from reference.terms import LOG_FLOOR, Tokens, policy_term, vespo_log_w, vespo_phi
+from reference.tensors import gradient_of, masked_mean, masked_sum, sequence_mean
+from reference.terms import LOG_FLOOR, Tokens, future_of, policy_term, vespo_log_w, vespo_phi
 
 U = 2.0**-24  # unit roundoff of fp32
 OF_A_BOUND = 12 * U
 PHI = "vespo/phi_seq_mean"
+FUTURE, INFLUENCE = "fipo/future_kl", "fipo/influence_weight"
 
 
 class Roundings(NamedTuple):
@@ -65,6 +69,33 @@ def of_ratio(x: Tokens, k: Knobs) -> Roundings:
 
 def of_up(x: Tokens, k: Knobs) -> Roundings:
     size = torch.where(x.A > 0, 0, of_exp(x.r))
+    return Roundings(size, size)
+
+
+def of_future(x: Tokens, k: Knobs) -> Tensor:
+    """d_F, absolute."""
+    gamma = 0.5 ** (1 / k.fipo_decay_rate) if k.fipo_gamma is None else k.fipo_gamma
+    sizes = torch.where(x.mask, (x.lp - x.old).abs(), 0).nan_to_num(0, 0, 0)
+    T = sizes.shape[1]
+    steps = (torch.arange(T) - torch.arange(T)[:, None]).double()  # [t, k]
+    powers = torch.where(steps < 0, 0, gamma ** steps.clamp(min=0) * (1 + steps * abs(math.log(gamma))))
+    return sizes.double() @ powers.T + future_of(x, k).kl.abs()
+
+
+def of_influence(x: Tokens, k: Knobs) -> Tensor:
+    """Of W, relative."""
+    F, d_F = future_of(x, k).kl, of_future(x, k)
+    size = d_F + 3 * F.abs() + 4
+    if k.fipo_clip_range:
+        most, least = math.log1p(k.fipo_clip_range), 0.0 if k.fipo_clip_high_only else -math.inf
+        if not k.fipo_clip_high_only and k.fipo_clip_range < 1:
+            least = math.log1p(-k.fipo_clip_range)
+        size = torch.where((F > most + U * size) | (F < least - U * size), 1, size)
+    return size
+
+
+def of_fipo(x: Tokens, k: Knobs) -> Roundings:
+    size = of_exp(x.r) + of_influence(x, k)
     return Roundings(size, size)
 
 
@@ -112,7 +143,7 @@ def of_sapo(x: Tokens, k: Knobs) -> Roundings:
 
 TERM_ROUNDINGS = {
     "reinforce": of_nothing, "dro": of_nothing, "gmpo": of_gmpo, "vespo": of_vespo, "sapo": of_sapo,
-    "up": of_up,
+    "up": of_up, "fipo": of_fipo,
 }  # fmt: skip
 
 
@@ -153,4 +184,8 @@ def policy_loss_off(by: Tensor, logps: Tensor, **kwargs):
         ((x, k),) = seen
         off = vespo_phi(vespo_log_w(x), x.A, k).mul(roundings(x, k).value).nan_to_num(0, 0, 0)
         out.metrics[PHI] = out.metrics[PHI] + U * by[0, 0] * (off.max() if off.numel() else 0.0)
+    if FUTURE in out.metrics and by.numel():
+        ((x, k),) = seen
+        for name, off in ((FUTURE, of_future(x, k)), (INFLUENCE, future_of(x, k).influence * of_influence(x, k))):
+            out.metrics[name] = out.metrics[name] + U * by[0, 0] * masked_mean(off.nan_to_num(0, 0, 0), x.mask)
     return out

@@ -24,6 +24,7 @@ CALLS = {
     "none": {"reduction": "none"},
     "none, sequence": {"reduction": "none", "loss_type": "gspo"},
     "none, statistic": {"reduction": "none", "loss_type": "gmpo"},
+    "none, suffix": {"reduction": "none", "loss_type": "fipo"},
     "temperature": {"temperature": 0.7, "logit_scale": 2.0},
     "softcap": {"softcap": 2.0, "logit_scale": 0.5, "temperature": 0.9},
     "softcap, sequence": {"softcap": 1.5, "loss_type": "gspo", "entropy_coef": 0.05},
@@ -53,7 +54,7 @@ def test_every_objective(name, backend):
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
-@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "vespo"))
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "vespo", "fipo"))
 def test_chunks_do_not_matter(loss_type, chunk):
     """A row at a time too, which is shorter than any sequence."""
     head, inputs = batch(seed=2)
@@ -131,7 +132,7 @@ def test_without_mask_and_with_the_position_that_predicts_nothing(loss_type, ext
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "topr"))
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "fipo", "topr"))
 @pytest.mark.parametrize("per", ("sequence", "token"))
 def test_rows_that_do_not_count_take_no_part(per, loss_type, backend):
     """Masked rows, and those of advantage 0: anything may stand there, and no product is made."""
@@ -160,7 +161,7 @@ def test_rows_that_do_not_count_take_no_part(per, loss_type, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "gmpo", "dapo"))
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo", "gmpo", "fipo", "dapo"))
 @pytest.mark.parametrize("per", ("sequence", "token"))
 def test_packed(per, loss_type, backend):
     lengths = (4, 0, 6, 1, 3)

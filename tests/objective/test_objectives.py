@@ -100,7 +100,7 @@ def sampled(case, seed=0):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("on_policy", (False, True))
-@pytest.mark.parametrize("term", ("clipped", "vespo", "gmpo"))
+@pytest.mark.parametrize("term", ("clipped", "vespo", "gmpo", "fipo"))
 @pytest.mark.parametrize("mode", CORRECTIONS)
 def test_corrections(mode, term, on_policy, backend):
     case = make_case(B=4, T=4, seed=5)
@@ -163,12 +163,12 @@ def test_entropy_quantile_keeps_ties(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("level", LEVELS)
-def test_log_ratio_clamp(level, backend):
+@pytest.mark.parametrize(("term", "level"), [*(("clipped", level) for level in LEVELS), ("fipo", "token")])
+def test_log_ratio_clamp(term, level, backend):
     case = make_case(B=4, T=6, seed=8)
     for clamp in (0.2, (-0.1, 0.3), (-math.inf, 0.1)):
         check(
-            case.logits, backend, **case.inputs(*FULL, "advantages"), importance_sampling_level=level,
+            case.logits, backend, **case.inputs(*FULL, "advantages"), policy_term=term, importance_sampling_level=level,
             log_ratio_clamp=clamp, beta=0.1, use_bias_correction_kl=True,
         )  # fmt: skip
 
@@ -198,7 +198,7 @@ def test_upstream_gradient_at_sequence_level(dtype, upstream, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scale", ("group", "batch", "none"))
-@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "gmpo", "topr"))
+@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "gmpo", "fipo", "topr"))
 def test_rewards(loss_type, scale, backend):
     case = make_case(B=8, T=4, seed=11)
     case.rewards[4:6] = 0.7

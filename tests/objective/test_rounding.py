@@ -8,8 +8,10 @@ import torch
 import term_tolerance
 from cases import BACKENDS, check, expected, make_case, ours
 from grpo_kernels import LossConfig
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.language import on_torch
+from grpo_kernels.objective.sequences import suffix_sums
 from reference.knobs import Knobs
 from reference.terms import Tokens, policy_term
 from term_table import facts
@@ -33,12 +35,25 @@ def test_vespo_of_a_held_ratio(k, backend):
     check(logits, backend, **kwargs, vespo_k_pos=k, vespo_k_neg=k + 0.03)
 
 
+def influence_of(term: str, c, r: torch.Tensor, A: torch.Tensor) -> torch.Tensor | float:
+    """What multiplies the losses of sequences (B, T) that have all their tokens, in fp32; 1 without a suffix."""
+    if (suffix := TERMS[term].suffix) is None:
+        return 1.0
+    x, log2_decay = on_torch(suffix.function)(r, c)
+    (log2_decay,) = torch.tensor([log2_decay]).tolist()  # fp32, as a call has its numbers
+    return on_torch(suffix.influence)(suffix_sums(x, log2_decay, Batch(r)).float(), r, A, c)[0]
+
+
+# What brings out more of a term's own arithmetic.
+FURTHER = {"sapo": {"sapo_temperature_pos": 8.0}, "fipo": {"fipo_clip_range": None, "delta": None}}
+
+
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("term", TERMS)
 def test_what_a_term_of_exact_inputs_is_off_by(term, weighted):
     """fp32 against float64 on log ratios up to 16 and weights from 0 to e¹²: what is derived, and 8 u besides."""
     g, entry = torch.Generator().manual_seed(33), TERMS[term]
-    knobs = facts(term).settings[-1] | ({"sapo_temperature_pos": 8.0} if term == "sapo" else {})
+    knobs = facts(term).settings[-1] | FURTHER.get(term, {})
     k, c = Knobs(policy_term=term, **knobs), entry.coefficients(LossConfig(policy_term=term, **knobs))
     lp, r = (torch.randint(-low, high, (2000, 3), generator=g) / 1024 for low, high in ((16384, 1), (8192, 2048)))
     r[::2] /= 64
@@ -52,7 +67,7 @@ def test_what_a_term_of_exact_inputs_is_off_by(term, weighted):
         x = x if weights is None else x + on_torch(entry.statistic.correction)(weights)
         x = x.double().sum(1, keepdim=True) / (3 if entry.statistic.how == "mean" else 1)
         x = x.float().expand(2000, 3)
-    got, *got_slopes = on_torch(entry.function)(x, lp, lp - r, A, c)
+    got, *got_slopes = (y * influence_of(term, c, r, A) for y in on_torch(entry.function)(x, lp, lp - r, A, c))
 
     exact = lp.double().requires_grad_()
     old = (lp - r).double()

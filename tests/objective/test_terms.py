@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 from cases import DEVICE
 from grpo_kernels import LossConfig
+from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
 from grpo_kernels.objective.language import jit, on_torch, tl
+from grpo_kernels.objective.sequences import suffix_sums
 from grpo_kernels.objective.terms import Clip, Gmpo, Vespo, clipped, clipped_region, gmpo_statistic, vespo_phi
 from grpo_kernels.objective.token import Limits, limited_ratio, log_ratio, token_objective, weight
 from kl_table import facts_of_kl
@@ -43,14 +45,25 @@ def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def at(term: str, c, lp: float, old: float, A: float) -> tuple[float, ...]:
-    """(ℓ, ∂ℓ/∂r, ∂ℓ/∂lp) of a term with the coefficients c, at a token that is alone in its sequence."""
+def at(term: str, c, row: Row) -> tuple[float, ...]:
+    """(ℓ, ∂ℓ/∂r, ∂ℓ/∂lp) of a term with the coefficients c, at the first token of its sequence."""
+    lp, old, A = row[:3]
     entry, r = TERMS[term], log_ratio_of(lp, old)
     if entry.statistic is None:
-        return tuple(float(x) for x in on_torch(entry.function)(r, f64(lp), f64(old), f64(A), c))
+        W = influence_of(term, c, (r.item(), *row.after), A)
+        return tuple(float(W * x) for x in on_torch(entry.function)(r, f64(lp), f64(old), f64(A), c))
     x, slope = on_torch(entry.statistic.function)(r, f64(A), c)
     loss, d_x, d_lp = on_torch(entry.function)(x, f64(lp), f64(old), f64(A), c)
     return float(loss), float(d_x * slope) if entry.statistic.spreads else 0.0, float(d_lp)
+
+
+def influence_of(term: str, c, r: tuple[float, ...], A: float) -> torch.Tensor | float:
+    """What multiplies the loss of the first of some tokens; 1 of a term without a suffix."""
+    if (suffix := TERMS[term].suffix) is None:
+        return 1.0
+    x, log2_decay = on_torch(suffix.function)(f64(*r)[None], c)
+    future = suffix_sums(x, log2_decay, Batch(x))[0, 0]
+    return on_torch(suffix.influence)(future, f64(r[0]), f64(A), c)[0]
 
 
 def log_ratio_of(lp: float, old: float) -> torch.Tensor:
@@ -78,12 +91,13 @@ def test_the_table_knows_the_terms_knobs(term):
     known, entry = facts(term), TERMS[term]
     assert set(known.knobs) == set(entry.knobs), f"settings of {term!r} in tests/helpers/term_table.py"
     assert bool(known.slopes) != bool(known.of_sequence) and bool(known.of_sequence) == bool(entry.statistic)
+    assert bool(known.influences) == bool(entry.suffix)
     assert known.levels == entry.levels
 
 
 @pytest.mark.parametrize(("term", "row"), rows_by_hand())
 def test_terms_by_hand(term, row):
-    got = at(term, coefficients(term, **row.knobs), row.lp, row.old, row.A)
+    got = at(term, coefficients(term, **row.knobs), row)
     assert got == pytest.approx(row.want, rel=1e-12, abs=1e-12)
 
 
@@ -94,11 +108,11 @@ def test_the_numbers_by_hand_notice_what_could_be_wrong(term):
     around = [Row(-1.0, -1.0 - r, A, knobs, ()) for knobs in known.settings for A in (1.0, -1.0) for r in NEAR_1]
 
     def right(row) -> tuple:
-        return at(term, coefficients(term, **row.knobs), row.lp, row.old, row.A)
+        return at(term, coefficients(term, **row.knobs), row)
 
     def swapped(row, a: str, b: str) -> tuple:
         c = coefficients(term, **row.knobs)
-        return at(term, c._replace(**{a: getattr(c, b), b: getattr(c, a)}), row.lp, row.old, row.A)
+        return at(term, c._replace(**{a: getattr(c, b), b: getattr(c, a)}), row)
 
     def without(row, knob: str) -> tuple:
         return right(row._replace(knobs={k: v for k, v in row.knobs.items() if k != knob}))
@@ -183,7 +197,7 @@ def test_nothing_is_nan_where_the_ratio_is_infinite(term):
         for seen in (f64(r), x):
             got = on_torch(entry.function)(seen, f64(lp), f64(old), f64(A), c)
             region = on_torch(entry.region)(f64(r), seen, f64(lp), f64(old), f64(A), c)
-            found = [float(y) for y in (x, slope, *got, *region)]
+            found = [float(y) for y in (x, slope, *got, *region, influence_of(term, c, (r, 1e3, r), A))]
             assert not any(map(math.isnan, found)), f"r = {r}, A = {A}, {c}: {found}"
 
 
@@ -280,10 +294,11 @@ def test_derivatives_against_autograd(term, lp, old, r, ref, A, w, beta, bias, k
     c = coefficients(term, **knobs)
     limits = NONE if clamp is None else Limits(-INF, INF, 20.0, clamp)
     kinks = [x for x in c if 0 < x < INF] + [1.0]
-    if any(abs(math.exp(r) - kink) < 1e-6 for kink in kinks):
+    if any(abs(math.exp(x) - kink) < 1e-6 for kink in kinks for x in (r, lp - old)):
         return  # the rule at a kink is tested by hand
+    trust = f64(w)[None] * influence_of(term, c, (lp - old,), A)
     r, own, lp_old = (f64(x)[None].requires_grad_() for x in (r, lp, old))
-    args = (f64(ref)[None], f64(A)[None], f64(w)[None], beta, limits, c, on_torch(entry.function))
+    args = (f64(ref)[None], f64(A)[None], trust, beta, limits, c, on_torch(entry.function))
     with torch.no_grad():
         policy, kl_value, _, d_r, d_lp = on_torch(token_objective)(
             r, torch.ones_like(r), r, own, lp_old, *args, on_torch(KL_ESTIMATORS[kl]) if kl else None, bias,
@@ -291,7 +306,7 @@ def test_derivatives_against_autograd(term, lp, old, r, ref, A, w, beta, bias, k
         )
     k = Knobs(policy_term=term, **knobs)
     mask = torch.ones(1, 1, dtype=torch.bool)
-    want = policy_term(Tokens(r, own, lp_old.detach(), args[1], mask, args[2]), k)
+    want = policy_term(Tokens(r, own, lp_old.detach(), args[1], mask, f64(w)[None]), k)
     if kl is not None:
         penalty = estimate_kl(own, args[0], kl, clamp)
         want = want + beta * (penalty * r.exp() if bias else penalty)

@@ -203,6 +203,12 @@ PACKED = {
         ({"loss_type": "sapo", "delta": 2.0}, ValueError, "delta"),
         ({"loss_type": "topr", "dual_clip": 2.0}, ValueError, "dual_clip"),
         ({"loss_type": "bnpo", "policy_term": "gmpo"}, ValueError, "gmpo"),
+        ({"loss_type": "fipo", "importance_sampling_level": "sequence"}, ValueError, "'fipo'.*'token'"),
+        ({"fipo_gamma": 0.5}, ValueError, "fipo_gamma belongs to 'fipo'"),
+        ({"loss_type": "fipo", "fipo_gamma": 1.1}, ValueError, "fipo_gamma"),
+        ({"fipo_decay_rate": 0.0}, ValueError, "fipo_decay_rate"),
+        ({"fipo_safety_threshold": 0.0}, ValueError, "fipo_safety_threshold"),
+        ({"fipo_clip_range": -0.1}, ValueError, "fipo_clip_range"),
         ({"sampling_correction": "token_mask"}, ValueError, "needs sampling_logps"),
         (
             {

@@ -32,6 +32,8 @@ def closed_gradient(batch: dict, k: Knobs, w: Tensor, weights: Tensor) -> Tensor
         total = {"sequence": sum(r) / max(n, 1), "sequence_token": sum(r) / max(n, 1), "sequence_sum": sum(r)}
         rho = [math.exp(total.get(level, x)) for x in r]
         through_r, local = [0.0] * n, known.of_sequence(k, w_b, r, A, is_b) if known.of_sequence else [0.0] * n
+        if known.influences:
+            is_b = [x * y for x, y in zip(is_b, known.influences(k, r, A, ts))]
         for i, t in enumerate(ts):
             if known.slopes:
                 p, old = lp[b, t].exp().item(), batch["old_logps"][b, t].exp().item()

@@ -46,6 +46,18 @@ def test_up():
     assert_metrics(metrics_of([1, 1, 1], loss_type="up", dual_clip=3.0), dual=0, low_mean=0, high_mean=0, high_max=0)
 
 
+def test_fipo():
+    # γ = ½, log 2 = 1: F = 2 + ½ + 0 − ⅛, 1 + 0 − ¼, 0 − ½, −1 | −2, W = e^F within [1, 1.5]; ρ = 4 is unsafe at A < 0.
+    knobs = {"loss_type": "fipo", "fipo_decay_rate": 1.0, "fipo_clip_range": 0.5, "fipo_safety_threshold": 3.0}
+    F = [x * math.log(2) for x in (2.375, 0.75, -0.5, -1, -2)]
+    for A, W, safe in ((1, [1.5, 1.5, 1, 1, 1], 1), (-1, [1, 1.5, 1, 1, 1], 4 / 5)):
+        got = metrics_of([A] * 3, **knobs)
+        assert got["fipo/future_kl"] == pytest.approx(sum(F) / 5, rel=1e-12)
+        assert got["fipo/influence_weight"] == pytest.approx(sum(W) / 5, rel=1e-12)
+        assert got["fipo/safety_keep"] == safe
+    assert_metrics(got, high_mean=0, low_mean=2 / 5, low_min=1 / 4)
+
+
 def test_cispo():
     assert_metrics(metrics_of([1, 1, 1], loss_type="cispo", cispo_max=1.5), cispo=2 / 5)
     assert_metrics(metrics_of([-1, -1, 1], loss_type="cispo", cispo_max=1.5), cispo=0)

@@ -15,17 +15,23 @@ L = math.log(2)
 
 
 def one_token(
-    rho: float, A: float, p: float = 0.5, p_old: float | None = None, weight: float | None = None, **knobs: object
+    rho: float, A: float, p: float = 0.5, p_old: float | None = None, weight: float | None = None,
+    after: tuple[float, ...] = (), **knobs: object
 ) -> tuple[float, float, float]:
-    """ℓ, ∂ℓ/∂r̂ and ∂ℓ/∂lp of a sequence of one token, as if ρ and the probabilities were independent."""
-    r = f64([[rho]]).log().requires_grad_()
-    lp = f64([[p]]).log().requires_grad_()
-    old = lp.detach() if p_old is None else f64([[p_old]]).log()
+    """ℓ, ∂ℓ/∂r̂ and ∂ℓ/∂lp of the first token of a sequence, as if ρ and the probabilities were independent.
+
+    after: log ratios of the tokens that follow, which may say something of the first one.
+    """
+    more, mask = f64([after]).reshape(1, -1), torch.ones(1, 1 + len(after), dtype=torch.bool)
+    r = torch.cat([f64([[rho]]).log(), more], 1).requires_grad_()
+    lp = torch.cat([f64([[p]]).log(), more - 1], 1).requires_grad_()
+    first = lp.detach()[:, :1] if p_old is None else f64([[p_old]]).log()
+    old = torch.cat([first, torch.full_like(more, -1)], 1)
     weights = None if weight is None else f64([[weight]])
-    tokens = Tokens(r, lp, old, f64([[A]]), torch.ones(1, 1, dtype=torch.bool), weights)
-    loss = policy_term(tokens, Knobs(**knobs))
-    slopes = torch.autograd.grad(loss.sum(), (r, lp), allow_unused=True)
-    return loss.item(), *(0.0 if slope is None else slope.item() for slope in slopes)
+    tokens = Tokens(r, lp, old, f64([[A]]).expand(mask.shape), mask, weights)
+    loss = policy_term(tokens, Knobs(**knobs))[0, 0]
+    slopes = torch.autograd.grad(loss, (r, lp), allow_unused=True)
+    return loss.item(), *(0.0 if slope is None else slope[0, 0].item() for slope in slopes)
 
 
 def assert_is(got: tuple[float, ...], *expected: float) -> None:
@@ -38,7 +44,7 @@ def assert_is(got: tuple[float, ...], *expected: float) -> None:
 @pytest.mark.parametrize(("term", "row"), rows_by_hand())
 def test_terms_by_hand(term: str, row: Row):
     p, p_old = math.exp(row.lp), math.exp(row.old)
-    got = one_token(p / p_old, row.A, p, p_old, policy_term=term, **row.knobs)
+    got = one_token(p / p_old, row.A, p, p_old, after=row.after, policy_term=term, **row.knobs)
     loss, by_r, by_lp = row.want
     if facts(term).of_sequence:  # its ratio is that of lp
         by_r, by_lp = 0.0, by_r + by_lp

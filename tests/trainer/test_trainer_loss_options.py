@@ -25,9 +25,9 @@ FIELDS = LossConfig.field_names()
 GIVEN = {
     "loss_type": "dapo", "policy_term": "sapo", "importance_sampling_level": "sequence",
     "loss_agg_mode": "batch-tokens", "kl_estimator": "k2", "scale_rewards": "none", "top_entropy_quantile": "0.5",
-    "advantage_estimator": "rloo",
+    "advantage_estimator": "rloo", "fipo_gamma": "0.5",
 }  # fmt: skip
-WITH = {"cispo_min": ["--loss-type", "cispo"]}
+WITH = {"cispo_min": ["--loss-type", "cispo"], "fipo_gamma": ["--loss-type", "fipo"]}
 
 
 def test_no_field_is_left_out_unless_named():

@@ -21,7 +21,7 @@ from tolerance import assert_within, bounds
 
 # --- launches and host syncs -----------------------------------------------------------------------
 
-B, T, V = 8, 32, 64
+B, T, V = 8, 48, 64  # a sequence has a row of sums, 33 of them: longer ones than that
 
 
 def on_meta(*shape, dtype=torch.float32):
@@ -69,7 +69,7 @@ def device_calls():
         yield {**token, "loss_type": loss_type, **extra, **kind}
     for mode in AGGREGATIONS:
         yield {**token, "loss_agg_mode": mode, "importance_sampling_level": "sequence"}
-    for loss_type in ("gspo", "topr", "vespo"):  # rows can be skipped with their whole sequence
+    for loss_type in ("gspo", "topr", "vespo", "fipo"):  # rows can be skipped with their whole sequence
         for each in advantages:
             yield {"loss_type": loss_type, "skip_zero_advantage": True, "completion_mask": on_meta(B, T), **each}
 
@@ -266,7 +266,7 @@ def test_no_kernel_recompiles_for_new_values():
     found = json.loads(run.stdout)
     assert all(len(each["keys"]) == each["launches"] for each in found["control"]), found["control"]
     counts = found["counts"]
-    assert len({each["kernel"] for each in counts}) == 9  # the on-chip kernel and its advantages among them
+    assert len({each["kernel"] for each in counts}) == 10  # the on-chip kernel and its advantages among them
     on_chip = {(each["V"], each["structure"]) for each in counts if each["kernel"] == "onchip_kernel"}
     assert len(on_chip) == 8
     assert min(each["launches"] for each in counts if each["logits"] == "whole") > 100

@@ -133,7 +133,7 @@ def test_the_law_holds_for_every_term_and_level(inplace, term, level):
     case, kwargs = law_case(term, dtype=torch.bfloat16)
     kwargs |= {"policy_term": term, "importance_sampling_level": level, "beta": 0.1, "use_bias_correction_kl": True}
     _, x, grad, touching = step(case.logits, inplace=inplace, **kwargs)
-    if level == "token" and TERMS[term].statistic is None:
+    if level == "token" and not TERMS[term].of_sequence:
         (only,) = touching
         assert (rows_read(only, x)[:, :4] == 1).all() and (rows_read(only, x)[:, 4:] == 0).all()
         assert (rows_written(only, grad) == 1).all()
@@ -171,7 +171,7 @@ def test_the_law_holds_for_packed_input_and_temperatures(loss_type):
     assert (rows_written(touching[-1], grad) == 1).all()
 
 
-@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "topr"))
+@pytest.mark.parametrize("loss_type", ("gspo", "vespo", "fipo", "topr"))
 def test_sequences_without_an_advantage_are_never_read(loss_type):
     case, kwargs = law_case("clipped")
     kwargs["advantages"] = torch.tensor([1.0, 0.0, -1.0])[:, None] * torch.tensor([1.0, 0.0, 1.0, 1.0])
