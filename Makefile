@@ -18,7 +18,7 @@ TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/
 # own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
 NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo distributed \
     linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
-    explain host pretend_gpu
+    explain from_scratch host pretend_gpu
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
@@ -45,6 +45,7 @@ pip       := -m pip install --disable-pip-version-check $(index)
 install_demo  := -e .[trainer]
 install_test  := -e .[test]
 install_bench := -e .[bench]
+install_notebook := -e .[test,notebook]
 install_lint  := ruff
 
 # Threads that wait for each other must not spin where several processes share the cores.
@@ -63,7 +64,8 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-torch test-verl bench \
+.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-torch test-verl \
+    test-notebook bench \
     traffic compile-report layout lint clean check-python
 
 help: ## list the targets and the variables
@@ -134,6 +136,9 @@ test-torch: $(if $(VENV),$(TORCH_VERSIONS:%=.venv-torch-%/.installed),needs-venv
 
 test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's own losses, on the CPU
 	$(on_cpu) .venv-verl/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity_verl $(ARGS)
+
+test-notebook: $(call installed,notebook) ## the notebook of examples/, run from its first cell to its last
+	$(on_cpu) $(PY) -m pytest tests/notebook/run_notebook.py $(ARGS)
 
 layout: check-python ## the rules of the package's house: floors, circles, long files
 	$(PY) tests/project/layout.py
