@@ -23,7 +23,7 @@ def example():
 
 @pytest.fixture(scope="module")
 def trained(example, one_thread):
-    """(curve, what the loss was given last, (reward before, after)) of a few steps for a reward that is soon learned."""
+    """(curve, what the loss was given last, (reward before, after)) of a few steps, for a reward soon learned."""
     torch.manual_seed(0)
     policy = example.Policy()
     example.warm_up(policy, most=3)
