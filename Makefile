@@ -9,7 +9,7 @@ JOBS            ?= 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 TORCH_VERSIONS  ?= 2.11.0 newest
 # Whatever may run a kernel: everything but the tests of other things.
-TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
+TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain from_scratch ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
 # What a torch may break by what it traces or differentiates.
 TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/objective/test_config.py
 

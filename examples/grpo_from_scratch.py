@@ -1,6 +1,6 @@
 """GRPO from scratch: one file, torch alone.
 
-    python examples/grpo_from_scratch.py       # about a minute on a CPU
+    python examples/grpo_from_scratch.py       # about a minute of one CPU core
 
 A small transformer learns to add two-digit numbers. First it sees sums with their answers, until it is right four
 times in ten. From then on nobody shows it an answer: it guesses, and is told which guesses were right. That is GRPO,
@@ -237,10 +237,10 @@ def compare(logits: Tensor, ids: Tensor, R: Tensor, old: Tensor, ref: Tensor, ma
 def main(out: str = "output") -> list[tuple[int, float]]:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # so small a model is no faster on more
-    start, policy = time.perf_counter(), Policy()
+    start, policy = time.process_time(), Policy()
     warm_up(policy)
     curve, last = train(policy)
-    print(f"GRPO: from {curve[0][1]:.3f} to {curve[-1][1]:.3f}; {time.perf_counter() - start:.0f} seconds in all")
+    print(f"GRPO: from {curve[0][1]:.3f} to {curve[-1][1]:.3f}; {time.process_time() - start:.0f} CPU seconds in all")
     plot(curve, Path(out) / "grpo_from_scratch.png")
     compare(*last)
     return curve
