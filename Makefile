@@ -9,7 +9,7 @@ JOBS            ?= 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 TORCH_VERSIONS  ?= 2.11.0 newest
 # Whatever may run a kernel: everything but the tests of other things.
-TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
+TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain from_scratch ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
 # What a torch may break by what it traces or differentiates.
 TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/objective/test_config.py
 
@@ -45,6 +45,7 @@ pip       := -m pip install --disable-pip-version-check $(index)
 install_demo  := -e .[trainer]
 install_test  := -e .[test]
 install_bench := -e .[bench]
+install_notebook := -e .[test,notebook]
 install_lint  := ruff
 
 # Threads that wait for each other must not spin where several processes share the cores.
@@ -63,7 +64,8 @@ endif
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
 .SUFFIXES:
-.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-torch test-verl bench \
+.PHONY: help demo test test-variants test-gpu test-pretend-gpu smoke-gpu test-triton test-torch test-verl \
+    test-notebook bench \
     traffic compile-report layout lint clean check-python
 
 help: ## list the targets and the variables
@@ -134,6 +136,9 @@ test-torch: $(if $(VENV),$(TORCH_VERSIONS:%=.venv-torch-%/.installed),needs-venv
 
 test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's own losses, on the CPU
 	$(on_cpu) .venv-verl/bin/python -m pytest -n $(JOBS) --dist worksteal tests/parity_verl $(ARGS)
+
+test-notebook: $(call installed,notebook) ## the notebook of examples/, run from its first cell to its last
+	$(on_cpu) $(PY) -m pytest tests/notebook/run_notebook.py $(ARGS)
 
 layout: check-python ## the rules of the package's house: floors, circles, long files
 	$(PY) tests/project/layout.py

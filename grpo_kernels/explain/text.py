@@ -4,7 +4,7 @@ import itertools
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from grpo_kernels.explain.by_hand import (
     ANSWERS,
@@ -81,10 +81,15 @@ def numbered(*columns: Sequence[object]) -> list[list[object]]:
     return [[i, answer, *cells] for i, (answer, *cells) in enumerate(zip(ANSWERS, *columns), 1)]
 
 
-def text(step: Step, compared: Sequence[Compared], page: Page) -> Iterator[str]:
-    """Everything that is printed, line by line; one empty line at a time."""
-    for line, run in itertools.groupby(parts(step, compared, page)):
+def spaced(lines: Iterable[str]) -> Iterator[str]:
+    """One empty line at a time."""
+    for line, run in itertools.groupby(lines):
         yield from [line] if line == "" else run
+
+
+def text(step: Step, compared: Sequence[Compared], page: Page) -> Iterator[str]:
+    """Everything that is printed, line by line."""
+    return spaced(parts(step, compared, page))
 
 
 def parts(step: Step, compared: Sequence[Compared], page: Page) -> Iterator[str]:
@@ -268,6 +273,11 @@ def kernel_part(compared: Sequence[Compared], page: Page) -> Iterator[str]:
         f"                      ref_logps=ref, epsilon={EPSILON:g}, beta={BETA:g})",
         "out.loss.backward()",
     )
+    yield from comparison(compared, page)
+
+
+def comparison(compared: Sequence[Compared], page: Page) -> Iterator[str]:
+    """The table of both, and whether they are equal."""
     rows = [[c.name, c.call, len(c.hand), c.hand[0], c.fused[0], f"{c.difference:.0e}"] for c in compared]
     yield from page.table(("what", "from", "n", "by hand", "fused", "largest gap"), rows, left=(0, 1))
     yield ""

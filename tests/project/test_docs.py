@@ -52,7 +52,8 @@ def test_tables_are_fresh():
 
 def test_a_stale_table_shows():
     text = "<!-- catalogue:loss-types grpo -->\nold\n<!-- /catalogue -->\n"
-    assert "[DeepSeekMath](https://arxiv.org/abs/2402.03300)" in generate.filled(text) and "old" not in generate.filled(text)
+    made = generate.filled(text)
+    assert "[DeepSeekMath](https://arxiv.org/abs/2402.03300)" in made and "old" not in made
     assert generate.filled(generate.filled(text)) == generate.filled(text)
     end = "<!-- /catalogue -->"
     unknown = (f"<!-- catalogue:nonsense -->\n{end}", f"<!-- catalogue:terms nonsense -->\n{end}")
