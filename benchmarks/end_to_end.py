@@ -73,6 +73,7 @@ class Row:
     pass_bytes: int | None = None  # peak while passes, loss and backward ran
     loss_bytes: int | None = None  # how far that is above the model alone's
     longest: int | None = None  # T
+    host_waits: float | None = None  # for the GPU, per step
     losses: list[float] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
     entropies: list[float] = field(default_factory=list)
@@ -109,8 +110,10 @@ def row_of(setting: Setting, trainer: str, found: Run | Failed) -> Row:
     return row
 
 
-def measure(setting: Setting, device: torch.device, search: bool, spent: Callable[[], bool]) -> list[Row]:
-    """The rows of one setting. ``search``: the longest T, too, until the time is ``spent``."""
+def measure(
+    setting: Setting, device: torch.device, search: bool, spent: Callable[[], bool], waits: bool = False
+) -> list[Row]:
+    """The rows of one setting. ``search``: the longest T, too, until the time is ``spent``; ``waits``: the host's."""
     rows = {name: row_of(setting, name, training_steps.attempt(setting, name, device)) for name in TRAINERS}
     stock, fused, alone = rows[STOCK], rows[FUSED], rows[MODEL_ALONE]
     for row in (stock, fused):
@@ -120,6 +123,8 @@ def measure(setting: Setting, device: torch.device, search: bool, spent: Callabl
         for name, (title, least) in SERIES.items():
             off = relative_difference(getattr(fused, name), getattr(stock, name), least)
             setattr(fused, f"{title.replace(' ', '_')}_difference", off)
+    for row in (stock, fused) if waits else ():
+        row.host_waits = training_steps.host_waits(setting, row.trainer, device)
     for row in (stock, fused) if search else ():
         if row.status in (OK, OOM):
             row.longest = longest(setting, row, device, spent)
@@ -153,6 +158,9 @@ def table(rows: Sequence[Row]) -> str:
     if any(row.longest for row in shown):
         found = ", ".join(f"{row.trainer} {row.longest or 'none'}" for row in shown)
         lines.append(f"  longest T that fits: {found}")
+    if any(row.host_waits is not None for row in shown):
+        found = ", ".join(f"{row.trainer} {row.host_waits:.1f}" for row in shown if row.host_waits is not None)
+        lines.append(f"  times per step that the host waits for the GPU: {found}")
     if any(row.losses for row in shown):
         lines += series(shown)
     fused = next(row for row in rows if row.trainer == FUSED)
@@ -274,6 +282,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="of the optimiser (default: %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-6, help="(default: %(default)s)")
     parser.add_argument("--longest", action="store_true", help="the longest T that fits, too, by bisection (GPU)")
+    parser.add_argument("--waits", action="store_true", help="how often the host waits, too, in runs of its own (GPU)")
     parser.add_argument("--minutes", type=float, help="begin no setting after these (default: no limit)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="where to run (default: cuda if there is one)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write end_to_end.json, .csv and .png there")
@@ -283,6 +292,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--device cuda: torch {torch.__version__} sees no CUDA device")
     if given.longest and given.device.type == "cpu":
         parser.error("--longest needs a GPU: on a CPU a policy that is too long ends the process, not the run")
+    if given.waits and given.device.type == "cpu":
+        parser.error("--waits needs a GPU: on a CPU the host waits for nothing")
     shapes, batch, lengths = GPU if given.device.type == "cuda" else CPU
     given.shapes, given.lengths = given.shapes or shapes, given.lengths or lengths
     given.batch = batch if given.batch is None else given.batch
@@ -315,7 +326,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if budget.spent:
             print(f"left out, --minutes {given.minutes:g} are over: {setting.name}", flush=True)
             continue
-        block = measure(setting, given.device, given.longest, lambda: budget.spent)
+        block = measure(setting, given.device, given.longest, lambda: budget.spent, given.waits)
         rows += block
         print(table(block) + "\n", flush=True)
         if given.out:

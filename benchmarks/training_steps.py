@@ -11,6 +11,7 @@ import gc
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -257,6 +258,23 @@ def attempt(setting: Setting, trainer: str, device: torch.device) -> Run | Faile
     except RuntimeError as error:  # a kernel has failed, and the device takes no more commands
         return found if isinstance(found, Failed) else _failed(error)
     return found
+
+
+def host_waits(setting: Setting, trainer: str, device: torch.device) -> float | None:
+    """How often per step the host waits for the GPU, as PyTorch warns of it, in a run of its own; None if that fails.
+
+    The making of completions counts too, and what comes before the first step.
+    """
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            found = attempt(setting, trainer, device)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    if isinstance(found, Failed):
+        return None
+    return sum("synchronizing CUDA operation" in str(each.message) for each in seen) / setting.steps
 
 
 def _attempt(setting: Setting, trainer: str, device: torch.device) -> Run | Failed:

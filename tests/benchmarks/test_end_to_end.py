@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import warnings
 import weakref
 
 import pytest
@@ -227,6 +228,24 @@ def test_the_longest_that_fits(monkeypatch, tmp_path):
     assert end_to_end.draw(where, rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_how_often_the_host_waits(monkeypatch):
+    """As PyTorch warns of it: a run of each trainer whose steps wait twice, and of TRL's once more."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def attempt(setting, trainer, device):
+        if modes and modes[-1] == "warn":
+            for _ in range(setting.steps * (3 if trainer == STOCK else 2)):
+                warnings.warn("called a synchronizing CUDA operation (Triggered internally)", stacklevel=1)
+            warnings.warn("something else", stacklevel=1)
+        return ALL_RUN[trainer]
+
+    monkeypatch.setattr(training_steps, "attempt", attempt)
+    rows = end_to_end.measure(TINY, CPU, False, lambda: False, waits=True)
+    assert [row.host_waits for row in rows] == [None, 3.0, 2.0] and modes == ["warn", "default"] * 2
+    assert "  times per step that the host waits for the GPU: TRL 3.0, fused 2.0" in end_to_end.table(rows)
+
+
 def test_an_error_on_the_way_to_the_longest(monkeypatch):
     def attempt(setting, trainer, device):
         return ALL_RUN[trainer] if setting.length < 100 else Failed(ERROR, "IndexError: too long")
@@ -274,8 +293,8 @@ def test_settings():
 
 @pytest.mark.parametrize(
     ("argv", "words"),
-    [("--longest", "--longest needs a GPU"), ("--batch 1", "one group"), ("--steps 0", "at least 1"),
-     ("--lengths 0", "at least 1"), ("--minutes 0", "positive")],
+    [("--longest", "--longest needs a GPU"), ("--waits", "--waits needs a GPU"), ("--batch 1", "one group"),
+     ("--steps 0", "at least 1"), ("--lengths 0", "at least 1"), ("--minutes 0", "positive")],
 )  # fmt: skip
 def test_bad_arguments(argv, words, capsys):
     with pytest.raises(SystemExit):
