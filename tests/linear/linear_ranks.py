@@ -22,6 +22,7 @@ import variation
 from cases import make_case
 from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
 from linear_tolerance import linear_bounds
+from memory import peak_bytes
 from tolerance import U, assert_within, bounds_of
 
 B, T, H, V = 4, 5, 6, 23  # V is odd: the shards of the head are of different heights
@@ -227,7 +228,40 @@ def unused():
         assert "mark a variable ready only once" in str(error), error
 
 
+class Wide(nn.Module):
+    def __init__(self, wide, vocab):
+        super().__init__()
+        self.body, self.head = nn.Linear(wide, wide), nn.Linear(wide, vocab, bias=False)
+
+    def forward(self, x):
+        return torch.tanh(self.body(x))
+
+
+def peak(parallel):
+    """The most that a step's tensors hold: a chunk, its probabilities and the head's gradients, and no row more."""
+    tokens, wide, vocab, rows = 256, 16, 4000, 16
+    model = Wide(wide, vocab)
+    wrapped = parallel(model)
+    x, ids, advantages = torch.randn(4, tokens // 4, wide), torch.randint(vocab, (4, tokens // 4)), torch.randn(4)
+    chunk, weight = rows * vocab * 4, model.head.weight.numel() * 4
+
+    def step():
+        loss = fused_linear_grpo_loss(wrapped(x), model.head.weight, ids, advantages, chunk_bytes=chunk).loss
+        loss.backward()
+        model.zero_grad()
+
+    held = peak_bytes(step)
+    assert chunk + weight <= held <= 2 * chunk + 4 * weight + 2**18 < tokens * vocab * 4 / 2, held
+
+
+def sharded(model):
+    fully_shard(model, reshard_after_forward=False)
+    return model
+
+
 CHECKS = {
+    "DDP, peak of memory": lambda: peak(DistributedDataParallel),
+    "FSDP2, peak of memory": lambda: peak(sharded),
     "DDP": lambda: ddp(by_weight),
     "DDP, head as a module, by sequence": lambda: ddp(by_module),
     "DDP, gradients are views of buckets": lambda: ddp(by_weight, gradient_as_bucket_view=True),

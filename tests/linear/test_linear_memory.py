@@ -4,28 +4,18 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.baselines_linear import eager_linear
 from benchmarks.cases import Case
 from benchmarks.linear_data import make_linear_inputs
 from grpo_kernels import fused_linear_grpo_loss, linear_token_logprobs
+from memory import peak_bytes
 
 CASE = Case(4, 64, 8000, torch.float32, hidden=32)
 ROW = CASE.vocab * 4
 CHUNK = 32  # of 256 rows
 SCRATCH = CHUNK * ROW  # the probabilities of a chunk
 SMALL = 1 << 19  # what is [N] or [N, H]; the logits of a chunk are 1 MB, of all rows 8 MB
-
-
-def peak_bytes(call):
-    """The most that tensors held at a time, above what they held before; results included."""
-    call()  # what is kept for good is there now
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        call()
-    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
-    return held.max().item()
 
 
 def ours(inputs, frozen="", chunk=CHUNK * ROW, **kwargs):
