@@ -51,11 +51,14 @@ class Plan(Settings):
 
     steps: int = 60
     prompts: int = 32
+    learning_rate: float = 1e-3
+    value_learning_rate: float = 1e-3
     eval_every: int = 15
     eval_samples: int = 2 * K  # completions of each held-out problem
     teacher_hidden_size: int = 128  # the policy has 64
     teacher_steps: int = 200  # supervised, one update each
     teacher_prompts: int = 256  # in an update
+    teacher_learning_rate: float = 2e-3  # as of the warm-up
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,8 @@ def trained_teacher(tokenizer: PreTrainedTokenizerBase, task: Task, plan: Plan) 
     seed = plan.seeds[0]
     torch.manual_seed(seed)
     model = tiny_qwen2(tokenizer, task.max_completion_length, hidden_size=plan.teacher_hidden_size)
-    own = replace(plan, steps=plan.teacher_steps, prompts=plan.teacher_prompts, iterations=1)
+    own = replace(plan, steps=plan.teacher_steps, prompts=plan.teacher_prompts, iterations=1,
+                  learning_rate=plan.teacher_learning_rate)  # fmt: skip
     run = SupervisedRun(Supervised(model, own), tokenizer, task, seed)
     seconds = sum(run.step(number).update_ms for number in range(1, own.steps + 1)) / 1e3
     return model.eval().requires_grad_(False), point(model, tokenizer, task, plan, seed, TEACHER, own.steps, seconds)
@@ -249,9 +253,9 @@ def draw(results: Results, path: Path) -> Path:
             axes.set_axisbelow(True)
             axes.spines[["top", "right"]].set_visible(False)
         panels[0].set_ylabel("share of problems solved")
-        seeds = len(plan.seeds)
+        seeds = f"{len(plan.seeds)} seed{'' if len(plan.seeds) == 1 else 's'}"
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False,
-                      title=f"line: mean of {seeds} seed{'' if seeds == 1 else 's'}\nband: least to greatest")  # fmt: skip
+                      title=f"line: mean of {seeds}\nband: least to greatest")  # fmt: skip
         figure.savefig(path)
     return path
 
@@ -266,15 +270,17 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument("--steps", type=int, metavar="N", help=f"of each run (default: {default.steps})")
     parser.add_argument("--prompts", type=int, metavar="N",
                         help=f"problems per step, with 8 completions each (default: {default.prompts})")  # fmt: skip
+    parser.add_argument("--learning-rate", type=float, metavar="X",
+                        help=f"of all ways, at its peak (default: {default.learning_rate:g})")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="two seeds, a few small steps: does it run?")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("bench-results/four_ways"),
                         help="write results.json, two CSV files and the plot there (default: %(default)s)")  # fmt: skip
     given = parser.parse_args(argv)
     chosen = dict(QUICK) if given.quick else {}
-    for name in ("steps", "prompts"):
+    for name in ("steps", "prompts", "learning_rate"):
         if (value := getattr(given, name)) is not None:
-            if value < 1:
-                parser.error(f"--{name} must be above 0, got {value}")
+            if not value > 0:
+                parser.error(f"--{name.replace('_', '-')} must be above 0, got {value}")
             chosen[name] = value
     if given.seeds is not None:
         if len(set(given.seeds)) != len(given.seeds) or min(given.seeds) < 0:
