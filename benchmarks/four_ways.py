@@ -271,7 +271,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument("--prompts", type=int, metavar="N",
                         help=f"problems per step, with 8 completions each (default: {default.prompts})")  # fmt: skip
     parser.add_argument("--learning-rate", type=float, metavar="X",
-                        help=f"of all ways, at its peak (default: {default.learning_rate:g})")  # fmt: skip
+                        help=f"of every policy, at its peak (default: {default.learning_rate:g})")  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="two seeds, a few small steps: does it run?")
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("bench-results/four_ways"),
                         help="write results.json, two CSV files and the plot there (default: %(default)s)")  # fmt: skip
