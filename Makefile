@@ -9,16 +9,18 @@ JOBS            ?= 2
 TRITON_VERSIONS ?= 3.6.0 3.7.1 3.8.0 3.9.0
 TORCH_VERSIONS  ?= 2.11.0 newest
 # Whatever may run a kernel: everything but the tests of other things.
-TRITON_TESTS    ?= tests $(foreach f,reference benchmarks trainer explain from_scratch ppo_vs_grpo,--ignore-glob='*/test_$(f)*')
+TRITON_TESTS    ?= tests \
+    $(foreach f,reference benchmarks trainer explain from_scratch ppo_vs_grpo four_ways,--ignore-glob='*/test_$(f)*')
 # What a torch may break by what it traces or differentiates.
 TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/objective/test_config.py
 
 # Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
 # own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
-NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo distributed \
+NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo four_ways distributed \
     linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
-    explain host pretend_gpu chunk_rows supports_times logits_error from_scratch four_ways
+    explain host pretend_gpu chunk_rows supports_times logits_error from_scratch \
+    layout variation linear_memory
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \

@@ -1,4 +1,4 @@
-"""The launches of distillation that `benchmarks.compile_report` records."""
+"""The launches of distillation that `benchmarks.compile_launches` records."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -11,12 +11,15 @@ from grpo_kernels.triton_backend import distillation_launch as launch
 KERNELS = ("whole_teacher_kernel", "few_tokens_kernel", "sequence_sums_kernel", "batch_sums_kernel")
 TOLD = 64  # tokens of a teacher that tells the likeliest
 FEW = ("reverse all full", "mixed few full")  # of each kernel of rows one form
+# Of which a brief record has both passes in launches of their own, too: the others have them in one launch.
+APART = (*FEW, "mixed all full", "reverse all cap", "mixed rest cap")
 
 
-def calls(logits: torch.Tensor) -> Iterator[tuple[str, Callable]]:
+def calls(logits: torch.Tensor, every: bool = True) -> Iterator[tuple[str, Callable]]:
     """(label, call) of each divergence and teacher with all inputs, and two under soft caps.
 
-    What a teacher of few tokens adds is a few numbers of a row: one divergence stands for all.
+    What a teacher of few tokens adds is a few numbers of a row: one divergence stands for all. Without ``every``, only
+    those APART have both passes in launches of their own.
     """
     B, T, _ = logits.shape
     sequence = torch.zeros(B)
@@ -32,8 +35,10 @@ def calls(logits: torch.Tensor) -> Iterator[tuple[str, Callable]]:
         batch = DistillationBatch(**({} if whole else few), **fields)
         plan = DistillationPlan(*flags[name], outcomes)
         given = (logits, logits if whole else None, batch)
-        yield f"{name} {outcomes} {form}", functools.partial(_one_launch, *given, plan)
-        yield f"{name} {outcomes} {form}", functools.partial(_two_launches, *given, plan._replace(weighted=False))
+        label = f"{name} {outcomes} {form}"
+        yield label, functools.partial(_one_launch, *given, plan)
+        if every or label in APART:
+            yield label, functools.partial(_two_launches, *given, plan._replace(weighted=False))
 
 
 def left_out(label: str) -> bool:

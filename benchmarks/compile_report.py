@@ -18,9 +18,6 @@ row, whose lines are not all full, and whatever stands outside of the loops, of 
 """
 
 import argparse
-import contextlib
-import functools
-import inspect
 import itertools
 import json
 import os
@@ -29,20 +26,13 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
-from unittest import mock
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from benchmarks import compile_distillation, machine_code
-from grpo_kernels.objective.batch import Batch
-from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
-from grpo_kernels.objective.corrections import CORRECTIONS
-from grpo_kernels.objective.plan import Plan
-from grpo_kernels.triton_backend import distillation_launch, launch
+from benchmarks import machine_code
+from benchmarks.compile_launches import DTYPES, Extent, Launch, record_launches, repeats_loops, signature
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -50,171 +40,15 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-KERNELS = (
-    "logprob_kernel", "loss_kernel", "slope_kernel", "scale_kernel", "sequence_kernel", "total_kernel", "spread_kernel",
-    "suffix_kernel", "correction_kernel", "segments_kernel", "groups_kernel", "batch_std_kernel", "threshold_kernel",
-    "unite_kernel",
-    *compile_distillation.KERNELS,
-)  # fmt: skip
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Which passes over a row a kernel makes; how many exponentials per element they may take together; and
 # what is narrow outside of the loops: the token's log-probability, entropy and entry, and its own logit.
 PASSES = {
     "loss_kernel": ("first", "second"), "logprob_kernel": ("first",), "slope_kernel": ("second",),
     "scale_kernel": ("scale",), "whole_teacher_kernel": ("first", "second"), "few_tokens_kernel": ("first", "second"),
 }  # fmt: skip
-SHAPES = ("gradient_shape", "logprob_shape", "block_shape")
 MOST_EX2, NARROW_STORES, HALF_LOADS = 3.4, 8, 1
 # Five numbers that are kept of two rows; lines behind the last whole tile, of 8 bytes a thread in half precision.
 MORE_STORES = {"whole_teacher_kernel": 3, "fp32 logits": 8}
-_POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float64: "*fp64",
-    torch.int64: "*i64", torch.int32: "*i32", torch.uint8: "*u8", torch.bool: "*i1",
-}  # fmt: skip
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "num_ctas", "enable_fp_fusion")
-
-
-class Launch(NamedTuple):
-    """A recorded launch: the kernel and its arguments by name."""
-
-    label: str
-    kernel: object
-    arguments: dict
-    options: dict
-
-
-class Recorder:
-    def __init__(self, kernel, launches: list, label: str) -> None:
-        self.kernel, self.launches, self.label = kernel, launches, label
-
-    def __getitem__(self, grid):
-        def record(*args, **kwargs) -> None:
-            options = {name: kwargs.pop(name) for name in _OPTIONS if name in kwargs}
-            arguments = inspect.signature(self.kernel.fn).bind(*args, **kwargs).arguments
-            self.launches.append(Launch(f"{self.kernel.fn.__name__} {self.label}", self.kernel, arguments, options))
-
-        return record
-
-
-@contextlib.contextmanager
-def recording(launches: list, label: str, wave: int) -> Iterator[None]:
-    """Launches are recorded instead of run, with the tile shapes of a GPU of this wave size."""
-    with contextlib.ExitStack() as patches:
-        for module, name in itertools.product((launch, distillation_launch), (*KERNELS, *SHAPES)):
-            if was := getattr(module, name, None):
-                now = functools.partial(was, wave=wave) if name in SHAPES else Recorder(was, launches, label)
-                patches.enter_context(mock.patch.object(module, name, now))
-        # as on a GPU, for tensors that lie on the CPU
-        patches.enter_context(mock.patch.object(launch, "line_bytes", lambda x: 128))
-        yield
-
-
-def record_launches(V: int, dtype: str, wave: int) -> list[Launch]:
-    """Each kernel in its leanest form (fewest inputs), its fullest, and with every term and KL."""
-    B, T = 2, 2
-    logits = torch.zeros(B, T, V, dtype=DTYPES[dtype])
-    ids = torch.zeros(B, T, dtype=torch.int64)
-    token, sequence, one = torch.zeros(B, T), torch.zeros(B), torch.ones(())
-    column = sequence[:, None]
-    lean = Batch(ids, adv=column)
-    weighted = lean._replace(mask=ids, old=token, count=sequence)
-    full = weighted._replace(ref=token, adv=None, rewards=sequence, is_weight=column, temperature=column,
-                             loss_scale=one, tokens=one, batch_std=one)  # fmt: skip
-    tokens = torch.zeros(1, B * T)
-    row, flat_ids = logits.reshape(1, B * T, V), ids.reshape(1, B * T)
-    cu, segments = torch.zeros(B + 1, dtype=torch.int32), torch.zeros(B * T, dtype=torch.int32)
-    packed = Batch(flat_ids, flat_ids, tokens, tokens, tokens, column, None, None, column, count=sequence, cu=cu,
-                   segments=segments)  # fmt: skip
-    own = {name: term.of_sequence for name, term in TERMS.items()}
-    launches: list[Launch] = []
-
-    def run(label, batch, plan, entropy=False, softcap=torch.inf, read=None):
-        batch = batch._replace(term=(1.0,) * len(TERMS[plan.term].kind._fields), softcap=softcap)
-        x = logits if batch.cu is None else row
-        read = x if read is None else read
-        with recording(launches, f"{plan.term} {label} {dtype}", wave):
-            if plan.one_launch:
-                launch.loss(read, x, batch, plan, entropy)
-            launch.logprobs(read, batch, plan, entropy)
-            logps = torch.zeros(batch.ids.shape)
-            entropies = logps if entropy else None
-            launch.objective(logps, entropies, batch, plan)
-            launch.totals(logps, entropies, batch, plan)
-            launch.slope(read, x, batch, torch.zeros(logps.numel(), 3), logps, entropies, one)
-
-    for name in TERMS:
-        run("lean", lean, Plan(term=name))
-        run("old", weighted, Plan(term=name))
-        level = "token" if own[name] or "dppo" in name else "sequence"
-        run("sequence", weighted, Plan(term=name, level=level, off_policy=True, clip_once=True))
-    for name in KL_ESTIMATORS:
-        run(f"KL {name}", full, Plan(term="clipped", kl=name, bias=True, scale_rewards="batch"))
-    full_plan = Plan(term="clipped", kl="k3", bias=True, scale_rewards="batch", bonus=True)
-    run("full", full, full_plan, entropy=True)
-    run("full sequence", full._replace(sampling=token, threshold=one, wanted=token),
-        full_plan._replace(level="sequence", quantile=True, off_policy=True), entropy=True)  # fmt: skip
-    for name in CORRECTIONS:
-        run(f"full {name}", full._replace(sampling=token, threshold=one),
-            full_plan._replace(level="sequence", off_policy=True, correction=name), entropy=True)  # fmt: skip
-    run("groups", full._replace(ref=None, groups=segments.view(2, B)), Plan(term="clipped", scale_rewards="group"))
-    run("softcap", weighted, Plan(term="clipped"), softcap=30.0)
-    run("softcap full", full, full_plan, entropy=True, softcap=30.0)
-    run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True))
-    if dtype != "fp32":  # of a head in half precision
-        run("fp32 logits", weighted, Plan(term="clipped"), read=logits.float())
-        run("fp32 logits full", full, full_plan, entropy=True, read=logits.float())
-    run("packed", packed, full_plan._replace(scale_rewards="none"), entropy=True)
-    run("packed sequence", packed, Plan(term="clipped", level="sequence"))
-    lists = {"support": flat_ids[0], "support_first": ids, "support_last": ids}
-    run("support full", full._replace(**lists), full_plan, entropy=True)
-    if wave == 32:  # on gfx942 this form spills 13 registers (Triton 3.7.1), with tiles that can be no smaller
-        run("mask full", full._replace(support_mask=torch.zeros(logits.shape, dtype=torch.bool)), full_plan, True)
-    run("weights once", full._replace(ref=None), Plan(term="vespo", scale_rewards="group", weight_once=True))
-    run("places", packed._replace(places=torch.arange(B * T)[None]), Plan(term="fipo"))
-    with recording(launches, dtype, wave):
-        launch.scale(logits, logits, one)
-        for up, bounds in ((None, None), (token, None), (None, cu)):
-            launch.join(*(tokens if bounds is not None else token for _ in range(3)), up, bounds)
-        for correction in CORRECTIONS.values():
-            launch.correct(token, full._replace(sampling=token), correction)
-        launch.segments(flat_ids, cu, B * T)
-        launch.groups(cu, B)
-        launch.batch_std(sequence, True)
-        for batch in (lean, full, packed._replace(temperature=column)):
-            for entropy in (False, True):
-                launch.unite(torch.zeros(2, 4 * B * T), batch, entropy)
-                launch.shard(logits if batch.cu is None else row, batch, Plan(skip=not entropy), entropy)
-        launch.threshold(segments.float(), segments.float(), 0.5)
-    for label, run in compile_distillation.calls(logits):
-        with recording(launches, f"{label} {dtype}", wave):
-            run()
-    seen = {}
-    for each in launches:
-        seen.setdefault((each.kernel, str(signature(each))), each)
-    return list(seen.values())
-
-
-def signature(each: Launch) -> tuple[dict, dict, dict]:
-    """(types, constants, alignment hints) as Triton's own launcher would derive them."""
-    types, constants, hints = {}, {}, {}
-    parameters = inspect.signature(each.kernel.fn).parameters
-    free = {p.name: p.do_not_specialize for p in each.kernel.params}
-    for place, (name, parameter) in enumerate(parameters.items()):
-        value = each.arguments[name]
-        annotation = getattr(parameter.annotation, "name", "")
-        if value is None or each.kernel.params[place].is_constexpr:
-            types[name], constants[(place,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            types[name] = _POINTERS[value.dtype]
-        elif isinstance(value, tuple):
-            types[name] = type(value)(*("fp32",) * len(value))
-        elif isinstance(value, float) or annotation == "fp32":
-            types[name] = "fp32"
-        else:
-            types[name] = "i64" if annotation == "int64" else "i32"
-            if not free[name] and value % 16 == 0:
-                hints[(place,)] = [["tt.divisibility", 16]]
-    return types, constants, hints
 
 
 def compiled_for(each: Launch, target_name: str):
@@ -229,7 +63,7 @@ def machine_code_of(each: Launch, target_name: str, brief: bool = False) -> dict
     compiled = compiled_for(each, target_name)
     row = {"kernel": each.label, "target": target_name, **each.options}
     binary, read = ("amdgcn", machine_code.amd) if target.backend == "hip" else ("cubin", machine_code.nvidia)
-    if brief and binary == "cubin" and each.label.split()[0] not in PASSES:
+    if brief and binary == "cubin" and not passes_of(each, brief):
         read = machine_code.nvidia_usage
     row |= {**read(compiled.asm[binary]), "shared": compiled.metadata.shared}
     row["resident_programs"] = machine_code.resident_programs(target, row["registers"], options["num_warps"])
@@ -246,7 +80,7 @@ def compile_launch(each: Launch, target_name: str, brief: bool = False) -> dict:
     passes, rests = ({}, {}) if x is None else _row_passes(loops, x.element_size(), tile)
     capped = each.arguments.get("cap") is not None
     row |= {"tile_per_thread": tile, "passes": passes, "rests": rests, "capped": capped}
-    row["wanted"] = passes_of(each)
+    row["wanted"] = passes_of(each, brief)
     whole = passes and all(loop["elements"] % tile == 0 for loop in passes.values())
     for what in ("ex2", "instructions"):  # None: a loop was not found whole, as where rows are read in branches
         row[f"{what}_per_element"] = sum(loop[what] / loop["elements"] for loop in passes.values()) if whole else None
@@ -256,11 +90,12 @@ def compile_launch(each: Launch, target_name: str, brief: bool = False) -> dict:
     return row
 
 
-def passes_of(each: Launch) -> tuple[str, ...]:
-    """Those over a row that a launch should make."""
+def passes_of(each: Launch, brief: bool = False) -> tuple[str, ...]:
+    """Those over a row that a launch should make; with `brief` none where another launch has the same."""
     passes, flags = PASSES.get(each.kernel.fn.__name__, ()), each.arguments
     few = flags.get("FEW") or flags.get("support") is not None  # a row is not read, but for a few tokens
-    if few or flags.get("keep") is not None:  # or its mask is read beside it, a byte per entry
+    masked = flags.get("keep") is not None  # its mask is read beside it, a byte per entry
+    if few or masked or (brief and repeats_loops(each.label)):
         return ()
     made = {"first": flags.get("VALUES", True), "second": flags.get("GRADIENT", True)}
     return tuple(name for name in passes if made.get(name, True))
@@ -330,20 +165,14 @@ def report(
 ) -> list[dict]:
     """One row per launch form × target × dtype × vocabulary.
 
-    `brief`: every term and divergence for the first target alone, terms without their leanest form; of the others what
-    stands with the clipped one, as a term is a few numbers of a token, and `compile_distillation.FEW`. NVIDIA's kernels
-    that read no row are not disassembled.
+    `brief`: a brief record for the first target, a representative one for the others, see `compile_launches.Extent`.
+    NVIDIA's kernels are disassembled where they read a row, and no other launch has the same loops.
     """
     jobs = {}  # the [B, T] kernels are the same for every dtype of the logits
     for target, V, dtype in itertools.product(targets, vocabularies, dtypes):
-        terms = {"clipped"} if brief and target != targets[0] else set(TERMS)
-        for each in record_launches(V, dtype, TARGETS[target].warp_size):
-            if not re.search(only, each.label) or (terms != set(TERMS) and compile_distillation.left_out(each.label)):
-                continue
-            _, term, form, *_ = (*each.label.split(), "", "")
-            if brief and form == "lean" and term != "clipped":
-                continue
-            if term in terms or term not in TERMS:
+        extent = Extent.EVERY if not brief else Extent.BRIEF if target == targets[0] else Extent.REPRESENTATIVE
+        for each in record_launches(V, dtype, TARGETS[target].warp_size, extent):
+            if re.search(only, each.label):
                 jobs.setdefault((target, V, each.kernel, str(signature(each))), each)
 
     def compiled(job):

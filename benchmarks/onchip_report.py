@@ -15,7 +15,8 @@ import triton
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from benchmarks import machine_code
-from benchmarks.compile_report import TARGETS, Launch, Recorder, signature
+from benchmarks.compile_launches import Launch, Recorder, signature
+from benchmarks.compile_report import TARGETS
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.plan import Plan

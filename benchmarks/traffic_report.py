@@ -38,7 +38,7 @@ from grpo_kernels.objective.catalogue import LEVELS, LOSS_TYPES, TERMS
 
 KEPT = 64  # ids that a support keeps of each row, besides the token
 TOLD = 64  # tokens that a teacher tells, where it does not tell all
-B, T, V = 4, 4, 17001  # whole tiles of bf16 logits, lines of the rest, and rows that start anywhere
+B, T, V = 4, 2, 17001  # whole tiles of bf16 logits, lines of the rest, and rows that start anywhere
 ALIGNED = 17024  # a V with which every row starts at a line of memory
 PARTS = 3  # of lines, per row: the line of its start, and that of its end in whole accesses and by the entry
 SMALL_LAUNCHES = 8

@@ -43,7 +43,7 @@ def pytest_configure(config):
 # Tests that train on the CPU: curves, seeds and sampled tokens are those that it makes. A process that sees a GPU
 # would train there.
 ON_THE_CPU = ("test_trainer", "test_trl_trainer", "test_trl_distillation", "test_examples", "test_group_size",
-              "test_ppo_vs_grpo", "test_end_to_end")  # fmt: skip
+              "test_ppo_vs_grpo", "test_four_ways", "test_end_to_end")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):

@@ -46,19 +46,24 @@ def draw(results: Results, out: Path) -> Path:
 
 def curves(axes: Axes, results: Results, name: str, title: str) -> None:
     for arm in results.arms:
-        curve = sorted(results.curve(arm, name).items())
-        steps = [step for step, _ in curve]
-        values = [list(by_seed.values()) for _, by_seed in curve]
-        low, high = [min(v) for v in values], [max(v) for v in values]
-        axes.fill_between(steps, low, high, color=COLOURS[arm], alpha=0.22, linewidth=0)
-        mean = [statistics.fmean(v) for v in values]
-        marker = MARKERS[arm] if len(steps) < 30 else None
-        axes.plot(steps, mean, color=COLOURS[arm], linewidth=2.5, marker=marker, markersize=6, label=arm)
+        curve = results.curve(arm, name)
+        marker = MARKERS[arm] if len(curve) < 30 else None
+        band(axes, curve, COLOURS[arm], marker, arm)
     axes.set_title(title, loc="left", fontsize=FONT_SIZE, fontweight="bold")
     axes.set_ylim(0, 1)
     axes.grid(True, color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, loc="lower right")
+
+
+def band(axes: Axes, curve: dict[int, dict[int, float]], colour: str, marker: str | None, label: str) -> None:
+    """The mean over the seeds as a line, from the least to the greatest as a band; ``curve``: step → seed → value."""
+    steps = sorted(curve)
+    values = [list(curve[step].values()) for step in steps]
+    low, high = [min(v) for v in values], [max(v) for v in values]
+    axes.fill_between(steps, low, high, color=colour, alpha=0.22, linewidth=0)
+    mean = [statistics.fmean(v) for v in values]
+    axes.plot(steps, mean, color=colour, linewidth=2.5, marker=marker, markersize=6, label=label)
 
 
 def memory_bars(axes: Axes, results: Results) -> None:

@@ -44,13 +44,17 @@ class Results:
         return list(dict.fromkeys(row.arm for row in self.steps))
 
     def curve(self, arm: str, name: str) -> dict[int, dict[int, float]]:
-        """step → seed → value, where there is one."""
-        found: dict[int, dict[int, float]] = {}
-        for row in self.steps:
-            value = getattr(row, name)
-            if row.arm == arm and value is not None:
-                found.setdefault(row.step, {})[row.seed] = value
-        return found
+        return curve_of(self.steps, arm, name)
+
+
+def curve_of(rows: Sequence[object], arm: str, name: str) -> dict[int, dict[int, float]]:
+    """step → seed → value, where there is one; rows have ``arm``, ``step`` and ``seed``."""
+    found: dict[int, dict[int, float]] = {}
+    for row in rows:
+        value = getattr(row, name)
+        if row.arm == arm and value is not None:
+            found.setdefault(row.step, {})[row.seed] = value
+    return found
 
 
 def over_seeds(metric: str, arm: str, values: Sequence[float]) -> Figure:

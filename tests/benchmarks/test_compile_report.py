@@ -13,7 +13,11 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 import triton
 
 from benchmarks import machine_code
-from benchmarks.compile_report import KERNELS, TARGETS, _row_cost, _row_passes, defects
+from benchmarks.compile_launches import ALONE, KERNELS
+from benchmarks.compile_report import TARGETS, _row_cost, _row_passes, defects
+from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
+from grpo_kernels.objective.corrections import CORRECTIONS
+from grpo_kernels.objective.plan import Plan
 
 COMPILED = ("sm_90", "gfx942")
 
@@ -22,7 +26,7 @@ COMPILED = ("sm_90", "gfx942")
 def report(tmp_path_factory):
     """(text, rows) of the report, from processes of their own: here the kernels are interpreted.
 
-    In bf16 for two targets, every term for the first of them, which takes a minute; `make compile-report` has them all.
+    In bf16 for two targets, every term for the first of them; `make compile-report` has every form for all targets.
     """
     folder = tmp_path_factory.mktemp("report")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -48,6 +52,17 @@ def row_kernels(report):
 def test_every_kernel_for_every_target(report):
     found = {(row["target"], row["kernel"].split()[0]) for row in report[1]}
     assert found == {(target, kernel) for target in COMPILED for kernel in KERNELS}
+
+
+def test_every_term_divergence_and_correction_for_the_first_target(report):
+    """In every kernel that holds it, but a divergence: one of them stands for all in the kernel of a sequence."""
+    labels = [row["kernel"].split() for row in report[1] if row["target"] == COMPILED[0]]
+    terms_in = lambda kernel: {label[1] for label in labels if label[0] == kernel}  # noqa: E731
+    assert terms_in("sequence_kernel") == set(TERMS)
+    assert terms_in("loss_kernel") == {name for name in TERMS if Plan(term=name).one_launch}
+    divergences = [label[3] for label in labels if label[0] == "loss_kernel" and label[2] == "KL"]
+    assert sorted(divergences) == sorted(KL_ESTIMATORS) and ALONE in KL_ESTIMATORS
+    assert [label[0] for label in labels].count("correction_kernel") == len(CORRECTIONS)
 
 
 def test_no_launch_relies_on_tritons_default_for_fp_fusion(report):
@@ -78,7 +93,7 @@ def test_exponentials_per_element(row_kernels):
     A part of a vocabulary has a running maximum, and takes one per tile for rescaling.
     """
     capped = [row["target"] for row in row_kernels if row["capped"]]
-    assert [capped.count(target) for target in COMPILED] == [12, 6]  # all divergences for the first target alone
+    assert [capped.count(target) for target in COMPILED] == [12, 6]  # those of distillation for the first target alone
     for row in row_kernels:
         if row["capped"]:
             assert row["ex2_per_element"] <= 4.25, row
