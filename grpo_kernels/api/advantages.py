@@ -39,11 +39,11 @@ def group_advantages(
                     y = Σ w_k·(R_k − mean_group)/(std_group+eps)  normalize_then_sum
     ==============  ============================================  ==========================
 
-    The first column has ``advantage_estimator``, and with ``"group"`` ``scale_rewards``.
+    The first column is ``advantage_estimator``; with ``"group"``, ``scale_rewards`` follows.
 
-    A reward that is not finite (NaN, ±inf) is left out of mean and std and gets advantage 0. A group whose
-    rewards are all the same, or with one finite reward, gets exactly 0. gdpo says so of each of its rewards, of which
-    one that is left out adds nothing; a completion with none gets 0.
+    A reward that is not finite (NaN, ±inf) is left out of mean and std and gets advantage 0. A group whose rewards
+    are all the same, or with one finite reward, gets exactly 0. In gdpo this holds for each of the K rewards: one
+    that is left out adds nothing, and a completion without any gets 0.
 
     Args:
         rewards: (B,), float; the completions of a prompt lie side by side. Or (B, K), K rewards each, of which gdpo

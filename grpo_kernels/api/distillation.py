@@ -1,4 +1,4 @@
-"""`distillation_loss`: a student is pulled towards a teacher, token by token; the gradient in the same pass."""
+"""`distillation_loss`: a student's divergence from a teacher, token by token; its gradient in the same pass."""
 
 import torch
 
@@ -34,13 +34,13 @@ def distillation_loss(
         between   D = β·KL(q ‖ m) + (1−β)·KL(p ‖ m),  m = (1−β)·p + β·q
         loss = Σ w·D,                                                  w set by loss_agg_mode
 
-    On the student's own samples this is on-policy distillation. The gradient flows to the student only, and there is no
-    factor temperature². It is written in the pass that compares the rows: each logit of both models is read once, and
+    On the student's own samples this is on-policy distillation. There is no factor temperature². The gradient flows
+    to the student only. It is written in the pass that compares the rows: each logit of both models is read once, and
     the gradient written once. For β between 0 and 1 the divergence tends to 0, not to a KL, as β tends to 0 or 1.
 
-    0·(anything) counts 0. With β = 0 a token that the teacher says and the student cannot (a logit −∞) makes D
-    infinite, and its gradient stays p − q; with β = 1 one that the student says and the teacher cannot makes D infinite
-    and the row's gradient NaN; between, everything is finite.
+    A product with a factor 0 counts 0. With β = 0 a token that the teacher may say and the student bans (a logit −∞)
+    makes D infinite, and the gradient stays p − q. With β = 1 a token that the student may say and the teacher bans
+    makes D infinite and the row's gradient NaN. Between, everything is finite.
 
     Args:
         logits: the student's: (B, T, V), or (B, T+1, V), as causal models return them, whose last position is not
@@ -48,7 +48,7 @@ def distillation_loss(
         teacher: the teacher's logits over the same vocabulary, (B, T, V) or (B, T+1, V), packed (N, V), in any of these
             dtypes; or a `TopK`, (B, T, K) or (N, K): its likeliest tokens with their log-probabilities, at this
             temperature already.
-        beta: from 0 to 1. 0 and 1 are structure: other launches than between.
+        beta: from 0 to 1. 0 and 1 take other launches than the values between.
         temperature: divides the logits of both; a number, a 0-d tensor, or one (B,) or (B, T); packed (S,) or (N,).
         tail: of a `TopK`: True: all other tokens together are one more outcome, whose share is at least 1e-7; False:
             both distributions are renormalised over the K, and no other logit is read; None: the K as they are.
@@ -61,7 +61,7 @@ def distillation_loss(
         max_completion_length: the constant that ``"constant"`` and ``"seq-mean-token-sum-norm"`` divide by; None: T.
         global_batch_size: sequences of the whole batch, for the modes that divide by them; None: those of this call.
         loss_scale: factor of the loss, e.g. 1/gradient_accumulation_steps.
-        inplace: write the gradient over the logits' own memory, as in `fused_grpo_loss`. The teacher's stay.
+        inplace: write the gradient over the logits' own memory, as in `fused_grpo_loss`. The teacher's logits stay.
         reduction: ``"mean"``: the sum above; ``"none"``: D per token, (B, T), unweighted, 0 where masked.
         backend: None (by device), ``"triton"`` or ``"torch"``.
 

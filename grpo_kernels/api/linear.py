@@ -64,11 +64,11 @@ def fused_linear_grpo_loss(
 ) -> LossOutput:
     """`fused_grpo_loss` of ``logits = softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, never held whole.
 
-    The logits are made a chunk of rows at a time, in one buffer that then takes their gradient, from which
-    those of hidden states and weight follow: three matrix products in all, as the plain head has. A fourth
-    is needed where the gradient has to wait: ``reduction="none"``, fp16, ``top_entropy_quantile``, and for a
-    sequence longer than a chunk if the objective depends on whole sequences. Rows that do not count (masked;
-    of advantage 0 with ``skip_zero_advantage``) take no part in the products.
+    The logits are made a chunk of rows at a time, in one buffer. The kernel writes their gradient into it, and two
+    products make the gradients of hidden states and weight from that: three matrix products in all, as many as the
+    plain head has. A fourth is needed where the gradient has to wait: ``reduction="none"``, fp16,
+    ``top_entropy_quantile``, and for a sequence longer than a chunk if the objective depends on whole sequences. Rows
+    that do not count (masked; of advantage 0 with ``skip_zero_advantage``) are left out of the products.
 
     Args:
         hidden: (B, T, H), or (B, T+1, H) whose last position is not read and gets gradient 0, or packed
@@ -76,8 +76,8 @@ def fused_linear_grpo_loss(
             autocast too. ``hidden[b, t]`` predicts ``completion_ids[b, t]``.
         weight: (V, H) in the dtype of ``hidden``, or the head itself (a ``torch.nn.Linear``). A DTensor (FSDP2)
             is gathered once, and its gradient given back sharded, the mean over the ranks. With DDP the head
-            may stay inside the wrapped module, unless that looks for unused parameters, as which DDP then
-            takes the head: it raises.
+            may stay inside the wrapped module, but not with ``find_unused_parameters=True``: DDP then takes the
+            head for unused, and raises in the backward.
         completion_ids: (B, T) or (N,), integers; at masked positions anything.
         bias: (V,), or None.
         logit_scale: factor of the logits (Cohere), or the inverse of their divisor (Granite); above 0.
@@ -91,10 +91,10 @@ def fused_linear_grpo_loss(
             whatever is given here.
         accumulate_in_fp32: add up the gradients of weight and bias in fp32; False: in the weight's own dtype,
             which takes half the memory in half precision, and rounds once per chunk.
-        gather_head: of the head each row takes only the rows that its ``support``, a `Support`, names: K + 1 logits
-            per row, K being the most ids that a row has, in place of V. For small supports, of every row that is
-            read. ``chunk_bytes`` are then of gathered rows of the head. The host waits for the device once more, to
-            learn K, and a second time in a backward that computes the logits again.
+        gather_head: a row makes only the logits of its own token and of the tokens in its ``support``: K + 1 in place
+            of V, K being the most ids that a row has. It is for small supports; each row that is read needs an id in
+            a `Support`. ``chunk_bytes`` then counts gathered rows of the head. The host waits for the device once
+            more, to learn K, and a second time in a backward that computes the logits again.
         logits_dtype: None: the dtype of ``hidden``, to which each logit is rounded. ``torch.float32`` with bf16 or
             fp16: the products add up in fp32 and stay so, without a head in fp32; the gradient of the logits is made
             in fp32 and rounded once to the dtype of ``hidden``, for its own two products. A logit of a chunk then
@@ -160,7 +160,7 @@ def linear_token_logprobs(
 ) -> TokenLogprobs:
     """`token_logprobs` of ``softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, a chunk of rows at a time.
 
-    For old and reference passes, and for objectives of one's own. A backward computes the logits again.
+    For old and reference passes, and for objectives of your own. A backward computes the logits again.
 
     Args:
         hidden, weight, bias, logit_scale, softcap, chunk_bytes, num_rows, accumulate_in_fp32, gather_head,
@@ -169,7 +169,7 @@ def linear_token_logprobs(
             as in `token_logprobs`. With `Targets` the host waits for the device once more, to learn which of them
             belong to a chunk.
         temperature: divides the logits; a number, a 0-d tensor, or one (B,), (B, T) or (N,).
-        mask: of zeros and ones, (B, T) or (N,); masked rows take no part, and have log-probability 0.
+        mask: of zeros and ones, (B, T) or (N,); masked rows are left out, and have log-probability 0.
         support: what a truncating sampler drew each token from, as in `fused_grpo_loss`. Not with several targets.
         return_entropy: compute the entropies as well.
         backend: None (by device), ``"triton"`` or ``"torch"``.

@@ -45,12 +45,12 @@ def fused_linear_distillation_loss(
     reduction: str = "mean",
     backend: str | None = None,
 ) -> LossOutput:
-    """`distillation_loss` of ``softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, and of the teacher's alike.
+    """`distillation_loss` of ``softcap·tanh(logit_scale·(hidden·weightᵀ + bias)/softcap)``, and of the teacher's.
 
-    The logits of both are made a chunk of rows at a time. The student's then take their gradient, from which those of
-    hidden states and weight follow: four matrix products in all, none of them twice. With ``reduction="none"`` and in
-    fp16 the gradient has to wait, and the two products that make the logits are made again in the backward. Rows that
-    are masked take no part in the products.
+    The logits of both are made a chunk of rows at a time. The kernel makes the gradient of the student's logits, and
+    two products make the gradients of hidden states and weight from that: four matrix products in all, none of them
+    twice. With ``reduction="none"`` and in fp16 the gradient has to wait, and the two products that make the logits
+    are made again in the backward. Masked rows are left out of the products.
 
     Args:
         hidden: (B, T, H), or (B, T+1, H) whose last position is not read and gets gradient 0, or packed (N, H); fp32,

@@ -41,7 +41,7 @@ def token_logprobs(
     Args:
         logits: (B, T, V), or (B, T+1, V) whose last position is not read, or packed (N, V); fp32, bf16
             or fp16, contiguous in V, other strides free. ``logits[b, t]`` scores ``completion_ids[b, t]``.
-        completion_ids: (B, T) or (N,), integers. Of several targets per row (B, T, K), packed (N, K), or `Targets`,
+        completion_ids: (B, T) or (N,), integers. For several targets per row: (B, T, K), packed (N, K), or `Targets`,
             any number for each of the B·T or N rows: ``logits[b, t]`` scores ``completion_ids[b, t, k]``. A negative
             id is then absent, and an id may come several times. Whatever their number, the logits are read once, and
             once more for the gradient.
@@ -49,9 +49,10 @@ def token_logprobs(
         mask: of zeros and ones, (B, T) or (N,); masked rows are not read, their ids may be anything.
         support: what a truncating sampler (top-k, top-p, min-p) drew each token from: a `Support`, or a bool tensor
             (B, T, V); log-probabilities and entropies are then over it and the token itself, as in `fused_grpo_loss`.
-            With ``vocab_group`` ids are whole, a bool tensor is this rank's columns. Not with several targets per row.
+            With ``vocab_group`` ids are those of the whole vocabulary, and a bool tensor is this rank's columns. Not
+            with several targets per row.
         return_entropy: compute the entropy as well.
-        vocab_group: process group over which the vocabulary is spread, as in `fused_grpo_loss`. Not with several
+        vocab_group: process group over which the vocabulary is sharded, as in `fused_grpo_loss`. Not with several
             targets per row.
         backend: None (by device), ``"triton"`` or ``"torch"``.
 

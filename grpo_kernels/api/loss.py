@@ -48,23 +48,24 @@ def fused_grpo_loss(
         ℓ    = −min(min(ρ, δ)·A, clip(ρ, 1−ε_low, 1+ε_high)·A)·importance_weights + β·KL(lp, ref_logps)
         loss = Σ w·ℓ − loss_scale · entropy_coef · mean H,          w set by loss_type
 
-    for ``loss_type="grpo"``; `grpo_kernels.objective.catalogue.LOSS_TYPES` lists the others, `LossConfig` every knob.
+    for ``loss_type="grpo"``; `grpo_kernels.objective.catalogue.LOSS_TYPES` lists the others, `LossConfig` every
+    setting.
 
-    When logits require grad, the same pass that reads a row writes its gradient, so that the backward
-    has nothing left to do; objectives whose ratio is the sequence's read the logits a second time in the
-    backward. With on-policy data (``old_logps=None``) the *value* of the loss is near 0 for
-    group-relative advantages, and says nothing; its gradient is the policy gradient.
+    If the logits require grad, the pass that reads a row also writes its gradient, and the backward has nothing left
+    to do. Objectives whose ratio is the sequence's read the logits a second time in the backward. With on-policy data
+    (``old_logps=None``) the *value* of the loss is near 0 for group-relative advantages, and tells you nothing; its
+    gradient is the policy gradient.
 
     Args:
         logits: (B, T, V), or (B, T+1, V), as causal models return them, whose last position is not read
             and gets gradient 0; or packed (N, V); fp32, bf16 or fp16; contiguous in V, other strides free.
             ``logits[b, t]`` scores ``completion_ids[b, t]``.
-        completion_ids: (B, T) or (N,), integers; at masked positions anything. Packed input has (N,)
-            where it says (B, T) below, and (S,) where it says (B,).
+        completion_ids: (B, T) or (N,), integers; at masked positions anything. With packed input (B, T) below means
+            (N,), and (B,) means (S,).
         advantages: (B,) or (B, T), float. Either these or ``rewards``.
-        rewards: (B,) float, or (B, K) with ``reward_weights``: the advantage by ``advantage_estimator`` is computed
-            inside the launch, where it needs its group alone, see `group_advantages`. Rewards that are not finite get
-            advantage 0.
+        rewards: (B,) float, or (B, K) with ``reward_weights``: the loss computes the advantage by
+            ``advantage_estimator``, inside the launch if it needs its group alone, see `group_advantages`. Rewards
+            that are not finite get advantage 0.
         num_generations: with rewards: G, rows [k·G, (k+1)·G) share a prompt; or the sizes of the groups, which add
             up to B, as a list or an integer tensor (groups,) on the device, see `group_advantages`.
         old_logps: (B, T), log-probabilities under the policy that sampled; None: on-policy, ρ = 1 with
@@ -86,23 +87,23 @@ def fused_grpo_loss(
             0-d tensor.
         loss_scale: factor of the loss, e.g. 1/gradient_accumulation_steps; a number or 0-d tensor.
         cu_seqlens: (S+1,) int, with packed input: sequence i is rows [cu_seqlens[i], cu_seqlens[i+1]).
-        inplace: write the gradient over the logits' own memory. The logits are gone afterwards. A graph built on
-            them before this call raises in its backward, if it needs them; one built afterwards (an auxiliary loss)
-            cannot, and computes with the gradient's numbers, unless GRPO_KERNELS_VALIDATE=1, which makes it raise
-            (and takes memory for the gradient). Has no effect when no gradient is needed.
+        inplace: write the gradient over the logits' own memory. The logits are gone afterwards. A graph built on them
+            before this call raises in its backward, if it needs them. One built afterwards (an auxiliary loss)
+            silently computes with the gradient's numbers; GRPO_KERNELS_VALIDATE=1 makes it raise (and takes memory
+            for the gradient). Has no effect when no gradient is needed.
         skip_zero_advantage: do not even read rows whose gradient is known to be 0 (β = 0, and A = 0: of the
             token, or of its whole sequence where tokens of a sequence depend on each other). Their
             log-probabilities are NaN, and metrics are over the rows that were read.
         return_entropy: also return the entropies of the distributions.
         reduction: ``"mean"``: the loss type's own; ``"none"``: ℓ per token, (B, T), unweighted
             (neither ``loss_scale`` nor ``num_items_in_batch`` nor the entropy bonus is in it), 0 where masked.
-        data_group: process group of data-parallel ranks, for what spans them: the std of
-            ``scale_rewards="batch"`` and of ``advantage_estimator="gdpo"``, and ``top_entropy_quantile``. The last
-            then waits for the host once.
-        vocab_group: process group over which the vocabulary is spread (tensor parallelism): ``logits`` are this
-            rank's part of it, (B, T, V_rank), parts of any size in the order of the ranks; everything else is
-            whole, and the same on every rank, ids included. Every rank returns the same loss, and has the
-            gradient of its own part. The logits are then read twice.
+        data_group: process group of data-parallel ranks, for what spans them: the std of ``scale_rewards="batch"``
+            and of ``advantage_estimator="gdpo"``, and ``top_entropy_quantile``. With the last the host waits for the
+            device once.
+        vocab_group: process group over which the vocabulary is sharded (tensor parallelism): ``logits`` are this
+            rank's part of it, (B, T, V_rank), parts of any size in the order of the ranks; everything else is whole,
+            and the same on every rank, ids included. Every rank returns the same loss, and has the gradient of its
+            own part. The logits are then read twice.
         backend: None (by device), ``"triton"`` or ``"torch"``.
         config: a `LossConfig`; its fields can also be given as keywords: ``loss_type="dapo", beta=0.04``.
 
@@ -164,11 +165,11 @@ def policy_loss(
     config: LossConfig | None = None,
     **overrides,
 ) -> LossOutput:
-    """`fused_grpo_loss` from log-probabilities, for trainers that hand over nothing else.
+    """`fused_grpo_loss` from log-probabilities, for trainers that pass only those.
 
     Args:
-        logps: (B, T), or packed (N,), log-probabilities of the sampled tokens under the current policy,
-            e.g. from `token_logprobs`; any float dtype, computed with in fp32.
+        logps: (B, T), or packed (N,), log-probabilities of the sampled tokens under the current policy, e.g. from
+            `token_logprobs`; any float dtype; the computation is in fp32.
         entropy: of the same shape, the entropies: needed for ``entropy_coef`` and ``top_entropy_quantile``.
 
     All other arguments, the output and the errors are those of `fused_grpo_loss`. The loss is

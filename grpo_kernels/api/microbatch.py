@@ -1,4 +1,4 @@
-"""`microbatch`: what the loss of a part of a batch is called with, so that the parts sum to the whole."""
+"""`microbatch`: the keywords for the loss of a part of a batch, so that the parts sum to the whole."""
 
 import torch
 
@@ -19,10 +19,9 @@ def microbatch(
 
         sum(fused_grpo_loss(..., config=config, **microbatch(config, tokens=..., ...)).loss for each part)
 
-    The parts hold whole sequences. Advantages come from the whole batch (`group_advantages`). An entropy
-    quantile is that of each call, so with one the parts differ from the whole. ``constant`` and
-    ``seq-mean-token-sum-norm`` want ``max_completion_length`` in the config, unless all parts are padded to
-    the length of the whole.
+    The parts hold whole sequences. Advantages come from the whole batch (`group_advantages`). An entropy quantile is
+    computed per call, so with one the parts differ from the whole. ``constant`` and ``seq-mean-token-sum-norm`` need
+    ``max_completion_length`` in the config, unless all parts are padded to the length of the whole.
 
     Args:
         config: the loss of the whole batch.
@@ -40,7 +39,7 @@ def microbatch(
 
     Raises:
         ValueError: a negative number, or a part that is larger than the whole.
-        TypeError: what is no number.
+        TypeError: a value that is not a number.
     """
     part = Part(tokens, total_tokens, sequences, total_sequences)
     for name, value in part._asdict().items():
