@@ -5,7 +5,8 @@ the launch ends: more than half of the time of a small launch. Here it does so o
 left, a third went into the check of integer sums and products for overflow, which took seven operations of the
 interpreter each; here NumPy does it. (Triton 3.7 makes that check, and asserts what it found in debug mode alone;
 here an overflow raises always.) A shape is wrapped once, not for every tensor that has it; which types two operands
-must have is found once for each pair; a number becomes a block once. NumPy warns of no infinity, as no GPU does.
+must have is found once for each pair, and so is which of them is cast or spread over a block; a number becomes a block
+once. NumPy warns of no infinity, as no GPU does.
 """
 
 import functools
@@ -96,7 +97,7 @@ def _wrap_shapes_once(core) -> None:
 
     def init(self, handle, type):
         self.handle, self.type, self.dtype = handle, type, type.scalar
-        self.numel, self.shape = type.wrapped if type.is_block() else of_a_number
+        self.numel, self.shape = type.wrapped
 
     core.tensor.__init__ = init
 
@@ -111,14 +112,18 @@ def _wrap_shapes_once(core) -> None:
         self.shape, self.numel, self.name, self.wrapped = blocks[key]
 
     core.block_type.__init__ = init_block
+    core.dtype.wrapped = of_a_number  # of whatever is no block
 
 
 def _unwrap_plain_values_at_once(core) -> None:
     from triton.language import semantic
 
     unwrap, constexpr, containers = core._unwrap_if_constexpr, core.constexpr, (list, tuple, core.tuple)
+    plain = frozenset((core.tensor, int, float, bool, str, type(None)))
 
     def unwrap_at_once(o):
+        if type(o) in plain:
+            return o
         if isinstance(o, constexpr):
             return o.value
         return unwrap(o) if isinstance(o, containers) else o
@@ -183,7 +188,17 @@ def _wrap_functions_once(interpreter) -> None:
         else:
             setattr(obj, name, with_semantic(member))
 
+    functions = {}
+
+    def patch_builtin(pkg, builder, *scope):
+        if pkg not in functions:  # unchanged yet: this is what changes them
+            functions[pkg] = [(name, member) for name, member in inspect.getmembers(pkg)
+                              if interpreter.tl.core.is_builtin(member)]  # fmt: skip
+        for name, member in functions[pkg]:
+            patch(pkg, name, member, builder, *scope)
+
     interpreter._patch_attr = patch
+    interpreter._patch_builtin = patch_builtin
 
 
 def _check_types_once(interpreter) -> None:
@@ -195,7 +210,25 @@ def _check_types_once(interpreter) -> None:
         TritonSemantic.binary_op_type_checking_impl, TritonSemantic.broadcast_impl_value, TritonSemantic.cast
     )  # fmt: skip
     constant = TritonSemantic.scalar_constant
-    unchanged, constants = set(), {}
+    handle, full, dtype_of = interpreter.TensorHandle, interpreter.np.full, interpreter._get_np_dtype
+    unchanged, constants, changes = set(), {}, {}
+
+    def change(self, x, type):
+        """As the check does it: first the dtype, then a scalar once per entry of a block."""
+        x = cast_unlike(self, x, type.scalar)
+        if type.is_block() and not x.type.is_block():
+            x = tensor(handle(full(type.shape, x.handle.data, dtype_of(x.handle.dtype)), x.handle.dtype), type)
+        return x
+
+    def note(key, lhs, rhs, x, y) -> None:
+        """What the check made of (lhs, rhs): nothing, or another one of either, whose shape stays if it is a block."""
+        kept = x.type.name == lhs.type.name, y.type.name == rhs.type.name
+        if all(kept):
+            unchanged.add(key)
+        elif any(kept):
+            before, after = (rhs, y) if kept[0] else (lhs, x)
+            if not before.type.is_block() or before.shape is after.shape:
+                changes[key] = kept[0], after.type
 
     def remember(key, x):
         if len(constants) > 10_000:
@@ -215,9 +248,11 @@ def _check_types_once(interpreter) -> None:
             key = lhs.type.name, rhs.type.name, args
             if key in unchanged:
                 return lhs, rhs
+            if key in changes:
+                of_right, type_of_it = changes[key]
+                return (lhs, change(self, rhs, type_of_it)) if of_right else (change(self, lhs, type_of_it), rhs)
             x, y = check_types(self, lhs, rhs, *args)
-            if x.type.name == lhs.type.name and y.type.name == rhs.type.name:
-                unchanged.add(key)
+            note(key, lhs, rhs, x, y)
             return x, y
         if left is tensor and right in plain:
             key = lhs.type.name, right, exactly(rhs), args

@@ -30,7 +30,8 @@ def integer_kernel(x, y, out, N: tl.constexpr):
     at = tl.arange(0, N)
     a, b, s = tl.load(x + at), tl.load(y + at), tl.load(y)
     results = (a + b, a - b, a * b, a + 1, 1 - a, 2 * a, a + s, s - a, s * s + tl.zeros([N], s.dtype), halved(a),
-               a & b, a | 3, a ^ b, a >> 1, a << 1, tl.minimum(a, b), tl.maximum(a, 2), -a, tl.abs(a))  # fmt: skip
+               a & b, a | 3, a ^ b, a >> 1, a << 1, tl.minimum(a, b), tl.maximum(a, 2), -a, tl.abs(a),
+               a + at, at * s, s - at, (s - tl.program_id(0)) * at, (tl.program_id(0) + s) - a)  # fmt: skip
     for k in tl.static_range(len(results)):
         tl.store(out + k * N + at, results[k].to(tl.int64))
     flags = (a < b, a <= 2, a == s, (a > b) & (a != 0), ~(a >= b), tl.sum(a) == tl.max(b))
@@ -48,7 +49,7 @@ def float_kernel(x, y, out, scale, N: tl.constexpr):
                wide * scale, (a > 0).to(tl.float32), tl.sum(wide) + wide, tl.max(wide) - b, wide.to(tl.int32) * 1.0,
                wide.to(x.dtype.element_ty), tl.sum(wide[:, None] * b[None, :], 1), float("inf") * wide,
                tl.full([N], float("nan"), tl.float32) + wide, tl.full([N], 3, x.dtype.element_ty),
-               wide.to(tl.bfloat16))  # fmt: skip
+               wide.to(tl.bfloat16), a + at, s * at, at - s, wide + s, s * wide)  # fmt: skip
     for k in tl.static_range(len(results)):
         tl.store(out + k * N + at, results[k].to(tl.float32))
 
@@ -56,7 +57,7 @@ def float_kernel(x, y, out, scale, N: tl.constexpr):
 def integers(dtype):
     """Small enough that nothing overflows."""
     x = torch.arange(16).remainder(7).to(dtype) - 2
-    y, out = x.flip(0).clone().clamp(min=1), torch.zeros(25, 16, dtype=torch.int64)
+    y, out = x.flip(0).clone().clamp(min=1), torch.zeros(30, 16, dtype=torch.int64)
     integer_kernel[(1,)](x, y, out, 16)
     return [out]
 
@@ -65,7 +66,7 @@ def floats(dtype):
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(16, generator=g).to(dtype), torch.randn(16, generator=g).to(dtype)
     x[3], x[4] = 0.0, -0.0
-    out = torch.zeros(27, 16)
+    out = torch.zeros(32, 16)
     float_kernel[(1,)](x, y, out, 0.7, 16)
     return [out]
 
