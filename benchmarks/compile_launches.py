@@ -111,6 +111,7 @@ def record_launches(V: int, dtype: str, wave: int, extent: Extent = Extent.EVERY
 
     calls = ("loss", "logprobs", "objective", "totals", "slope")
     every, least = extent is Extent.EVERY, extent is Extent.REPRESENTATIVE
+    some = ("loss",) if least else calls
 
     def run(label, batch, plan, entropy=False, softcap=torch.inf, calls=calls, read=None):
         batch = batch._replace(term=(1.0,) * len(TERMS[plan.term].kind._fields), softcap=softcap)
@@ -149,16 +150,17 @@ def record_launches(V: int, dtype: str, wave: int, extent: Extent = Extent.EVERY
         run(f"full {name}", full._replace(sampling=token, threshold=one),
             full_plan._replace(level="sequence", off_policy=True, correction=name), entropy=True,
             calls=calls if every else ("objective",))  # fmt: skip
-    run("groups", full._replace(ref=None, groups=segments.view(2, B)), Plan(term="clipped", scale_rewards="group"))
+    run("groups", full._replace(ref=None, groups=segments.view(2, B)), Plan(term="clipped", scale_rewards="group"),
+        calls=some)  # fmt: skip
     run("softcap", weighted, Plan(term="clipped"), softcap=30.0)
     run("softcap full", full, full_plan, entropy=True, softcap=30.0)
-    run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True))
+    run("skip", full._replace(ref=None), Plan(term="clipped", scale_rewards="group", skip=True), calls=some)
     if dtype != "fp32":  # of a head in half precision
         if every:
             run("fp32 logits", weighted, Plan(term="clipped"), read=logits.float())
         run("fp32 logits full", full, full_plan, entropy=True, calls=("loss", "logprobs", "slope"), read=logits.float())
     run("packed", packed, full_plan._replace(scale_rewards="none"), entropy=True)
-    run("packed sequence", packed, Plan(term="clipped", level="sequence"))
+    run("packed sequence", packed, Plan(term="clipped", level="sequence"), calls=("objective",) if least else calls)
     lists = {"support": flat_ids[0], "support_first": ids, "support_last": ids}
     run("support full", full._replace(**lists), full_plan, entropy=True)
     if wave == 32:  # on gfx942 this form spills 13 registers (Triton 3.7.1), with tiles that can be no smaller
@@ -176,7 +178,7 @@ def record_launches(V: int, dtype: str, wave: int, extent: Extent = Extent.EVERY
         launch.groups(cu, B)
         launch.batch_std(sequence, True)
         for batch in (lean, full, packed._replace(temperature=column)):
-            for entropy in (False, True):
+            for entropy in (False, True) if every else (batch is not lean,):
                 launch.unite(torch.zeros(2, 4 * B * T), batch, entropy)
                 launch.shard(logits if batch.cu is None else row, batch, Plan(skip=not entropy), entropy)
         launch.threshold(segments.float(), segments.float(), 0.5)

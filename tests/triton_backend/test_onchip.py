@@ -24,9 +24,7 @@ from pretend_gpu import pretended
 from tolerance import assert_within, bounds
 
 ON_GPU = torch.cuda.is_available()
-body = pytest.mark.skipif(
-    ON_GPU or pretended(), reason="runs the kernel's body on the CPU, and this process sees a GPU"
-)
+body = pytest.mark.skipif(ON_GPU or pretended(), reason="runs the kernel's body on the CPU; this process sees a GPU")
 LINE = 256  # entries of a line of one warp
 SHAPES = {  # name: slots, lines, lag
     "one slot": (1, 1, 1),
@@ -322,8 +320,8 @@ def test_a_wrong_wait_is_seen(chip, name):
 @pytest.mark.parametrize("eighths", (0, 2))
 def test_it_compiles_for_gpus_that_need_not_be_there(eighths):
     """Once, without spills and with no exponential that a polynomial replaces; the report has all of its forms."""
-    command = ["-m", "benchmarks.onchip_report", "--vocab", "32000", "--target", "sm_90", "--only", "full$"]
-    command += ["--sum-eighths", str(eighths), "--grad-eighths", str(eighths)]
+    command = ["-m", "benchmarks.onchip_report", "--vocab", "32000", "--target", "sm_90", "--only", "full$",
+               "--sum-eighths", str(eighths), "--grad-eighths", str(eighths)]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=root)
@@ -351,11 +349,9 @@ def test_the_kernel_itself(real_chip, V, inplace):
     check_case(case, inplace=inplace)
 
 
-# What a row's way through the chip depends on: the rest is the objective's, whatever V.
-OF_THE_ROW = ("entropy", "bonus", "temperature", "rewards")
-
-
-EVERY_INPUT = [(32000, name) for name in OBJECTIVES] + [(151936, name) for name in OF_THE_ROW]
+# For the longest rows what their way through the chip depends on: the rest is the objective's, whatever V.
+EVERY_INPUT = [(32000, name) for name in OBJECTIVES]
+EVERY_INPUT += [(151936, name) for name in ("entropy", "bonus", "temperature", "rewards")]
 
 
 @pytest.mark.parametrize(("V", "name"), EVERY_INPUT)
