@@ -88,8 +88,7 @@ pytestmark = pytest.mark.unshifted  # rows must start at multiples of 16 bytes
 
 
 @body
-@both
-@pytest.mark.parametrize("programs", (1, 3, 40))
+@pytest.mark.parametrize(("chip", "programs"), (((0, 0), 1), ((0, 0), 3), ((0, 0), 40), ((3, 8), 3)), indirect=["chip"])
 @pytest.mark.parametrize("name", SHAPES)
 def test_vocabularies_around_the_bounds_of_slots_and_lines(chip, name, programs):
     slots, lines, lag = SHAPES[name]
