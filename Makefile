@@ -20,7 +20,7 @@ TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/
 NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo four_ways distributed \
     linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
     explain host pretend_gpu chunk_rows supports_times logits_error from_scratch \
-    layout variation linear_memory
+    layout variation linear_memory cases
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
@@ -95,8 +95,9 @@ demo: $(call installed,demo) ## train a tiny model on two-digit addition with GR
 test: $(call installed,test) ## the whole suite on the CPU, kernels interpreted
 	$(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
-test-variants: $(call installed,test) ## the tests of numbers on other data, at other addresses, with AVX2
+test-variants: $(call installed,test) ## the tests of numbers on other data, at other addresses, with AVX2; kernels for AMD
 	ATEN_CPU_CAPABILITY=avx2 $(on_cpu) $(PY) -m pytest -n $(JOBS) --dist worksteal $(NUMERICAL_TESTS) --seed-offset=1 --shift=1 $(ARGS)
+	GRPO_TESTS_TARGETS=gfx942 $(on_cpu) $(PY) -m pytest tests/benchmarks/test_compile_report.py $(ARGS)
 
 test-gpu: $(call installed,test) ## whatever a GPU may change, on a GPU, kernels compiled
 	@$(PY) -c 'import sys, torch; torch.cuda.is_available() or sys.exit(f"make test-gpu: torch {torch.__version__} sees no CUDA device (driver? CPU build of torch? CUDA_VISIBLE_DEVICES?)")'

@@ -19,7 +19,7 @@ from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
 from grpo_kernels.objective.corrections import CORRECTIONS
 from grpo_kernels.objective.plan import Plan
 
-COMPILED = ("sm_90", "gfx942")
+COMPILED = tuple(os.environ.get("GRPO_TESTS_TARGETS", "sm_90").split(","))  # test-variants has gfx942
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,8 @@ def test_exponentials_per_element(row_kernels):
     A part of a vocabulary has a running maximum, and takes one per tile for rescaling.
     """
     capped = [row["target"] for row in row_kernels if row["capped"]]
-    assert [capped.count(target) for target in COMPILED] == [12, 6]  # those of distillation for the first target alone
+    # Those of distillation for the first target alone.
+    assert [capped.count(target) for target in COMPILED] == [12, 6, 6, 6][: len(COMPILED)]
     for row in row_kernels:
         if row["capped"]:
             assert row["ex2_per_element"] <= 4.25, row

@@ -91,14 +91,55 @@ def expected(logits, *, upstream=None, **kwargs):
 def check(logits, backend, *, upstream=None, **kwargs):
     """Ours against the reference: loss, gradient, log-probabilities, entropies and metrics."""
     out, grad = ours(logits, backend, upstream=upstream, **kwargs)
-    want, want_grad = expected(logits, upstream=upstream, **kwargs)
     assert grad.dtype == logits.dtype
-    # bf16 that the forward has written is rounded once more by an upstream gradient other than 1
-    twice = logits.dtype == torch.bfloat16 and isinstance(upstream, float) and upstream != 1.0
-    allowed = bounds(logits, upstream=upstream, roundings=2 if twice else 1, **kwargs)
+    (want, want_grad), allowed = _truth(logits, upstream, kwargs)
     assert_outputs(out, want, allowed)
     assert_within(grad, want_grad, allowed.grad, "gradient")
     return out, grad
+
+
+_seen: dict = {}  # truths of the last calls: the backends of a test follow each other
+_LARGE = 2**20  # logits that are not kept
+
+
+def _truth(logits, upstream, kwargs) -> tuple[tuple, Bounds]:
+    """(what is expected, how far it may be off)"""
+    try:
+        key = None if logits.numel() > _LARGE else _contents([logits, upstream, kwargs])
+    except TypeError:
+        key = None
+    if key is not None and key in _seen:
+        return _seen[key]
+    # bf16 that the forward has written is rounded once more by an upstream gradient other than 1
+    twice = logits.dtype == torch.bfloat16 and isinstance(upstream, float) and upstream != 1.0
+    want = expected(logits, upstream=upstream, **kwargs)
+    allowed = bounds(logits, upstream=upstream, roundings=2 if twice else 1, **kwargs)
+    if key is not None:
+        while len(_seen) >= 8:
+            del _seen[next(iter(_seen))]
+        _seen[key] = want, allowed
+    return want, allowed
+
+
+def _contents(x) -> object:
+    """Equal for equal arguments: what tensors hold, not which they are.
+
+    Raises:
+        TypeError: it cannot be told of something.
+    """
+    if isinstance(x, torch.Tensor):
+        held = x.detach().cpu()
+        held = held.float() if x.dtype == torch.bfloat16 else held  # which NumPy does not know
+        return str(x.dtype), tuple(x.shape), held.numpy().tobytes()
+    if dataclasses.is_dataclass(x):
+        return type(x).__name__, _contents({each.name: getattr(x, each.name) for each in dataclasses.fields(x)})
+    if isinstance(x, dict):
+        return tuple((name, _contents(x[name])) for name in sorted(x))
+    if isinstance(x, (list, tuple)):
+        return type(x).__name__, tuple(map(_contents, x))
+    if x is None or isinstance(x, (bool, int, float, str, torch.dtype)):
+        return type(x).__name__, str(x)
+    raise TypeError(f"{type(x).__name__} is not looked into")
 
 
 def assert_outputs(out, want, allowed: Bounds, factor: float = 1.0) -> None:

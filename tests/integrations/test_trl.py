@@ -22,8 +22,11 @@ LEVELS = ("token", "sequence")
 POLICY = ("old_logps", "ref_logps")
 
 
-def both(case, backend, *, given=(), trl=None, fused=None, **args):
-    """TRL's loss and ours: ``given`` names of the case for both, ``trl`` and ``fused`` for one, ``args`` TRL's."""
+def both(case, *, given=(), trl=None, fused=None, **args):
+    """TRL's loss and ours of either backend.
+
+    ``given``: names of the case for both; ``trl`` and ``fused``: for one of them; ``args``: TRL's.
+    """
     mask, ids = case.completion_mask, case.completion_ids.clamp(min=0)
     inputs = {"advantages": case.advantages, **case.inputs(*given)}
     x = case.logits.double().requires_grad_()
@@ -32,22 +35,24 @@ def both(case, backend, *, given=(), trl=None, fused=None, **args):
     loss, metrics = trl_loss(x, ids, theirs.pop("advantages"), completion_mask=mask, **theirs, **rest, **args)
     loss.backward()
     config = LossConfig.from_trl(trl_args(**{**args, "temperature": 1.0}))  # any other is the call's
-    out, grad = ours(
-        case.logits, backend, completion_ids=case.completion_ids, completion_mask=mask, **{**inputs, **(fused or {})},
-        config=config, return_entropy=True, temperature=args.get("temperature", 1.0),
-    )  # fmt: skip
     allowed = bounds(
         case.logits, case.completion_ids, completion_mask=mask, **{**inputs, **(fused or {})}, config=config,
         temperature=args.get("temperature", 1.0),
     )  # fmt: skip
-    assert_within(out.loss, loss, allowed.loss, "loss")
-    assert_within(grad, x.grad, allowed.grad, "gradient")
     logged = metrics.keys() - {"policy_loss", "entropy_coef"}  # before accumulation; the setting itself
-    assert logged <= out.metrics.keys(), logged - out.metrics.keys()
-    for name in logged:
-        value = metrics[name]
-        if value == value:
-            assert_within(out.metrics[name], torch.tensor(value, dtype=torch.float64), allowed.metrics[name], name)
+    for backend in BACKENDS:
+        out, grad = ours(
+            case.logits, backend, completion_ids=case.completion_ids, completion_mask=mask,
+            **{**inputs, **(fused or {})}, config=config, return_entropy=True,
+            temperature=args.get("temperature", 1.0),
+        )  # fmt: skip
+        assert_within(out.loss, loss, allowed.loss, "loss")
+        assert_within(grad, x.grad, allowed.grad, "gradient")
+        assert logged <= out.metrics.keys(), logged - out.metrics.keys()
+        for name in logged:
+            value = metrics[name]
+            if value == value:
+                assert_within(out.metrics[name], torch.tensor(value, dtype=torch.float64), allowed.metrics[name], name)
 
 
 def mismatched(case):
@@ -96,24 +101,22 @@ def weighted(case, weights):
                 fused={"importance_weights": weights})  # fmt: skip
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("knob", KNOBS)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_parity(loss_type, level, knob, backend):
+def test_parity(loss_type, level, knob):
     case = make_case(B=4, T=8, V=31, seed=1)
     kwargs = KNOBS[knob](case)
     kwargs.setdefault("max_completion_length", 8)
     # TRL rounds SAPO's temperature to float32, and 1.0625 is the same there
-    both(case, backend, loss_type=loss_type, importance_sampling_level=level, sapo_temperature_neg=1.0625, **kwargs)
+    both(case, loss_type=loss_type, importance_sampling_level=level, sapo_temperature_neg=1.0625, **kwargs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("seed", range(3))
-def test_parity_on_other_shapes_and_seeds(seed, backend):
+def test_parity_on_other_shapes_and_seeds(seed):
     for loss_type in LOSS_TYPES:
         case = make_case(B=3 + seed, T=2 + 4 * seed, V=9 + 40 * seed, seed=seed, spread=1 + seed)
-        both(case, backend, given=POLICY, loss_type=loss_type, beta=0.1, max_completion_length=64,
+        both(case, given=POLICY, loss_type=loss_type, beta=0.1, max_completion_length=64,
              importance_sampling_level=LEVELS[seed % 2], sapo_temperature_neg=1.0625, temperature=0.9)  # fmt: skip
 
 
