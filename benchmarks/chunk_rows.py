@@ -8,10 +8,9 @@ Without a GPU the sizes are tiny.
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -120,11 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rows.append(row)
         print(line(row), flush=True)
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        with (given.out / "chunk_rows.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*asdict(rows[0]), *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) | where for row in rows)
+        report.write_rows(given.out / "chunk_rows.csv", rows, where)
     return 0
 
 

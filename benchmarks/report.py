@@ -169,3 +169,12 @@ def write(out: Path, environment: dict[str, object], rows: Sequence[Row]) -> tup
         writer.writeheader()
         writer.writerows(record | environment for record in records)
     return json_path, csv_path
+
+
+def write_rows(path: Path, rows: Sequence[object], environment: dict[str, object]) -> None:
+    """A CSV file with a line for each of these dataclasses, and the environment repeated in it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*asdict(rows[0]), *environment], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) | environment for row in rows)

@@ -7,10 +7,9 @@ states: the loss with its backward from chunks of whole rows, and with `gather_h
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -150,11 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(line(row), flush=True)
         free_memory(device)
     if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        with (given.out / "supports.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*asdict(rows[0]), *where], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) | where for row in rows)
+        report.write_rows(given.out / "supports.csv", rows, where)
     return 0
 
 
