@@ -12,8 +12,8 @@ from grpo_kernels.triton_backend.row import absorb, capped, joined, slope_at, sl
 
 _REPEATED = constant(REPEATED)
 # Ids that a program looks up at once, at least: a logit's address is known only when its id has come, so the loads of
-# several ids must be on their way together. More than one id for each of 1024 threads cost the loss time: with 4096 at
-# once it took 1.23 ms in the place of 1.06 at K = 512, on an H100.
+# several ids must be on their way together. For each of the loss's 1024 threads more than one id seemed to cost
+# time on an H100, see docs/performance.md.
 LEAST = constant(512)
 
 
