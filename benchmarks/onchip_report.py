@@ -6,6 +6,7 @@ anything spills.
 """
 
 import argparse
+import itertools
 import os
 import re
 import sys
@@ -22,16 +23,17 @@ from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import launch, onchip_launch, ways
 
-VOCABULARIES, CHIPS = (32000, 128256, 151936), ("sm_90", "sm_100")
+VOCABULARIES, CHIPS = (32000, 128256, 151936, 262144), ("sm_90", "sm_100")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def record_launches(V: int, **changes: int) -> list[Launch]:
+def record_launches(V: int, dtype: torch.dtype = torch.bfloat16, **changes: int) -> list[Launch]:
     """The kernel in a usual form, its fullest, packed, and with every term, as the package launches it.
 
     ``changes``: constants of its shape that are others.
     """
     B, T = 2, 2
-    logits = torch.zeros(B, T, V, dtype=torch.bfloat16)
+    logits = torch.zeros(B, T, V, dtype=dtype)
     ids, token, sequence, one = torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T), torch.zeros(B), torch.ones(())
     column = sequence[:, None]
     usual = Batch(ids, ids, token, adv=column, count=sequence)
@@ -48,9 +50,10 @@ def record_launches(V: int, **changes: int) -> list[Launch]:
 
         @classmethod
         def launcher(cls, logits, batch, entropy):
-            shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(batch, entropy))
+            shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(batch, entropy), logits.element_size())
             del shape["programs"]
             shape |= changes
+            shape["tickets"] = torch.zeros(1, dtype=torch.int32) if shape["tickets"] else None
             return Recorder(onchip_launch.onchip_kernel, launches, cls.label)[(1,)], shape
 
     def run(label: str, batch: Batch, plan: Plan, entropy: bool = False) -> None:
@@ -81,22 +84,25 @@ def machine_code_of(each: Launch, target: str) -> dict:
     row = {"kernel": each.label.strip(), "target": target, "V": each.arguments["V"], "shared": compiled.metadata.shared}
     row |= machine_code.nvidia(compiled.asm["cubin"])
     row["barriers"] = len(re.findall(r"\bbar\.sync|\bbarrier\.sync", compiled.asm["ptx"]))
-    # Of every entry the gradient is written, eight by a store, and one of the next row is summed.
+    # Of every entry the gradient is written, 16 bytes by a store, and one of the next row is summed.
+    entries = 16 // each.arguments["logits"].element_size()
     main = max((loop for loop in row["loops"] if loop["wide_stores"]), key=lambda loop: loop["ex2"], default=None)
     for name in ("instructions", "ex2"):
-        row[f"{name}_per_entry"] = main[name] / (8 * main["wide_stores"]) if main else float("nan")
+        row[f"{name}_per_entry"] = main[name] / (entries * main["wide_stores"]) if main else float("nan")
+    row["dtype"] = next(name for name, dtype in DTYPES.items() if dtype == each.arguments["logits"].dtype)
     return row
 
 
 def line(row: dict) -> str:
     numbers = f"{row['registers']:4}{row['stack']:4}{row['spills']:4}{row['shared']:8}{row['barriers']:4}"
     per_entry = f"{row['instructions_per_entry']:6.1f}{row['ex2_per_entry']:6.2f}"
-    return f"{row['target']:7}{row['V']:7} {row['kernel'].replace('_kernel', ''):32}{numbers}{per_entry}"
+    return f"{row['target']:7}{row['V']:7} {row['dtype']:5}{row['kernel'].replace('_kernel', ''):31}{numbers}{per_entry}"
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.onchip_report", description=__doc__.split(":")[0])
     parser.add_argument("--vocab", type=int, nargs="+", default=list(VOCABULARIES))
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--only", metavar="REGEX", default="", help="forms that match")
     for name in ("sum", "grad"):
@@ -108,10 +114,10 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("onchip_report compiles: unset TRITON_INTERPRET.")
     print(f"Triton {triton.__version__}. reg: registers; stk: bytes of stack; spl: spills; smem: bytes of shared")
     print("memory; bar: barriers in the code; ins, ex2: instructions and exponentials per entry in the main loop")
-    print(f"{'target':7}{'V':>7} {'kernel':32}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>8}{'bar':>4}{'ins':>6}{'ex2':>6}")
+    print(f"{'target':7}{'V':>7} {'dtype':5}{'kernel':31}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>8}{'bar':>4}{'ins':>6}{'ex2':>6}")
     bad = 0
-    for V in args.vocab:
-        for each in record_launches(V, **changes):
+    for V, dtype in itertools.product(args.vocab, args.dtype):
+        for each in record_launches(V, DTYPES[dtype], **changes):
             if not re.search(args.only, each.label):
                 continue
             for target in args.target:

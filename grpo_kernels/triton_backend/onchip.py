@@ -1,14 +1,18 @@
 """Rows held on chip between the two passes: the loss kernel for sm_90 and newer, in Gluon.
 
-Persistent programs take rows in turns. A row's first tiles stand in shared memory ("slots") and its last lines in
-registers, from the first pass (the sum) to the second (the gradient), so that every logit is read once. The second
-pass of a row and the first of the next run as one loop: a slot whose gradient is written is fetched anew, and summed
-LAG slots later. So reads, writes and exponentials are always under way together. The numbers of a row are loaded one
-row ahead, its mask and token two.
+Persistent programs take rows in turns. A row's last lines stand in registers and its tiles in shared memory ("slots"),
+from the first pass (the sum) to the second (the gradient), so that every logit is read once. The second pass of a row
+and the first of the next run as one loop: a slot whose gradient is written is fetched anew, and summed LAG slots later.
+So reads, writes and exponentials are always under way together. The numbers of a row are loaded one row ahead, its mask
+and token two.
+
+Of a longer row TWICE tiles find no slot that they could keep. The first pass sends the last tiles through a ring of
+RING slots, and leaves the ring's last ones there. The second pass writes those first, and into each slot that this frees
+it fetches one of the others again, the last one first: what was read last is what L2 still holds.
 
 The sum is anchored at the token's logit: Σ 2^((x − x_token)·scale) needs no maximum. Where it is not below `ANCHORED`
 (an improbable token, −inf, +inf or NaN) the row is read again and anchored at its maximum. Entries are words: two bf16
-each. Objectives are those of `grpo_kernels.objective.token`; here is only a row's way through the chip.
+each, or one fp32 (WIDE). Objectives are those of `grpo_kernels.objective.token`; here is only a row's way through the chip.
 """
 
 import inspect
@@ -22,8 +26,11 @@ from grpo_kernels.triton_backend.onchip_tiles import (
     as_words,
     fetch,
     load_words,
+    nth_fetched,
+    nth_written,
+    slot_of,
     sum_at_maximum,
-    sum_slots,
+    sum_tiles,
     words_at,
     write,
     write_either,
@@ -94,14 +101,19 @@ def onchip_kernel(
     w_factor: tl.float32, h_factor: tl.float32, adv_eps: tl.float32, limits, c,
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
-    S: tl.constexpr, K: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, D3: tl.constexpr, LAG: tl.constexpr,
-    WARPS: tl.constexpr, SUM_EIGHTHS: tl.constexpr, GRAD_EIGHTHS: tl.constexpr,
+    tickets,
+    S: tl.constexpr, K: tl.constexpr, TWICE: tl.constexpr, RING: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    D3: tl.constexpr, LAG: tl.constexpr, WARPS: tl.constexpr, SUM_EIGHTHS: tl.constexpr, GRAD_EIGHTHS: tl.constexpr,
 ):  # fmt: skip
-    """`loss_kernel`, with its arguments; rewards, groups and a cap are not there. V is a multiple of 8.
+    """`loss_kernel`, with its arguments; rewards, groups and a cap are not there. Rows are multiples of 16 bytes.
 
-    S slots of K lines, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a thread. The slots are
-    full: S·K lines are less than a row. Of the exponentials, SUM_EIGHTHS of the sum and GRAD_EIGHTHS of the gradient
-    are polynomials, which leaves less to the unit that computes exponentials.
+    TWICE + S tiles of K lines in S slots, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a
+    thread. The tiles are full: their lines are less than a row. RING is S where TWICE is 0; else LAG < RING and
+    LAG <= S − RING, so that a tile is summed before its slot is fetched anew. Of the exponentials of bf16 rows, SUM_EIGHTHS of the
+    sum and GRAD_EIGHTHS of the gradient are polynomials, which leaves less to the unit that computes exponentials.
+
+    A program's first three rows follow from its number. ``tickets`` is a 0 in memory, from which programs draw their
+    further rows, so that one whose rows are masked takes more of them; None: every program takes each P-th row.
     """
     L: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 32, 1], [1, WARPS, 1], [2, 1, 0])
     ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
@@ -109,14 +121,16 @@ def onchip_kernel(
     LIMIT: gl.constexpr = ANCHORED_ENTROPY if ENTROPY else ANCHORED
     LINE: gl.constexpr = N * 4
     TILE: gl.constexpr = K * LINE
-    END = V // 8 * 4  # so written it is known to be a multiple of 4
+    WIDE: gl.constexpr = logits.dtype.element_ty == gl.float32
+    TILES: gl.constexpr = TWICE + S
+    END = V // 4 * 4 if WIDE else V // 8 * 4  # so written it is known to be a multiple of 4
     P = gl.num_programs(0)
     slots = gl.allocate_shared_memory(gl.int32, [S, K, N, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     at = words_at(0, K, N, L)
-    at1 = words_at(S * TILE, D1, N, L)
-    at2 = words_at(S * TILE + D1 * LINE, D2, N, L)
+    at1 = words_at(TILES * TILE, D1, N, L)
+    at2 = words_at(TILES * TILE + D1 * LINE, D2, N, L)
     if D3 > 0:
-        at3 = words_at(S * TILE + (D1 + D2) * LINE, D3, N, L)
+        at3 = words_at(TILES * TILE + (D1 + D2) * LINE, D3, N, L)
     zeros = gl.zeros([K, N, 4], gl.int32, L)
     nothing = gl.zeros([N], gl.float32, ACC)
     all_rows = rows
@@ -140,21 +154,25 @@ def onchip_kernel(
     lp_old = load_or(old, seq * old_b + tok * old_t, 0.0)
     lp_ref = load_or(ref, seq * ref_b + tok * ref_t, 0.0)
     trust = load_or(is_weight, seq * is_b + tok * is_t, 1.0)
-    state1, seq1, tok1, token1 = look_ahead(ids, mask, adv, segments, n + P, ids_b, ids_t, mask_b, mask_t, adv_b,
+    n1 = n + P
+    state1, seq1, tok1, token1 = look_ahead(ids, mask, adv, segments, n1, ids_b, ids_t, mask_b, mask_t, adv_b,
                                             adv_t, B, T, V, rows, all_rows, SKIP)  # fmt: skip
+    n2 = n1 + P
     src = as_words(row)
     end = gl.where(live, END, 0)
+    first = 0  # the slot of the row's first tile
     for s in range(S):
         fetch(slots, s, src, at + s * TILE, live)
-    part1 = load_words(src, at1, end)
-    part2 = load_words(src, at2, end)
+    part1 = load_words(src, at1, end, WIDE)
+    part2 = load_words(src, at2, end, WIDE)
     if D3 > 0:
-        part3 = load_words(src, at3, end)
-    total, moment = sum_slots(slots, nothing, nothing, scale, x_token * scale, S, L, ENTROPY, SUM_EIGHTHS)
-    total, moment = absorb(total, moment, part1, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L)
-    total, moment = absorb(total, moment, part2, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L)
+        part3 = load_words(src, at3, end, WIDE)
+    total, moment = sum_tiles(slots, nothing, nothing, src, at, scale, x_token * scale, live, S, RING, TWICE, TILE, L,
+                              ENTROPY, SUM_EIGHTHS, WIDE)  # fmt: skip
+    total, moment = absorb(total, moment, part1, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
+    total, moment = absorb(total, moment, part2, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
     if D3 > 0:
-        total, moment = absorb(total, moment, part3, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L)
+        total, moment = absorb(total, moment, part3, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
 
     while n < all_rows:
         # Of the next row all numbers, of the one after it the mask and the token.
@@ -167,8 +185,8 @@ def onchip_kernel(
         lp_old1 = load_or(old, seq1 * old_b + tok1 * old_t, 0.0)
         lp_ref1 = load_or(ref, seq1 * ref_b + tok1 * ref_t, 0.0)
         trust1 = load_or(is_weight, seq1 * is_b + tok1 * is_t, 1.0)
-        state2, seq2, tok2, token2 = look_ahead(ids, mask, adv, segments, n + 2 * P, ids_b, ids_t, mask_b, mask_t,
-                                                adv_b, adv_t, B, T, V, rows, all_rows, SKIP)  # fmt: skip
+        state2, seq2, tok2, token2 = look_ahead(ids, mask, adv, segments, n2, ids_b, ids_t, mask_b, mask_t, adv_b,
+                                                adv_t, B, T, V, rows, all_rows, SKIP)  # fmt: skip
         off1 = x_token1 * scale1
         src1 = as_words(row1)
         end1 = gl.where(live1, END, 0)
@@ -189,7 +207,8 @@ def onchip_kernel(
             row_total = gl.sum(total, axis=0)
             row_moment = gl.sum(moment, axis=0)
             if not (row_total < LIMIT):
-                top, row_total, row_moment = sum_at_maximum(as_words(row), at, END, TILE, scale, L, ENTROPY, N)
+                top, row_total, row_moment = sum_at_maximum(as_words(row), at, END, TILE, scale, L, ENTROPY, N,
+                                                                WIDE)  # fmt: skip
                 off = top * scale
             depth = gl.fma(x_token, scale, -off)
             lp = logp_of(depth, row_total)
@@ -222,72 +241,116 @@ def onchip_kernel(
         folded = off - gl.log2(gl.abs(slope))
         signs = gl.where(slope < 0.0, SIGNS, 0)
         regular = not idle
-        if not BONUS:
+        if not (BONUS or WIDE):
             regular = regular & (gl.abs(folded) < SMALL)
         total = nothing
         moment = nothing
         if regular:
-            write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L)
-            part1 = load_words(src1, at1, end1)
-            write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L)
+            write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
+                         WIDE)  # fmt: skip
+            part1 = load_words(src1, at1, end1, WIDE)
+            write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
+                         WIDE)  # fmt: skip
             if D3 > 0:
-                write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS,
-                             L)  # fmt: skip
-            part2 = load_words(src1, at2, end1)
+                write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
+                             WIDE)  # fmt: skip
+            part2 = load_words(src1, at2, end1, WIDE)
             if D3 > 0:
-                part3 = load_words(src1, at3, end1)
-            for s in range(LAG):
-                write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
-                             False, BONUS, GRAD_EIGHTHS, L)  # fmt: skip
-                fetch(slots, s, src1, at + s * TILE, live1)
-            for s in range(LAG, S):
-                write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
-                             False, BONUS, GRAD_EIGHTHS, L)  # fmt: skip
-                fetch(slots, s, src1, at + s * TILE, live1)
+                part3 = load_words(src1, at3, end1, WIDE)
+            first1 = 0
+            if TWICE > 0:
+                first1 = (first + S - RING) % S
+                again = as_words(row)
+                for i in range(TWICE):
+                    wait_group(RING - 1)
+                    tile, slot = nth_written(first, i, S, RING, TWICE)
+                    write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
+                                 signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                    fetch(slots, slot, again, at + (S - RING + TWICE - 1 - i) * TILE, regular)
+            for i in range(LAG):
+                if TWICE > 0:
+                    wait_group(RING - 1)
+                tile, slot = nth_written(first, TWICE + i, S, RING, TWICE)
+                write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
+                             signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                fetch(slots, slot, src1, at + nth_fetched(i, RING, TWICE) * TILE, live1)
+            if TWICE > 0:
+                wait_group(RING - 1)
+            if tickets is not None:
+                ticket = gl.atomic_add(tickets, 1, sem="relaxed")
+            for i in range(LAG, S):
+                tile, slot = nth_written(first, TWICE + i, S, RING, TWICE)
+                write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
+                             signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                fetch(slots, slot, src1, at + nth_fetched(i, RING, TWICE) * TILE, live1)
                 wait_group(LAG)
-                word = slots.index(s - LAG).load(L)
-                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
-            for s in range(S - LAG, S):
+                slot = slot_of(first1, nth_fetched(i - LAG, RING, TWICE), S, RING)
+                total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS, L,
+                                       WIDE)  # fmt: skip
+            if TWICE > 0:
+                for i in range(S, TILES):
+                    fetch(slots, slot_of(first1, i, S, RING), src1, at + i * TILE, live1)
+                    wait_group(LAG)
+                    slot = slot_of(first1, nth_fetched(i - LAG, RING, TWICE), S, RING)
+                    total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS,
+                                           L, WIDE)  # fmt: skip
+            for i in range(TILES - LAG, TILES):
                 commit_group()
                 wait_group(LAG)
-                word = slots.index(s).load(L)
-                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+                slot = slot_of(first1, nth_fetched(i, RING, TWICE), S, RING)
+                total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS, L,
+                                       WIDE)  # fmt: skip
+            first = first1
             barrier()  # the token's entry is stored by another thread than the line's
             gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
-            total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
-            total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+            total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+            total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
             if D3 > 0:
-                total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+                total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
         else:
             if not idle:  # an exponent or a slope that `write_folded` cannot hold
-                write(dst, at1, END, part1, scale, off, slope, pull, True, BONUS)
-                write(dst, at2, END, part2, scale, off, slope, pull, True, BONUS)
+                write(dst, at1, END, part1, scale, off, slope, pull, True, BONUS, WIDE)
+                write(dst, at2, END, part2, scale, off, slope, pull, True, BONUS, WIDE)
                 if D3 > 0:
-                    write(dst, at3, END, part3, scale, off, slope, pull, True, BONUS)
-                for s in range(S):
-                    word = slots.index(s).load(L)
-                    write(dst, at + s * TILE, END, word, scale, off, slope, pull, False, BONUS)
+                    write(dst, at3, END, part3, scale, off, slope, pull, True, BONUS, WIDE)
+                if TWICE > 0:  # through memory, whatever is in slots: a rare row
+                    for t in range(TILES):
+                        word = load_words(as_words(row), at + t * TILE, END, WIDE)
+                        write(dst, at + t * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
+                else:
+                    for s in range(S):
+                        word = slots.index(s).load(L)
+                        write(dst, at + s * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
             barrier()  # before the slots are overwritten, and the token's entry is stored
+            first = 0
             if live1:
                 for s in range(S):
                     fetch(slots, s, src1, at + s * TILE, live1)
-                part1 = load_words(src1, at1, end1)
-                part2 = load_words(src1, at2, end1)
+                part1 = load_words(src1, at1, end1, WIDE)
+                part2 = load_words(src1, at2, end1, WIDE)
                 if D3 > 0:
-                    part3 = load_words(src1, at3, end1)
+                    part3 = load_words(src1, at3, end1, WIDE)
+            if tickets is not None:
+                ticket = gl.atomic_add(tickets, 1, sem="relaxed")
             if idle:
-                for first in range(0, END, TILE):
-                    gl.store(dst + at + first, zeros, mask=at + first < END)
+                for start in range(0, END, TILE):
+                    gl.store(dst + at + start, zeros, mask=at + start < END)
             else:
                 gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             if live1:
-                total, moment = sum_slots(slots, total, moment, scale1, off1, S, L, ENTROPY, SUM_EIGHTHS)
-                total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
-                total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+                total, moment = sum_tiles(slots, total, moment, src1, at, scale1, off1, live1, S, RING, TWICE, TILE, L,
+                                          ENTROPY, SUM_EIGHTHS, WIDE)  # fmt: skip
+                total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
                 if D3 > 0:
-                    total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L)
+                    total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
 
-        n = n + P
+        n = n1
+        n1 = n2
+        if tickets is not None:
+            n2 = 3 * P + ticket
+        else:
+            n2 = n2 + P
         state = state1
         seq = seq1
         tok = tok1

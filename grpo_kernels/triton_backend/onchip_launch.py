@@ -11,20 +11,21 @@ from grpo_kernels.triton_backend.row_kernels import kernel
 from grpo_kernels.triton_backend.shapes import OPTIONS
 
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
+MOST_HELD = 12  # lines in registers: with more the kernel spills
 
 
-def onchip_shape(V: int, crowded: bool = False) -> dict[str, int]:
-    """Slots, lines, lag and options for rows of V bf16 entries, and ``programs`` per multiprocessor.
+def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, int]:
+    """Slots, lines, lag and options for rows of V entries, and ``programs`` per multiprocessor.
 
     Measured on an H200 as prototypes, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.12 at
-    V = 151936 and 1.11 at 128256 (lag 3; 1.13 and 1.12 with lag 2); three of 8 warps with 6 slots of 2 lines take 1.11
-    at V = 32000. ``crowded`` calls would spill with these, and get more registers per entry; not measured.
+    V = 151936 and 1.11 at 128256 in bf16 (lag 3; 1.13 and 1.12 with lag 2); three of 8 warps with 6 slots of 2 lines
+    take 1.11 at V = 32000. ``crowded`` calls would spill with these, and get more registers per entry; not measured.
     """
-    if 2 * V <= _SHORT:
+    if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
-        return _shape(V, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
+        return _shape(V, itemsize=itemsize, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
     slots, lines, lag = (14, 2, 4) if crowded else (7, 4, 3)
-    return _shape(V, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1)
+    return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1)
 
 
 def crowded(batch: Batch, entropy: bool) -> bool:
@@ -33,17 +34,23 @@ def crowded(batch: Batch, entropy: bool) -> bool:
     return entropy or sum(x is not None for x in more) > 2
 
 
-def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int,
-           sum_eighths: int = 0, grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
-    line = 32 * warps * 8  # entries
-    slots = min(slots, (V - 1) // (lines * line))
-    left = -(-(V - slots * lines * line) // line)  # lines in registers: two parts of up to four, or three
+def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int, itemsize: int = 2,
+           held: int = MOST_HELD, ring: int = 0, tickets: bool = False, sum_eighths: int = 0, grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
+    """``held``: the most lines in registers. ``ring``: slots of the ring, if not as few as the lag allows.
+    ``tickets``: programs draw their rows.
+    """
+    line = 32 * warps * 16 // itemsize  # entries
+    tiles = (V - 1) // (lines * line)  # whole ones, with an entry left at least
+    twice = -(-max(0, V - (slots * lines + held) * line) // (lines * line))  # what finds no place to stay
+    slots = min(slots, tiles)
+    ring = (ring or lag + 1) if twice else slots
+    left = -(-(V - (slots + twice) * lines * line) // line)  # lines in registers: two parts of up to four, or three
     first = min(4, _power(-(-left // 2)))
     second = min(4, _power(left - first))
     third = _power(left - first - second) if left > first + second else 0
     return {
-        "S": slots, "K": lines, "D1": first, "D2": second, "D3": third, "LAG": min(lag, slots),
-        "WARPS": warps, "num_warps": warps, "maxnreg": registers, "programs": programs,
+        "S": slots, "K": lines, "TWICE": twice, "RING": ring, "D1": first, "D2": second, "D3": third,
+        "LAG": min(lag, slots), "WARPS": warps, "num_warps": warps, "maxnreg": registers, "programs": programs, "tickets": tickets,
         "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
     }  # fmt: skip
 
@@ -80,6 +87,8 @@ def with_advantages(batch: Batch, plan: Plan) -> Batch:
 def launcher(logits: torch.Tensor, batch: Batch, entropy: bool):
     """(kernel over its programs, shape): persistent ones, at most one per row."""
     B, rows, V = logits.shape
-    shape = onchip_shape(V, crowded(batch, entropy))
+    shape = onchip_shape(V, crowded(batch, entropy), logits.element_size())
     processors = torch.cuda.get_device_properties(logits.device).multi_processor_count
-    return onchip_kernel[(min(processors * shape.pop("programs"), B * rows),)], shape
+    programs = min(processors * shape.pop("programs"), B * rows)
+    shape["tickets"] = torch.zeros(1, dtype=torch.int32, device=logits.device) if shape["tickets"] else None
+    return onchip_kernel[(programs,)], shape

@@ -1,6 +1,7 @@
 """Tiles of a row in registers and shared memory: what `onchip` does with the words of one.
 
-A word is two bf16 entries. A tile is [K, N, 4]: K lines, in each of which N threads hold four words.
+A word is 32 bits: two bf16 entries, or, where WIDE, one fp32 entry. A tile is [K, N, 4]: K lines, in each of which N
+threads hold four words.
 """
 
 from grpo_kernels.objective.language import constant
@@ -8,7 +9,8 @@ from grpo_kernels.objective.softmax import LOWEST
 from grpo_kernels.triton_backend.gluon_names import commit_group, copy_to_shared, gl, gluon, pack_bf16, wait_group
 from grpo_kernels.triton_backend.row import DEEP
 
-BANNED = constant(-8323200)  # 0xff80ff80: two entries of −inf
+# The words of −inf: 0xff80ff80, two entries, and 0xff800000, one.
+BANNED, WIDE_BANNED = constant(-8323200), constant(-8388608)
 SHIFT = constant(12582912.0)  # 1.5·2^23: a number of its size has no bits behind the point
 # 2^f = 1 + P1·f + ... + P5·f^5 = 1 + Q1·f + ... + Q3·f^3 for f from −1/2 to 1/2. Of the polynomials that are 1 at 0, so
 # that the 0 of −∞ is exact, these have the least largest relative error: 1.1e-7 and 1.01e-4.
@@ -80,8 +82,9 @@ def exp2_of(low, high, EIGHTHS: gl.constexpr, SUMMED: gl.constexpr, L: gl.conste
 
 
 @gluon.jit
-def load_words(row, at, end):
-    return gl.load(row + at, mask=at < end, other=BANNED, eviction_policy="evict_first")
+def load_words(row, at, end, WIDE: gl.constexpr):
+    OTHER: gl.constexpr = WIDE_BANNED if WIDE else BANNED
+    return gl.load(row + at, mask=at < end, other=OTHER, eviction_policy="evict_first")
 
 
 @gluon.jit
@@ -90,54 +93,111 @@ def per_thread_sum(x):
 
 
 @gluon.jit
-def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr):
+def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr,
+           WIDE: gl.constexpr):  # fmt: skip
     """Adds words to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
-    low, high = entries(word)
-    low = gl.fma(low, scale, -off)
-    high = gl.fma(high, scale, -off)
-    low2, high2 = exp2_of(low, high, EIGHTHS, True, L)
-    total = total + per_thread_sum(low2 + high2)
-    if ENTROPY:
-        moment = moment + per_thread_sum(low2 * gl.maximum(low, DEEP) + high2 * gl.maximum(high, DEEP))
+    if WIDE:
+        depth = gl.fma(gl.cast(word, gl.float32, bitcast=True), scale, -off)
+        part = gl.exp2(depth)
+        total = total + per_thread_sum(part)
+        if ENTROPY:
+            moment = moment + per_thread_sum(part * gl.maximum(depth, DEEP))
+    else:
+        low, high = entries(word)
+        low = gl.fma(low, scale, -off)
+        high = gl.fma(high, scale, -off)
+        low2, high2 = exp2_of(low, high, EIGHTHS, True, L)
+        total = total + per_thread_sum(low2 + high2)
+        if ENTROPY:
+            moment = moment + per_thread_sum(low2 * gl.maximum(low, DEEP) + high2 * gl.maximum(high, DEEP))
     return total, moment
 
 
 @gluon.jit
-def write(dst, at, end, word, scale, off, slope, pull, MASKED: gl.constexpr, BONUS: gl.constexpr):
-    """The gradient of entries that are not the token's: 2^d·(slope + pull·d), d = x·scale − off."""
-    low, high = entries(word)
-    low = gl.fma(low, scale, -off)
-    high = gl.fma(high, scale, -off)
+def slope_of(x, scale, off, slope, pull, BONUS: gl.constexpr):
+    depth = gl.fma(x, scale, -off)
     if BONUS:
-        low = gl.exp2(low) * (slope + pull * gl.maximum(low, DEEP))
-        high = gl.exp2(high) * (slope + pull * gl.maximum(high, DEEP))
+        return gl.exp2(depth) * (slope + pull * gl.maximum(depth, DEEP))
     else:
-        low = gl.exp2(low) * slope
-        high = gl.exp2(high) * slope
+        return gl.exp2(depth) * slope
+
+
+@gluon.jit
+def store_words(dst, at, end, word, MASKED: gl.constexpr):
     if MASKED:
-        gl.store(dst + at, pack_bf16(low, high), mask=at < end)
+        gl.store(dst + at, word, mask=at < end)
     else:
-        gl.store(dst + at, pack_bf16(low, high))
+        gl.store(dst + at, word)
+
+
+@gluon.jit
+def write(dst, at, end, word, scale, off, slope, pull, MASKED: gl.constexpr, BONUS: gl.constexpr, WIDE: gl.constexpr):
+    """The gradient of entries that are not the token's: 2^d·(slope + pull·d), d = x·scale − off."""
+    if WIDE:
+        x = gl.cast(word, gl.float32, bitcast=True)
+        word = gl.cast(slope_of(x, scale, off, slope, pull, BONUS), gl.int32, bitcast=True)
+    else:
+        low, high = entries(word)
+        low = slope_of(low, scale, off, slope, pull, BONUS)
+        high = slope_of(high, scale, off, slope, pull, BONUS)
+        word = pack_bf16(low, high)
+    store_words(dst, at, end, word, MASKED)
 
 
 @gluon.jit
 def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr):
-    """The same with the slope's size in the exponent and its sign as a mask, which spares a multiplication."""
+    """The same for bf16, the slope's size in the exponent and its sign as a mask, which spares a multiplication."""
     low, high = entries(word)
     low, high = exp2_of(gl.fma(low, scale, -off), gl.fma(high, scale, -off), EIGHTHS, False, L)
-    if MASKED:
-        gl.store(dst + at, pack_bf16(low, high) ^ signs, mask=at < end)
-    else:
-        gl.store(dst + at, pack_bf16(low, high) ^ signs)
+    store_words(dst, at, end, pack_bf16(low, high) ^ signs, MASKED)
 
 
 @gluon.jit
 def write_either(dst, at, end, word, scale, off, slope, pull, folded, signs, MASKED: gl.constexpr, BONUS: gl.constexpr,
-                 EIGHTHS: gl.constexpr, L: gl.constexpr):  # fmt: skip
-    if BONUS:
-        write(dst, at, end, word, scale, off, slope, pull, MASKED, True)
+                 EIGHTHS: gl.constexpr, L: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+    if BONUS or WIDE:
+        write(dst, at, end, word, scale, off, slope, pull, MASKED, BONUS, WIDE)
     else:
         write_folded(dst, at, end, word, scale, folded, signs, MASKED, EIGHTHS, L)
+
+
+@gluon.jit
+def slot_of(first, tile, S: gl.constexpr, RING: gl.constexpr):
+    """The slot of a tile in the first pass, where the row's first tile has the slot ``first``.
+
+    The first S − RING tiles stay in theirs. The others pass through the last RING slots, in turns.
+    """
+    if RING < S:
+        return (first + gl.where(tile < S - RING, tile, S - RING + (tile - (S - RING)) % RING)) % S
+    else:
+        return tile
+
+
+@gluon.jit
+def nth_fetched(i, RING: gl.constexpr, TWICE: gl.constexpr):
+    """The tile of a row that is fetched after i others, while the row before it is written.
+
+    The slots that become free first are those of the ring, from the one in which the last tile of that row was.
+    """
+    if TWICE > 0:
+        return gl.where(i < RING, (i + 2 * TWICE) % RING, i)
+    else:
+        return i
+
+
+@gluon.jit
+def nth_written(first, i, S: gl.constexpr, RING: gl.constexpr, TWICE: gl.constexpr):
+    """(tile, slot) of what the second pass writes after i others.
+
+    The ring comes first: the tiles that it still holds, then those that are fetched again, from the last to the first.
+    """
+    if TWICE > 0:
+        tile = gl.where(i < RING, TWICE + S - RING + i, TWICE + S - 1 - i)
+        slot = S - RING + (TWICE + i) % RING
+        stays = i >= TWICE + RING
+        return gl.where(stays, i - TWICE - RING, tile), (first + gl.where(stays, i - TWICE - RING, slot)) % S
+    else:
+        return i, i
 
 
 @gluon.jit
@@ -148,28 +208,50 @@ def fetch(slots, slot, row, at, live):
 
 
 @gluon.jit
-def sum_slots(slots, total, moment, scale, off, S: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr,
-              EIGHTHS: gl.constexpr):  # fmt: skip
-    """The first pass over a row whose tiles have all been asked for."""
-    for s in range(S):
+def sum_tiles(slots, total, moment, row, at, scale, off, live, S: gl.constexpr, RING: gl.constexpr,
+              TWICE: gl.constexpr, TILE: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr,
+              WIDE: gl.constexpr):  # fmt: skip
+    """The first pass over a row whose first S tiles have been asked for, in slots from 0 on."""
+    for t in range(S):
         wait_group(S - 1)
-        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY, EIGHTHS, L)
-        commit_group()
+        total, moment = absorb(total, moment, slots.index(t).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
+        if TWICE > 0:
+            if (t >= S - RING) & (t < S - RING + TWICE):
+                fetch(slots, t, row, at + (t + RING) * TILE, live)
+            else:
+                commit_group()
+        else:
+            commit_group()
+    if TWICE > 0:
+        for t in range(S, S + TWICE):
+            wait_group(RING - 1)
+            slot = slot_of(0, t, S, RING)
+            total, moment = absorb(total, moment, slots.index(slot).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
+            if t < S - RING + TWICE:
+                fetch(slots, slot, row, at + (t + RING) * TILE, live)
+            else:
+                commit_group()
     return total, moment
 
 
 @gluon.jit
-def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.constexpr, N: gl.constexpr):
+def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.constexpr, N: gl.constexpr,
+                   WIDE: gl.constexpr):  # fmt: skip
     """(maximum, Σ 2^d, Σ 2^d·d) of a row in memory, d counted from its maximum."""
     ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
     top = gl.full([N], LOWEST, gl.float32, ACC)
     for first in range(0, end, tile):
-        low, high = entries(load_words(row, at + first, end))
-        top = gl.maximum(top, gl.max(gl.max(gl.maximum(low, high), axis=2), axis=0))
+        word = load_words(row, at + first, end, WIDE)
+        if WIDE:
+            larger = gl.cast(word, gl.float32, bitcast=True)
+        else:
+            low, high = entries(word)
+            larger = gl.maximum(low, high)
+        top = gl.maximum(top, gl.max(gl.max(larger, axis=2), axis=0))
     highest = gl.max(top, axis=0)
     total = gl.zeros([N], gl.float32, ACC)
     moment = gl.zeros([N], gl.float32, ACC)
     for first in range(0, end, tile):
-        word = load_words(row, at + first, end)
-        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY, 0, L)
+        word = load_words(row, at + first, end, WIDE)
+        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY, 0, L, WIDE)
     return highest, gl.sum(total, axis=0), gl.sum(moment, axis=0)

@@ -13,7 +13,6 @@ from grpo_kernels.triton_backend.onchip_record import FASTER
 
 VARIABLE, WAYS = "GRPO_KERNELS_ROWS", ("auto", "triton", "onchip")
 LEAST_BYTES = 64_000  # of a row: shorter ones fit into L2 many times, and were not measured
-MOST_BYTES = 327_680  # 224 KB in slots and 96 KB in registers
 
 
 def setting() -> str:
@@ -57,14 +56,15 @@ def _recorded(logits: torch.Tensor) -> bool:
 def obstacle(logits: torch.Tensor, out: torch.Tensor, batch: Batch) -> str | None:
     """Why the kernel cannot run a call, wherever it is, or None."""
     V = logits.shape[2]
-    if logits.dtype != torch.bfloat16:
-        return f"logits must be bfloat16, got {logits.dtype}"
-    if not LEAST_BYTES <= 2 * V <= MOST_BYTES:
-        return f"rows must have from {LEAST_BYTES} to {MOST_BYTES} bytes, got {2 * V}"
-    if V % 8:
-        return f"the vocabulary must be a multiple of 8, got {V}"
+    if logits.dtype not in (torch.bfloat16, torch.float32):
+        return f"logits must be bfloat16 or float32, got {logits.dtype}"
+    unit = 16 // logits.element_size()
+    if V * logits.element_size() < LEAST_BYTES:
+        return f"rows must have {LEAST_BYTES} bytes or more, got {V * logits.element_size()}"
+    if V % unit:
+        return f"the vocabulary must be a multiple of {unit}, got {V}"
     for x in (logits, out):
-        if x.data_ptr() % 16 or any(size > 1 and stride % 8 for size, stride in zip(x.shape[:2], x.stride()[:2])):
+        if x.data_ptr() % 16 or any(size > 1 and stride % unit for size, stride in zip(x.shape[:2], x.stride()[:2])):
             return f"rows must start at multiples of 16 bytes, got strides {tuple(x.stride())}"
     if batch.softcap < torch.inf:
         return "a logit softcap is not supported"

@@ -12,7 +12,7 @@ import torch
 
 from grpo_kernels.objective.language import tl as triton_language
 
-POISON = 0x7FC17FC1  # two bf16 NaN
+POISON = 0x7FC17FC1  # two bf16 NaN, or one of fp32
 
 
 class Memory:
@@ -36,21 +36,23 @@ class Pointer:
         return types.SimpleNamespace(element_ty=self.memory.flat.dtype)
 
     def as_words(self) -> "Pointer":
-        assert self.memory.flat.dtype == torch.bfloat16 and int(self.at) % 8 == 0, "not at a multiple of 16 bytes"
-        return Pointer(self.memory, self.at // 2, True)
+        entries = 4 // self.memory.flat.element_size()  # of a word
+        assert int(self.at) % (4 * entries) == 0, "not at a multiple of 16 bytes"
+        return Pointer(self.memory, self.at // entries, True)
 
     def resolve(self, mask, counts: torch.Tensor):
         """(flat tensor of the pointer's unit, places, mask), the accesses counted."""
-        flat = self.memory.flat
+        flat, entries = self.memory.flat, 1
         if self.words:
-            flat = flat[: flat.numel() // 2 * 2].view(torch.int32)
+            entries = 4 // flat.element_size()
+            flat = flat[: flat.numel() // entries * entries].view(torch.int32)
         at = torch.as_tensor(self.at)
         mask = torch.ones((), dtype=torch.bool) if mask is None else torch.as_tensor(mask)
         at, mask = torch.broadcast_tensors(at, mask)
         assert bool(((at >= 0) & (at < flat.numel()))[mask].all()), "an address outside of the tensor"
         each = at[mask].long()
-        for half in range(2) if self.words else (0,):
-            entry = 2 * each + half if self.words else each
+        for i in range(entries):
+            entry = entries * each + i
             counts.index_put_((entry,), torch.ones((), dtype=torch.int32), accumulate=True)
         return flat, at.long(), mask
 

@@ -47,15 +47,20 @@ class Chip:
         monkeypatch.setattr(ways, "device_obstacle", lambda logits: None)
         monkeypatch.setattr(ways, "LEAST_BYTES", 0)
 
-    def set(self, programs=3, slots=3, lines=1, lag=2, eighths=None, **changes):
-        """``eighths``: of the exponentials in sums and in gradients that are polynomials; as before where not given."""
+    def set(self, programs=3, slots=3, lines=1, lag=2, eighths=None, held=12, ring=0, tickets=False, **changes):
+        """``eighths``: of the exponentials in sums and in gradients that are polynomials; as before where not given.
+        ``held``: lines in registers, at most. ``ring``: slots of the ring.
+        """
         self.eighths = eighths or self.eighths
 
         def launcher(logits, inputs, entropy):
             shape = onchip_launch._shape(logits.shape[2], slots=slots, lines=lines, warps=1, lag=lag, registers=128,
-                                         programs=programs, sum_eighths=self.eighths[0],
-                                         grad_eighths=self.eighths[1])  # fmt: skip
+                                         programs=programs, sum_eighths=self.eighths[0], grad_eighths=self.eighths[1],
+                                         itemsize=logits.element_size(), held=held, ring=ring,
+                                         tickets=tickets)  # fmt: skip
             del shape["programs"]
+            shape["tickets"] = torch.zeros(1, dtype=torch.int32) if tickets else None
+            self.shape = shape
             rows = logits.shape[0] * logits.shape[1]
             self.kernel = Kernel(onchip.onchip_kernel, min(programs, rows), changes)
             return self.kernel, shape
