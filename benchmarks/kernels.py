@@ -30,7 +30,7 @@ else:
 
 from benchmarks import counters, environment
 from benchmarks.baselines import Implementation, ModelOutput, Outcome
-from benchmarks.cases import BF16, FP32, HALF_MASKED, LLAMA, LLAMA2, MODELS, QWEN, Case, Inputs, make_inputs
+from benchmarks.cases import BF16, FP32, GEMMA, HALF_MASKED, LLAMA, LLAMA2, MODELS, QWEN, Case, Inputs, make_inputs
 from benchmarks.interpreter import hasten
 from benchmarks.measure import first_line, free_memory
 from benchmarks.suite import OK, Row, run_mode, try_to_prepare
@@ -38,8 +38,13 @@ from grpo_kernels import fused_grpo_loss
 from grpo_kernels.triton_backend import ways
 
 CASES = tuple(
-    Case(8, 1024, V, BF16, model=MODELS[V], **what)
-    for V, what in ((QWEN, {}), (LLAMA, {}), (LLAMA2, {}), (QWEN, HALF_MASKED))
+    Case(8, 1024, V, dtype, model=MODELS[V], **what)
+    for V, dtype, what in (
+        *((V, BF16, {}) for V in (QWEN, LLAMA, LLAMA2)),
+        (QWEN, BF16, HALF_MASKED),
+        (GEMMA, BF16, {}),
+        (QWEN, FP32, {}),
+    )
 )
 TINY = (Case(2, 4, 512, FP32), Case(2, 4, 512, FP32, masked=0.5))
 TABLE = Path(ways.__file__).with_name("onchip_record.py")
@@ -50,6 +55,12 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "onchip lag 2": ({"lag": 2}, {"lag": 1}),
     "onchip lag 4": ({"lag": 4}, {"lag": 3}),
     "onchip lines 2": ({"slots": 14, "lines": 2, "lag": 4}, {"slots": 3, "lines": 4}),
+    "onchip tickets": ({"tickets": True}, {"tickets": True}),
+    # Of rows longer than a multiprocessor holds.
+    "onchip held 4": ({"held_of_long": 4}, {}),
+    "onchip held 12": ({"held_of_long": 12, "slots": 14, "lines": 2, "lag": 4}, {}),
+    "onchip ring 7": ({"ring": 7, "slots": 14, "lines": 2, "lag": 4}, {}),
+    "onchip ring 9": ({"ring": 9, "slots": 14, "lines": 2, "lag": 5}, {}),
     "onchip wide": ({"slots": 7, "lines": 2, "warps": 32, "registers": 64}, {"programs": 4, "registers": 64}),
     # So many eighths of the sum's exponentials, then of the gradient's, are polynomials.
     **{
@@ -57,6 +68,7 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
         for a, b in ((2, 2), (2, 0), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3))
     },
 }
+DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 FIELDS = (
     "device", "capability", "torch", "triton", "commit", "vocab", "dtype", "rows", "masked", "mode", "implementation",
     "status", "detail", "error_over_tolerance", "median_ms", "p20_ms", "p80_ms", "repetitions", "host_ms",
@@ -175,24 +187,29 @@ def write(out: Path, where: dict, device: torch.device, rows: Iterable[Row]) -> 
 
 
 def table_of(records: Sequence[Path]) -> str:
-    """The text of onchip_record.py: where the on-chip kernel was right and faster, in place and out of place."""
-    found: dict[tuple, dict[tuple[str, str], float]] = {}
+    """The text of onchip_record.py: where the on-chip kernel was right and faster in every record, in both modes.
+
+    The times are those of the last record that has them.
+    """
+    found: dict[tuple, dict[Path, dict[tuple[str, str], float]]] = {}
     for record in sorted(records):
         with record.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if row["masked"] != "0.0" or row["implementation"] not in ("triton", "onchip"):
                     continue
-                key = (int(row["vocab"]), {"bf16": "bfloat16"}.get(row["dtype"], row["dtype"]), row["capability"])
+                key = (int(row["vocab"]), DTYPE_NAMES.get(row["dtype"], row["dtype"]), row["capability"])
                 multiple = float(row["copy_multiple"]) if row["status"] == OK else float("inf")
-                found.setdefault(key, {})[row["implementation"], row["mode"]] = multiple
+                found.setdefault(key, {}).setdefault(record, {})[row["implementation"], row["mode"]] = multiple
     lines = []
     for (V, dtype, capability), times in sorted(found.items()):
         pairs = [
-            [times.get((name, mode), float("inf")) for name in ("triton", "onchip")] for mode in ("inplace", "loss")
+            [each.get((name, mode), float("inf")) for name in ("triton", "onchip")]
+            for each in times.values()
+            for mode in ("loss", "inplace")
         ]
         if capability and all(onchip < triton < float("inf") for triton, onchip in pairs):
             place = tuple(map(int, capability.split(".")))
-            lines.append(f'    ({V}, "{dtype}", {place}): ({pairs[0][0]:.3f}, {pairs[0][1]:.3f}),\n')
+            lines.append(f'    ({V}, "{dtype}", {place}): ({pairs[-1][0]:.3f}, {pairs[-1][1]:.3f}),\n')
     start = TABLE.read_text(encoding="utf-8").split("FASTER", 1)[0]
     body = "{\n" + "".join(lines) + "}" if lines else "{}"
     return f"{start}FASTER: dict[tuple[int, str, tuple[int, int]], tuple[float, float]] = {body}\n"
@@ -206,6 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels", description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/kernels.csv")
     parser.add_argument("--variants", nargs="?", const="", metavar="REGEX", help="other on-chip shapes, too")
+    parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches, as '262144|fp32'")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each row of the table")
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     parser.add_argument("--workers", type=int, default=workers, help=f"processes that compile first ({workers})")
@@ -218,7 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     hasten()
-    cases = CASES if device.type == "cuda" else TINY
+    cases = [case for case in (CASES if device.type == "cuda" else TINY) if re.search(arguments.only, case.name)]
     chosen = [] if arguments.variants is None else [name for name in VARIANTS if re.search(arguments.variants, name)]
     names = ["triton", "onchip", *chosen]
     where = environment.describe(device)

@@ -24,6 +24,7 @@ from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend import launch, onchip_launch, ways
 
 VOCABULARIES, CHIPS = (32000, 128256, 151936, 262144), ("sm_90", "sm_100")
+TITLES = {"reg": 4, "stk": 4, "spl": 4, "smem": 8, "bar": 4, "ins": 6, "ex2": 6}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -96,7 +97,9 @@ def machine_code_of(each: Launch, target: str) -> dict:
 def line(row: dict) -> str:
     numbers = f"{row['registers']:4}{row['stack']:4}{row['spills']:4}{row['shared']:8}{row['barriers']:4}"
     per_entry = f"{row['instructions_per_entry']:6.1f}{row['ex2_per_entry']:6.2f}"
-    return f"{row['target']:7}{row['V']:7} {row['dtype']:5}{row['kernel'].replace('_kernel', ''):31}{numbers}{per_entry}"
+    return (
+        f"{row['target']:7}{row['V']:7} {row['dtype']:5}{row['kernel'].replace('_kernel', ''):31}{numbers}{per_entry}"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit("onchip_report compiles: unset TRITON_INTERPRET.")
     print(f"Triton {triton.__version__}. reg: registers; stk: bytes of stack; spl: spills; smem: bytes of shared")
     print("memory; bar: barriers in the code; ins, ex2: instructions and exponentials per entry in the main loop")
-    print(f"{'target':7}{'V':>7} {'dtype':5}{'kernel':31}{'reg':>4}{'stk':>4}{'spl':>4}{'smem':>8}{'bar':>4}{'ins':>6}{'ex2':>6}")
+    titles = "".join(f"{name:>{width}}" for name, width in TITLES.items())
+    print(f"{'target':7}{'V':>7} {'dtype':5}{'kernel':31}{titles}")
     bad = 0
     for V, dtype in itertools.product(args.vocab, args.dtype):
         for each in record_launches(V, DTYPES[dtype], **changes):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 BF16, FP32, FP16 = torch.bfloat16, torch.float32, torch.float16
-QWEN, LLAMA, GPT2 = 151936, 128256, 50257
+QWEN, LLAMA, GEMMA, GPT2 = 151936, 128256, 262144, 50257
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ def on_chip_cases() -> list[Case]:
         on_chip("(B, T+1, V), in place", QWEN, layout="extra", inplace=True),
         on_chip("tokens of probability e^-200", QWEN, spoil="rare", return_entropy=True, **full),
         on_chip("a NaN row, in place", 32000, spoil="nan", inplace=True, **full),
+        # Rows longer than a multiprocessor holds, and fp32.
+        on_chip("in place, KL k3", GEMMA, inplace=True, **full),
+        on_chip("in place", QWEN, dtype=FP32, inplace=True),
+        on_chip("(B, T+1, V)", QWEN, dtype=FP32, layout="extra", **full),
+        on_chip("entropies and bonus", QWEN, dtype=FP32, return_entropy=True, entropy_coef=0.01),
+        on_chip("rare tokens, in place", QWEN, dtype=FP32, spoil="rare", inplace=True),
+        on_chip("half masked, packed", GEMMA, layout="packed"),
     ]
 
 
@@ -100,8 +107,9 @@ def support_cases() -> list[Case]:
         case("log-probs: mask, and backward", kind="logps", kept=64, dense=True),
         case("head: support", 32000, kind="head", kept=64, chunk_bytes=10 * 64000, **full),
         case("log-probs: two parts, support", kind="parts", kept=64, return_entropy=True),
-        case("log-probs: two parts, mask", 131, FP32, small=True, kind="parts", return_entropy=True, kept=20,
-             dense=True),
+        case(
+            "log-probs: two parts, mask", 131, FP32, small=True, kind="parts", return_entropy=True, kept=20, dense=True
+        ),
         case("head: support, gathered", 32000, kind="head", kept=64, gather=True, **full),
         case("head: support, gathered", 131, FP32, small=True, kind="head", kept=20, gather=True, loss_type="gspo"),
         case("head log-probs: mask", 131, FP32, kind="head logps", kept=20, dense=True),

@@ -6,13 +6,14 @@ and the first of the next run as one loop: a slot whose gradient is written is f
 So reads, writes and exponentials are always under way together. The numbers of a row are loaded one row ahead, its mask
 and token two.
 
-Of a longer row TWICE tiles find no slot that they could keep. The first pass sends the last tiles through a ring of
-RING slots, and leaves the ring's last ones there. The second pass writes those first, and into each slot that this frees
-it fetches one of the others again, the last one first: what was read last is what L2 still holds.
+Of a longer row TWICE tiles find no slot that they could keep. The first pass sends the row's last tiles through a ring
+of RING slots, and leaves there those that were last in it. The second pass writes these first. Into each slot that this
+frees it fetches one of the others again, the last one first: what was read last is what L2 still holds.
 
 The sum is anchored at the token's logit: Σ 2^((x − x_token)·scale) needs no maximum. Where it is not below `ANCHORED`
 (an improbable token, −inf, +inf or NaN) the row is read again and anchored at its maximum. Entries are words: two bf16
-each, or one fp32 (WIDE). Objectives are those of `grpo_kernels.objective.token`; here is only a row's way through the chip.
+each, or one fp32 (WIDE). Objectives are those of `grpo_kernels.objective.token`; here is only a row's way through the
+chip.
 """
 
 import inspect
@@ -109,8 +110,9 @@ def onchip_kernel(
 
     TWICE + S tiles of K lines in S slots, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a
     thread. The tiles are full: their lines are less than a row. RING is S where TWICE is 0; else LAG < RING and
-    LAG <= S − RING, so that a tile is summed before its slot is fetched anew. Of the exponentials of bf16 rows, SUM_EIGHTHS of the
-    sum and GRAD_EIGHTHS of the gradient are polynomials, which leaves less to the unit that computes exponentials.
+    LAG <= S − RING, so that a tile is summed before its slot is fetched anew. Of the exponentials of bf16 rows,
+    SUM_EIGHTHS of the sum and GRAD_EIGHTHS of the gradient are polynomials, which leaves less to the unit that
+    computes exponentials.
 
     A program's first three rows follow from its number. ``tickets`` is a 0 in memory, from which programs draw their
     further rows, so that one whose rows are masked takes more of them; None: every program takes each P-th row.
@@ -124,6 +126,9 @@ def onchip_kernel(
     WIDE: gl.constexpr = logits.dtype.element_ty == gl.float32
     TILES: gl.constexpr = TWICE + S
     END = V // 4 * 4 if WIDE else V // 8 * 4  # so written it is known to be a multiple of 4
+    many = S  # as loops know it: where it is no constant they are not unrolled, which would spill
+    if WIDE or TWICE > 0:
+        many = gl.minimum(END // TILE, TILES) - TWICE
     P = gl.num_programs(0)
     slots = gl.allocate_shared_memory(gl.int32, [S, K, N, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
     at = words_at(0, K, N, L)
@@ -161,13 +166,13 @@ def onchip_kernel(
     src = as_words(row)
     end = gl.where(live, END, 0)
     first = 0  # the slot of the row's first tile
-    for s in range(S):
+    for s in range(many):
         fetch(slots, s, src, at + s * TILE, live)
     part1 = load_words(src, at1, end, WIDE)
     part2 = load_words(src, at2, end, WIDE)
     if D3 > 0:
         part3 = load_words(src, at3, end, WIDE)
-    total, moment = sum_tiles(slots, nothing, nothing, src, at, scale, x_token * scale, live, S, RING, TWICE, TILE, L,
+    total, moment = sum_tiles(slots, nothing, nothing, src, at, scale, x_token * scale, live, many, S, RING, TWICE, TILE, L,
                               ENTROPY, SUM_EIGHTHS, WIDE)  # fmt: skip
     total, moment = absorb(total, moment, part1, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
     total, moment = absorb(total, moment, part2, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
@@ -261,13 +266,13 @@ def onchip_kernel(
             if TWICE > 0:
                 first1 = (first + S - RING) % S
                 again = as_words(row)
-                for i in range(TWICE):
+                for i in range(many - S + TWICE):
                     wait_group(RING - 1)
                     tile, slot = nth_written(first, i, S, RING, TWICE)
                     write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
                                  signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
                     fetch(slots, slot, again, at + (S - RING + TWICE - 1 - i) * TILE, regular)
-            for i in range(LAG):
+            for i in range(many - S + LAG):
                 if TWICE > 0:
                     wait_group(RING - 1)
                 tile, slot = nth_written(first, TWICE + i, S, RING, TWICE)
@@ -278,7 +283,7 @@ def onchip_kernel(
                 wait_group(RING - 1)
             if tickets is not None:
                 ticket = gl.atomic_add(tickets, 1, sem="relaxed")
-            for i in range(LAG, S):
+            for i in range(LAG, many):
                 tile, slot = nth_written(first, TWICE + i, S, RING, TWICE)
                 write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
                              signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
@@ -288,13 +293,13 @@ def onchip_kernel(
                 total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS, L,
                                        WIDE)  # fmt: skip
             if TWICE > 0:
-                for i in range(S, TILES):
+                for i in range(many, many + TWICE):
                     fetch(slots, slot_of(first1, i, S, RING), src1, at + i * TILE, live1)
                     wait_group(LAG)
                     slot = slot_of(first1, nth_fetched(i - LAG, RING, TWICE), S, RING)
                     total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS,
                                            L, WIDE)  # fmt: skip
-            for i in range(TILES - LAG, TILES):
+            for i in range(many + TWICE - LAG, many + TWICE):
                 commit_group()
                 wait_group(LAG)
                 slot = slot_of(first1, nth_fetched(i, RING, TWICE), S, RING)
@@ -314,17 +319,17 @@ def onchip_kernel(
                 if D3 > 0:
                     write(dst, at3, END, part3, scale, off, slope, pull, True, BONUS, WIDE)
                 if TWICE > 0:  # through memory, whatever is in slots: a rare row
-                    for t in range(TILES):
+                    for t in range(many + TWICE):
                         word = load_words(as_words(row), at + t * TILE, END, WIDE)
                         write(dst, at + t * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
                 else:
-                    for s in range(S):
+                    for s in range(many):
                         word = slots.index(s).load(L)
                         write(dst, at + s * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
             barrier()  # before the slots are overwritten, and the token's entry is stored
             first = 0
             if live1:
-                for s in range(S):
+                for s in range(many):
                     fetch(slots, s, src1, at + s * TILE, live1)
                 part1 = load_words(src1, at1, end1, WIDE)
                 part2 = load_words(src1, at2, end1, WIDE)
@@ -338,7 +343,7 @@ def onchip_kernel(
             else:
                 gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             if live1:
-                total, moment = sum_tiles(slots, total, moment, src1, at, scale1, off1, live1, S, RING, TWICE, TILE, L,
+                total, moment = sum_tiles(slots, total, moment, src1, at, scale1, off1, live1, many, S, RING, TWICE, TILE, L,
                                           ENTROPY, SUM_EIGHTHS, WIDE)  # fmt: skip
                 total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
                 total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)

@@ -24,8 +24,9 @@ def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, 
     if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
         return _shape(V, itemsize=itemsize, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
-    slots, lines, lag = (14, 2, 4) if crowded else (7, 4, 3)
-    return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1)
+    slots, lines, lag, held = (14, 2, 4, 4) if crowded else (7, 4, 3, 8)
+    return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
+                  held_of_long=held)  # fmt: skip
 
 
 def crowded(batch: Batch, entropy: bool) -> bool:
@@ -35,12 +36,15 @@ def crowded(batch: Batch, entropy: bool) -> bool:
 
 
 def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int, itemsize: int = 2,
-           held: int = MOST_HELD, ring: int = 0, tickets: bool = False, sum_eighths: int = 0, grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
-    """``held``: the most lines in registers. ``ring``: slots of the ring, if not as few as the lag allows.
-    ``tickets``: programs draw their rows.
+           held: int = MOST_HELD, held_of_long: int = 8, ring: int = 0, tickets: bool = False, sum_eighths: int = 0,
+           grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
+    """A row that fits has up to ``held`` lines in registers, a longer one ``held_of_long``.
+
+    ``ring``: the slots of its ring, if not as few as the lag allows. ``tickets``: programs draw their rows.
     """
     line = 32 * warps * 16 // itemsize  # entries
     tiles = (V - 1) // (lines * line)  # whole ones, with an entry left at least
+    held = held if V <= (slots * lines + held) * line else held_of_long
     twice = -(-max(0, V - (slots * lines + held) * line) // (lines * line))  # what finds no place to stay
     slots = min(slots, tiles)
     ring = (ring or lag + 1) if twice else slots
@@ -50,8 +54,8 @@ def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: i
     third = _power(left - first - second) if left > first + second else 0
     return {
         "S": slots, "K": lines, "TWICE": twice, "RING": ring, "D1": first, "D2": second, "D3": third,
-        "LAG": min(lag, slots), "WARPS": warps, "num_warps": warps, "maxnreg": registers, "programs": programs, "tickets": tickets,
-        "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
+        "LAG": min(lag, slots), "WARPS": warps, "num_warps": warps, "maxnreg": registers,
+        "programs": programs, "tickets": tickets, "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
     }  # fmt: skip
 
 

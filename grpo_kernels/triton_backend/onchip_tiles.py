@@ -208,11 +208,11 @@ def fetch(slots, slot, row, at, live):
 
 
 @gluon.jit
-def sum_tiles(slots, total, moment, row, at, scale, off, live, S: gl.constexpr, RING: gl.constexpr,
+def sum_tiles(slots, total, moment, row, at, scale, off, live, many, S: gl.constexpr, RING: gl.constexpr,
               TWICE: gl.constexpr, TILE: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr,
               WIDE: gl.constexpr):  # fmt: skip
-    """The first pass over a row whose first S tiles have been asked for, in slots from 0 on."""
-    for t in range(S):
+    """The first pass over a row whose first S tiles have been asked for, in slots from 0 on; ``many``: S."""
+    for t in range(many):
         wait_group(S - 1)
         total, moment = absorb(total, moment, slots.index(t).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
         if TWICE > 0:
@@ -223,7 +223,7 @@ def sum_tiles(slots, total, moment, row, at, scale, off, live, S: gl.constexpr, 
         else:
             commit_group()
     if TWICE > 0:
-        for t in range(S, S + TWICE):
+        for t in range(many, many + TWICE):
             wait_group(RING - 1)
             slot = slot_of(0, t, S, RING)
             total, moment = absorb(total, moment, slots.index(slot).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)

@@ -134,8 +134,29 @@ def of_numbers(function):
     return lambda x: function(torch.as_tensor(x))
 
 
-def language(program: int, programs: int) -> types.SimpleNamespace:
+class Tickets:
+    """Of a 0 in memory that programs count up: which of them draws which number, as chance has it.
+
+    Programs run one after the other here. So it is settled beforehand who draws which.
+    """
+
+    def __init__(self, programs: int) -> None:
+        self.owners = torch.randint(0, programs, (10_000,), generator=torch.Generator().manual_seed(programs)).tolist()
+        self.next = [0] * programs
+
+    def draw(self, program: int) -> torch.Tensor:
+        number = self.owners.index(program, self.next[program])
+        self.next[program] = number + 1
+        return torch.tensor(number, dtype=torch.int32)
+
+
+def language(program: int, programs: int, tickets: Tickets | None = None) -> types.SimpleNamespace:
+    def atomic_add(pointer, value, sem):
+        assert pointer.memory.flat[pointer.at] == 0 and value == 1 and sem == "relaxed"
+        return tickets.draw(program)
+
     return types.SimpleNamespace(
+        atomic_add=atomic_add,
         float32=torch.float32, int32=torch.int32, int64=torch.int64, bfloat16=torch.bfloat16, constexpr=None,
         pointer_type=lambda dtype: dtype, BlockedLayout=lambda *a: None, SliceLayout=lambda *a: None,
         SwizzledSharedLayout=lambda *a: None, allocate_shared_memory=Slots,
@@ -183,9 +204,13 @@ class Kernel:
     def __call__(self, *args, num_warps=4, maxnreg=None, enable_fp_fusion=True, **constants) -> None:
         self.accesses = {}
         args = [self._argument(x) for x in args]
-        constants = {k: bind(v, {"tl": language(0, 1)}, {}) if hasattr(v, "fn") else v for k, v in constants.items()}
+        constants = {
+            k: bind(v, {"tl": language(0, 1)}, {}) if hasattr(v, "fn") else self._argument(v)
+            for k, v in constants.items()
+        }
+        tickets = Tickets(self.programs)
         for program in range(self.programs):
-            copies, gl = Copies(), language(program, self.programs)
+            copies, gl = Copies(), language(program, self.programs, tickets)
             names = {
                 "gl": gl, "tl": gl, "barrier": lambda: None, "copy_to_shared": copies.start,
                 "commit_group": copies.commit, "wait_group": copies.wait, "pack_bf16": pack_bf16,

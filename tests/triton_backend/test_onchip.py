@@ -12,20 +12,17 @@ import torch
 from benchmarks.smoke import errors
 from benchmarks.smoke_cases import on_chip_cases
 from benchmarks.smoke_job import Job
-from cases import check, expected, make_case, ours
+from cases import check, expected, ours
 
 pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton 3.6")
 
-from gluon_standin import Kernel
 from grpo_kernels import fused_grpo_loss
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS
-from grpo_kernels.triton_backend import onchip, onchip_launch, ways
+from grpo_kernels.triton_backend import ways
+from onchip_chip import BF16, GIVEN, LINE, ON_GPU, Chip, body, case_of, check_case
 from pretend_gpu import pretended
 from tolerance import assert_within, bounds
 
-ON_GPU = torch.cuda.is_available()
-body = pytest.mark.skipif(ON_GPU or pretended(), reason="runs the kernel's body on the CPU; this process sees a GPU")
-LINE = 256  # entries of a line of one warp
 SHAPES = {  # name: slots, lines, lag
     "one slot": (1, 1, 1),
     "two slots": (2, 1, 2),
@@ -33,40 +30,6 @@ SHAPES = {  # name: slots, lines, lag
     "lag 1": (3, 2, 1),
     "lag 3": (7, 1, 3),
 }
-BF16 = torch.bfloat16
-
-
-class Chip:
-    """The kernel's stand-in, as launched for any number of programs and slots."""
-
-    def __init__(self, monkeypatch):
-        self.monkeypatch = monkeypatch
-        self.kernel = None
-        self.eighths = (0, 0)
-        monkeypatch.setenv(ways.VARIABLE, "onchip")
-        monkeypatch.setattr(ways, "device_obstacle", lambda logits: None)
-        monkeypatch.setattr(ways, "LEAST_BYTES", 0)
-
-    def set(self, programs=3, slots=3, lines=1, lag=2, eighths=None, held=12, ring=0, tickets=False, **changes):
-        """``eighths``: of the exponentials in sums and in gradients that are polynomials; as before where not given.
-        ``held``: lines in registers, at most. ``ring``: slots of the ring.
-        """
-        self.eighths = eighths or self.eighths
-
-        def launcher(logits, inputs, entropy):
-            shape = onchip_launch._shape(logits.shape[2], slots=slots, lines=lines, warps=1, lag=lag, registers=128,
-                                         programs=programs, sum_eighths=self.eighths[0], grad_eighths=self.eighths[1],
-                                         itemsize=logits.element_size(), held=held, ring=ring,
-                                         tickets=tickets)  # fmt: skip
-            del shape["programs"]
-            shape["tickets"] = torch.zeros(1, dtype=torch.int32) if tickets else None
-            self.shape = shape
-            rows = logits.shape[0] * logits.shape[1]
-            self.kernel = Kernel(onchip.onchip_kernel, min(programs, rows), changes)
-            return self.kernel, shape
-
-        self.monkeypatch.setattr(onchip_launch, "launcher", launcher)
-        return self
 
 
 @pytest.fixture
@@ -75,18 +38,6 @@ def chip(monkeypatch, request):
 
 
 both = pytest.mark.parametrize("chip", ((0, 0), (3, 8)), indirect=True, ids=("exp2", "polynomials"))
-
-
-def case_of(V=3 * LINE + 40, **kwargs):
-    return make_case(V=V, dtype=BF16, spread=3.0, **kwargs)
-
-
-GIVEN = ("completion_ids", "advantages", "old_logps", "completion_mask")
-
-
-def check_case(case, *names, **kwargs):
-    names = names or GIVEN
-    return check(case.logits, "triton", **case.inputs(*names), **kwargs)
 
 
 pytestmark = pytest.mark.unshifted  # rows must start at multiples of 16 bytes
@@ -321,17 +272,18 @@ def test_a_wrong_wait_is_seen(chip, name):
         ours(case.logits, "triton", **case.inputs(*GIVEN))
 
 
-@pytest.mark.parametrize("eighths", (0, 2))
-def test_it_compiles_for_gpus_that_need_not_be_there(eighths):
+@pytest.mark.parametrize(("V", "dtype", "eighths"), ((32000, "bf16", 0), (32000, "bf16", 2), (151936, "fp32", 0)))
+def test_it_compiles_for_gpus_that_need_not_be_there(V, dtype, eighths):
     """Once, without spills and with no exponential that a polynomial replaces; the report has all of its forms."""
-    command = ["-m", "benchmarks.onchip_report", "--vocab", "32000", "--target", "sm_90", "--only", "full$",
-               "--sum-eighths", str(eighths), "--grad-eighths", str(eighths)]  # fmt: skip
+    command = ["-m", "benchmarks.onchip_report", "--vocab", str(V), "--dtype", dtype, "--target", "sm_90",
+               "--only", "full$", "--sum-eighths", str(eighths), "--grad-eighths", str(eighths)]  # fmt: skip
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (line for line in done.stdout.splitlines() if "onchip clipped full" in line)
-    assert float(line.split()[-1]) == 2 - eighths / 4 and "0 of them spill" in done.stdout
+    per_entry = float(line.split()[-1])
+    assert (per_entry == 2 - eighths / 4 or dtype == "fp32") and "0 of them spill" in done.stdout
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from grpo_kernels.objective.batch import Batch
 from grpo_kernels.triton_backend import onchip_record, ways
 from pretend_gpu import pretended
 
-BF16 = torch.bfloat16
+BF16, FP32 = torch.bfloat16, torch.float32
 without_gpu = pytest.mark.skipif(torch.cuda.is_available() or pretended(), reason="about calls that no GPU sees")
 
 
@@ -42,19 +42,21 @@ def test_onchip_raises_where_it_cannot_run_and_auto_does_not(monkeypatch):
 
 
 @pytest.mark.unshifted
-@pytest.mark.parametrize("V", (32000, 50264, 151936, 163840))
-def test_what_the_kernel_takes(V):
-    assert obstacle(torch.empty(2, 1, V, dtype=BF16)) is None
+@pytest.mark.parametrize(("V", "dtype"), ((32000, BF16), (50264, BF16), (262144, BF16), (16000, FP32), (50260, FP32)))
+def test_what_the_kernel_takes(V, dtype):
+    assert obstacle(torch.empty(2, 1, V, dtype=dtype)) is None
 
 
 @pytest.mark.unshifted
 def test_what_the_kernel_does_not_take():
     x = torch.empty(2, 2, 32008, dtype=BF16)
-    assert "bfloat16, got torch.float32" in obstacle(x.float())
+    assert "bfloat16 or float32, got torch.float16" in obstacle(x.half())
     assert "a multiple of 8" in obstacle(x[..., :32004])
+    assert "a multiple of 4" in obstacle(x[..., :32002].float())
+    assert "multiples of 16 bytes" in obstacle(torch.empty(2, 2, 32002)[..., :32000])
     assert "multiples of 16 bytes" in obstacle(x[..., 4:32004])
     assert "multiples of 16 bytes" in obstacle(torch.empty(2, 2, 32004, dtype=BF16)[..., :32000])
-    assert "bytes, got" in obstacle(x[..., :31992]) and "bytes, got" in obstacle(torch.empty(1, 1, 163848, dtype=BF16))
+    assert "bytes or more, got 63984" in obstacle(x[..., :31992])
     assert "softcap" in obstacle(x, softcap=30.0)
     assert "no tokens" in obstacle(x[:, :0])
 
@@ -98,18 +100,28 @@ def test_the_table_is_that_of_the_records():
     assert kernels.TABLE.read_text(encoding="utf-8") == kernels.table_of(kernels.records())
 
 
-def test_only_what_was_right_and_faster_in_both_modes_enters_the_table(tmp_path):
-    with (tmp_path / "kernels.csv").open("w", newline="") as file:
+def record(path, *rows):
+    """Writes a record of (vocabulary, status, × copy of the on-chip kernel); the Triton kernel takes 1.3."""
+    with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, kernels.FIELDS)
         writer.writeheader()
-        for V, status, onchip in ((128256, "ok", 1.1), (32000, "wrong result", ""), (151936, "ok", 1.4)):
+        for V, status, onchip in rows:
             for mode in ("inplace", "loss"):
                 row = {"capability": "9.0", "vocab": V, "dtype": "bf16", "masked": 0.0, "mode": mode}
                 writer.writerow({**row, "implementation": "triton", "status": "ok", "copy_multiple": 1.3})
                 writer.writerow({**row, "implementation": "onchip", "status": status, "copy_multiple": onchip})
+    return path
+
+
+def test_only_what_was_right_and_faster_in_both_modes_of_every_record_enters_the_table(tmp_path):
+    one = record(tmp_path / "1.csv", (128256, "ok", 1.1), (32000, "wrong result", ""), (151936, "ok", 1.4))
+    other = record(tmp_path / "2.csv", (128256, "ok", 1.2), (32000, "ok", 1.1), (262144, "ok", 1.25))
     names: dict = {}
-    exec(kernels.table_of([tmp_path / "kernels.csv"]), names)
-    assert names["FASTER"] == {(128256, "bfloat16", (9, 0)): (1.3, 1.1)}
+    exec(kernels.table_of([one, other]), names)
+    assert names["FASTER"] == {
+        (128256, "bfloat16", (9, 0)): (1.3, 1.2),
+        (262144, "bfloat16", (9, 0)): (1.3, 1.25),
+    }
 
 
 @without_gpu

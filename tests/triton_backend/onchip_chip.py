@@ -1,0 +1,58 @@
+"""The on-chip kernel's stand-in in the place of the kernel, for the tests of its ways."""
+
+import pytest
+import torch
+
+from cases import check, make_case
+from gluon_standin import Kernel
+from grpo_kernels.triton_backend import onchip, onchip_launch, ways
+from pretend_gpu import pretended
+
+ON_GPU = torch.cuda.is_available()
+body = pytest.mark.skipif(ON_GPU or pretended(), reason="runs the kernel's body on the CPU; this process sees a GPU")
+LINE = 256  # bf16 entries of a line of one warp
+BF16 = torch.bfloat16
+
+
+class Chip:
+    """The kernel's stand-in, as launched for any number of programs and slots."""
+
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.kernel = None
+        self.eighths = (0, 0)
+        monkeypatch.setenv(ways.VARIABLE, "onchip")
+        monkeypatch.setattr(ways, "device_obstacle", lambda logits: None)
+        monkeypatch.setattr(ways, "LEAST_BYTES", 0)
+
+    def set(self, programs=3, slots=3, lines=1, lag=2, eighths=None, held=12, held_of_long=8, ring=0,
+            tickets=False, **changes):  # fmt: skip
+        """``eighths``: of the exponentials in sums and in gradients that are polynomials; as before where not given."""
+        self.eighths = eighths or self.eighths
+
+        def launcher(logits, inputs, entropy):
+            shape = onchip_launch._shape(logits.shape[2], slots=slots, lines=lines, warps=1, lag=lag, registers=128,
+                                         programs=programs, sum_eighths=self.eighths[0], grad_eighths=self.eighths[1],
+                                         itemsize=logits.element_size(), held=held, held_of_long=held_of_long,
+                                         ring=ring, tickets=tickets)  # fmt: skip
+            del shape["programs"]
+            shape["tickets"] = torch.zeros(1, dtype=torch.int32) if tickets else None
+            self.shape = shape
+            rows = logits.shape[0] * logits.shape[1]
+            self.kernel = Kernel(onchip.onchip_kernel, min(programs, rows), changes)
+            return self.kernel, shape
+
+        self.monkeypatch.setattr(onchip_launch, "launcher", launcher)
+        return self
+
+
+def case_of(V=3 * LINE + 40, **kwargs):
+    return make_case(V=V, dtype=BF16, spread=3.0, **kwargs)
+
+
+GIVEN = ("completion_ids", "advantages", "old_logps", "completion_mask")
+
+
+def check_case(case, *names, **kwargs):
+    names = names or GIVEN
+    return check(case.logits, "triton", **case.inputs(*names), **kwargs)
