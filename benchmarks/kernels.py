@@ -55,12 +55,12 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "onchip lag 2": ({"lag": 2}, {"lag": 1}),
     "onchip lag 4": ({"lag": 4}, {"lag": 3}),
     "onchip lines 2": ({"slots": 14, "lines": 2, "lag": 4}, {"slots": 3, "lines": 4}),
-    "onchip tickets": ({"tickets": True}, {"tickets": True}),
+    "onchip no tickets": ({"tickets": False}, {"tickets": False}),
     # Of rows longer than a multiprocessor holds.
-    "onchip held 4": ({"held_of_long": 4}, {}),
-    "onchip held 12": ({"held_of_long": 12, "slots": 14, "lines": 2, "lag": 4}, {}),
-    "onchip ring 7": ({"ring": 7, "slots": 14, "lines": 2, "lag": 4}, {}),
-    "onchip ring 9": ({"ring": 9, "slots": 14, "lines": 2, "lag": 5}, {}),
+    "onchip long 4x1": ({"slots": 7, "lines": 4, "lag": 3, "width": 1, "held": 4}, {}),
+    "onchip long 4x2": ({"slots": 7, "lines": 4, "lag": 3, "width": 2, "held": 2}, {}),
+    "onchip long 2x2": ({"slots": 14, "lines": 2, "lag": 4, "width": 2, "held": 2}, {}),
+    "onchip long 2x1": ({"slots": 14, "lines": 2, "lag": 4, "width": 1, "held": 1}, {}),
     "onchip wide": ({"slots": 7, "lines": 2, "warps": 32, "registers": 64}, {"programs": 4, "registers": 64}),
     # So many eighths of the sum's exponentials, then of the gradient's, are polynomials.
     **{

@@ -6,9 +6,9 @@ and the first of the next run as one loop: a slot whose gradient is written is f
 So reads, writes and exponentials are always under way together. The numbers of a row are loaded one row ahead, its mask
 and token two.
 
-Of a longer row TWICE tiles find no slot that they could keep. The first pass sends the row's last tiles through a ring
-of RING slots, and leaves there those that were last in it. The second pass writes these first. Into each slot that this
-frees it fetches one of the others again, the last one first: what was read last is what L2 still holds.
+Of a longer row the first tiles have no slot. They pass through registers, loaded four tiles ahead. The first pass takes
+them at its end, and asks L2 to keep them. The second takes them at its start, from the last to the first, and tells L2
+that they are not needed any more. Four of them stay in registers from one pass to the other.
 
 The sum is anchored at the token's logit: Σ 2^((x − x_token)·scale) needs no maximum. Where it is not below `ANCHORED`
 (an improbable token, −inf, +inf or NaN) the row is read again and anchored at its maximum. Entries are words: two bf16
@@ -26,15 +26,15 @@ from grpo_kernels.triton_backend.onchip_tiles import (
     absorb,
     as_words,
     fetch,
+    load_passing,
     load_words,
-    nth_fetched,
-    nth_written,
-    slot_of,
     sum_at_maximum,
-    sum_tiles,
+    sum_passing,
+    sum_slots,
     words_at,
     write,
     write_either,
+    write_passing,
 )
 from grpo_kernels.triton_backend.row import DEEP
 from grpo_kernels.triton_backend.row_kernels import inverse_or, is_masked, load_or, row_at, store_values
@@ -103,16 +103,15 @@ def onchip_kernel(
     TERM: tl.constexpr, KL: tl.constexpr, BIAS: tl.constexpr, LIMITED: tl.constexpr, CLAMPED: tl.constexpr,
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
     tickets,
-    S: tl.constexpr, K: tl.constexpr, TWICE: tl.constexpr, RING: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    S: tl.constexpr, K: tl.constexpr, PASSING: tl.constexpr, PK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     D3: tl.constexpr, LAG: tl.constexpr, WARPS: tl.constexpr, SUM_EIGHTHS: tl.constexpr, GRAD_EIGHTHS: tl.constexpr,
 ):  # fmt: skip
     """`loss_kernel`, with its arguments; rewards, groups and a cap are not there. Rows are multiples of 16 bytes.
 
-    TWICE + S tiles of K lines in S slots, then D1 + D2 + D3 lines in registers (D3 may be 0); a line is 16 bytes a
-    thread. The tiles are full: their lines are less than a row. RING is S where TWICE is 0; else LAG < RING and
-    LAG <= S − RING, so that a tile is summed before its slot is fetched anew. Of the exponentials of bf16 rows,
-    SUM_EIGHTHS of the sum and GRAD_EIGHTHS of the gradient are polynomials, which leaves less to the unit that
-    computes exponentials.
+    PASSING tiles of PK lines (0 or at least 4), S tiles of K lines in slots, then D1 + D2 + D3 lines in registers (D3
+    may be 0); a line is 16 bytes a thread. The tiles are full: their lines are less than a row. Of the exponentials of
+    bf16 rows, SUM_EIGHTHS of the sum and GRAD_EIGHTHS of the gradient are polynomials, which leaves less to the unit
+    that computes exponentials.
 
     A program's first three rows follow from its number. ``tickets`` is a 0 in memory, from which programs draw their
     further rows, so that one whose rows are masked takes more of them; None: every program takes each P-th row.
@@ -124,18 +123,22 @@ def onchip_kernel(
     LINE: gl.constexpr = N * 4
     TILE: gl.constexpr = K * LINE
     WIDE: gl.constexpr = logits.dtype.element_ty == gl.float32
-    TILES: gl.constexpr = TWICE + S
+    PASSING_TILE: gl.constexpr = PK * LINE
+    BEFORE: gl.constexpr = PASSING * PASSING_TILE  # where the slots' part of a row starts
     END = V // 4 * 4 if WIDE else V // 8 * 4  # so written it is known to be a multiple of 4
     many = S  # as loops know it: where it is no constant they are not unrolled, which would spill
-    if WIDE or TWICE > 0:
-        many = gl.minimum(END // TILE, TILES) - TWICE
+    passing = PASSING
+    if WIDE or PASSING > 0:
+        many = gl.minimum(END // TILE, S)
+        passing = PASSING - S + many
     P = gl.num_programs(0)
     slots = gl.allocate_shared_memory(gl.int32, [S, K, N, 4], gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
-    at = words_at(0, K, N, L)
-    at1 = words_at(TILES * TILE, D1, N, L)
-    at2 = words_at(TILES * TILE + D1 * LINE, D2, N, L)
+    at0 = words_at(0, PK, N, L)
+    at = words_at(BEFORE, K, N, L)
+    at1 = words_at(BEFORE + S * TILE, D1, N, L)
+    at2 = words_at(BEFORE + S * TILE + D1 * LINE, D2, N, L)
     if D3 > 0:
-        at3 = words_at(TILES * TILE + (D1 + D2) * LINE, D3, N, L)
+        at3 = words_at(BEFORE + S * TILE + (D1 + D2) * LINE, D3, N, L)
     zeros = gl.zeros([K, N, 4], gl.int32, L)
     nothing = gl.zeros([N], gl.float32, ACC)
     all_rows = rows
@@ -165,19 +168,25 @@ def onchip_kernel(
     n2 = n1 + P
     src = as_words(row)
     end = gl.where(live, END, 0)
-    first = 0  # the slot of the row's first tile
     for s in range(many):
         fetch(slots, s, src, at + s * TILE, live)
-    part1 = load_words(src, at1, end, WIDE)
-    part2 = load_words(src, at2, end, WIDE)
+    part1 = load_words(src, at1, end, WIDE, "evict_first")
+    part2 = load_words(src, at2, end, WIDE, "evict_first")
     if D3 > 0:
-        part3 = load_words(src, at3, end, WIDE)
-    total, moment = sum_tiles(slots, nothing, nothing, src, at, scale, x_token * scale, live, many, S, RING, TWICE, TILE, L,
-                              ENTROPY, SUM_EIGHTHS, WIDE)  # fmt: skip
-    total, moment = absorb(total, moment, part1, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
-    total, moment = absorb(total, moment, part2, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
+        part3 = load_words(src, at3, end, WIDE, "evict_first")
+    if PASSING > 0:
+        w1, w2, w3, w4 = load_passing(src, at0, end, WIDE, PASSING_TILE)
+    off1 = x_token * scale
+    total, moment = sum_slots(slots, nothing, nothing, scale, off1, many, S, L, ENTROPY, SUM_EIGHTHS, WIDE)
+    total, moment = absorb(total, moment, part1, scale, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+    total, moment = absorb(total, moment, part2, scale, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
     if D3 > 0:
-        total, moment = absorb(total, moment, part3, scale, x_token * scale, ENTROPY, SUM_EIGHTHS, L, WIDE)
+        total, moment = absorb(total, moment, part3, scale, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+    if PASSING > 0:
+        total, moment, w1, w2, w3, w4 = sum_passing(
+            total, moment, w1, w2, w3, w4, src, at0, end, scale, off1, passing, PASSING_TILE, L, ENTROPY,
+            SUM_EIGHTHS, WIDE,
+        )  # fmt: skip
 
     while n < all_rows:
         # Of the next row all numbers, of the one after it the mask and the token.
@@ -212,8 +221,8 @@ def onchip_kernel(
             row_total = gl.sum(total, axis=0)
             row_moment = gl.sum(moment, axis=0)
             if not (row_total < LIMIT):
-                top, row_total, row_moment = sum_at_maximum(as_words(row), at, END, TILE, scale, L, ENTROPY, N,
-                                                                WIDE)  # fmt: skip
+                top, row_total, row_moment = sum_at_maximum(as_words(row), words_at(0, K, N, L), END, TILE, scale, L,
+                                                            ENTROPY, N, WIDE)  # fmt: skip
                 off = top * scale
             depth = gl.fma(x_token, scale, -off)
             lp = logp_of(depth, row_total)
@@ -253,102 +262,89 @@ def onchip_kernel(
         if regular:
             write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
                          WIDE)  # fmt: skip
-            part1 = load_words(src1, at1, end1, WIDE)
+            part1 = load_words(src1, at1, end1, WIDE, "evict_first")
             write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
                          WIDE)  # fmt: skip
             if D3 > 0:
                 write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
                              WIDE)  # fmt: skip
-            part2 = load_words(src1, at2, end1, WIDE)
+            part2 = load_words(src1, at2, end1, WIDE, "evict_first")
             if D3 > 0:
-                part3 = load_words(src1, at3, end1, WIDE)
-            first1 = 0
-            if TWICE > 0:
-                first1 = (first + S - RING) % S
-                again = as_words(row)
-                for i in range(many - S + TWICE):
-                    wait_group(RING - 1)
-                    tile, slot = nth_written(first, i, S, RING, TWICE)
-                    write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
-                                 signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
-                    fetch(slots, slot, again, at + (S - RING + TWICE - 1 - i) * TILE, regular)
-            for i in range(many - S + LAG):
-                if TWICE > 0:
-                    wait_group(RING - 1)
-                tile, slot = nth_written(first, TWICE + i, S, RING, TWICE)
-                write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
-                             signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
-                fetch(slots, slot, src1, at + nth_fetched(i, RING, TWICE) * TILE, live1)
-            if TWICE > 0:
-                wait_group(RING - 1)
+                part3 = load_words(src1, at3, end1, WIDE, "evict_first")
+            if PASSING > 0:
+                write_passing(dst, at0, END, w1, w2, w3, w4, as_words(row), scale, off, slope, pull, folded, signs,
+                              passing, PASSING_TILE, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+            for s in range(many - S + LAG):
+                write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
+                             False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                fetch(slots, s, src1, at + s * TILE, live1)
             if tickets is not None:
                 ticket = gl.atomic_add(tickets, 1, sem="relaxed")
-            for i in range(LAG, many):
-                tile, slot = nth_written(first, TWICE + i, S, RING, TWICE)
-                write_either(dst, at + tile * TILE, END, slots.index(slot).load(L), scale, off, slope, pull, folded,
-                             signs, False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
-                fetch(slots, slot, src1, at + nth_fetched(i, RING, TWICE) * TILE, live1)
+            for s in range(LAG, many):
+                write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
+                             False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                fetch(slots, s, src1, at + s * TILE, live1)
                 wait_group(LAG)
-                slot = slot_of(first1, nth_fetched(i - LAG, RING, TWICE), S, RING)
-                total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS, L,
-                                       WIDE)  # fmt: skip
-            if TWICE > 0:
-                for i in range(many, many + TWICE):
-                    fetch(slots, slot_of(first1, i, S, RING), src1, at + i * TILE, live1)
-                    wait_group(LAG)
-                    slot = slot_of(first1, nth_fetched(i - LAG, RING, TWICE), S, RING)
-                    total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS,
-                                           L, WIDE)  # fmt: skip
-            for i in range(many + TWICE - LAG, many + TWICE):
+                word = slots.index(s - LAG).load(L)
+                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+            if PASSING > 0:
+                w1, w2, w3, w4 = load_passing(src1, at0, end1, WIDE, PASSING_TILE)
+            for s in range(many - LAG, many):
                 commit_group()
                 wait_group(LAG)
-                slot = slot_of(first1, nth_fetched(i, RING, TWICE), S, RING)
-                total, moment = absorb(total, moment, slots.index(slot).load(L), scale1, off1, ENTROPY, SUM_EIGHTHS, L,
-                                       WIDE)  # fmt: skip
-            first = first1
+                word = slots.index(s).load(L)
+                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
             barrier()  # the token's entry is stored by another thread than the line's
             gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
             total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
             if D3 > 0:
                 total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+            if PASSING > 0:
+                total, moment, w1, w2, w3, w4 = sum_passing(
+                    total, moment, w1, w2, w3, w4, src1, at0, end1, scale1, off1, passing, PASSING_TILE, L, ENTROPY,
+                    SUM_EIGHTHS, WIDE,
+                )  # fmt: skip
         else:
             if not idle:  # an exponent or a slope that `write_folded` cannot hold
                 write(dst, at1, END, part1, scale, off, slope, pull, True, BONUS, WIDE)
                 write(dst, at2, END, part2, scale, off, slope, pull, True, BONUS, WIDE)
                 if D3 > 0:
                     write(dst, at3, END, part3, scale, off, slope, pull, True, BONUS, WIDE)
-                if TWICE > 0:  # through memory, whatever is in slots: a rare row
-                    for t in range(many + TWICE):
-                        word = load_words(as_words(row), at + t * TILE, END, WIDE)
-                        write(dst, at + t * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
-                else:
-                    for s in range(many):
-                        word = slots.index(s).load(L)
-                        write(dst, at + s * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
+                for s in range(many):
+                    word = slots.index(s).load(L)
+                    write(dst, at + s * TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
+                for t in range(passing):
+                    word = load_words(as_words(row), at0 + t * PASSING_TILE, END, WIDE, "evict_first")
+                    write(dst, at0 + t * PASSING_TILE, END, word, scale, off, slope, pull, False, BONUS, WIDE)
             barrier()  # before the slots are overwritten, and the token's entry is stored
-            first = 0
             if live1:
                 for s in range(many):
                     fetch(slots, s, src1, at + s * TILE, live1)
-                part1 = load_words(src1, at1, end1, WIDE)
-                part2 = load_words(src1, at2, end1, WIDE)
+                part1 = load_words(src1, at1, end1, WIDE, "evict_first")
+                part2 = load_words(src1, at2, end1, WIDE, "evict_first")
                 if D3 > 0:
-                    part3 = load_words(src1, at3, end1, WIDE)
+                    part3 = load_words(src1, at3, end1, WIDE, "evict_first")
+                if PASSING > 0:
+                    w1, w2, w3, w4 = load_passing(src1, at0, end1, WIDE, PASSING_TILE)
             if tickets is not None:
                 ticket = gl.atomic_add(tickets, 1, sem="relaxed")
             if idle:
                 for start in range(0, END, TILE):
-                    gl.store(dst + at + start, zeros, mask=at + start < END)
+                    gl.store(dst + at + (start - BEFORE), zeros, mask=at + (start - BEFORE) < END)
             else:
                 gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             if live1:
-                total, moment = sum_tiles(slots, total, moment, src1, at, scale1, off1, live1, many, S, RING, TWICE, TILE, L,
-                                          ENTROPY, SUM_EIGHTHS, WIDE)  # fmt: skip
+                total, moment = sum_slots(slots, total, moment, scale1, off1, many, S, L, ENTROPY, SUM_EIGHTHS, WIDE)
                 total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
                 total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
                 if D3 > 0:
                     total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                if PASSING > 0:
+                    total, moment, w1, w2, w3, w4 = sum_passing(
+                        total, moment, w1, w2, w3, w4, src1, at0, end1, scale1, off1, passing, PASSING_TILE, L, ENTROPY,
+                        SUM_EIGHTHS, WIDE,
+                    )  # fmt: skip
 
         n = n1
         n1 = n2

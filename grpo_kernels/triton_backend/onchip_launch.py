@@ -12,6 +12,7 @@ from grpo_kernels.triton_backend.shapes import OPTIONS
 
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 MOST_HELD = 12  # lines in registers: with more the kernel spills
+_FITS = 16 * 512 * (28 + MOST_HELD)  # bytes of a row that slots and registers hold
 
 
 def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, int]:
@@ -24,9 +25,11 @@ def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, 
     if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
         return _shape(V, itemsize=itemsize, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
-    slots, lines, lag, held = (14, 2, 4, 4) if crowded else (7, 4, 3, 8)
+    fits = itemsize * V <= _FITS
+    slots, lines, lag = (7, 4, 3) if fits and not crowded else (14, 2, 4)
+    width, held = (0, MOST_HELD) if fits else (1, 1) if itemsize == 2 else (2, 2)
     return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
-                  held_of_long=held)  # fmt: skip
+                  held=held, width=width)  # fmt: skip
 
 
 def crowded(batch: Batch, entropy: bool) -> bool:
@@ -36,24 +39,26 @@ def crowded(batch: Batch, entropy: bool) -> bool:
 
 
 def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int, itemsize: int = 2,
-           held: int = MOST_HELD, held_of_long: int = 8, ring: int = 0, tickets: bool = False, sum_eighths: int = 0,
+           held: int = MOST_HELD, width: int = 0, tickets: bool = True, sum_eighths: int = 0,
            grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
-    """A row that fits has up to ``held`` lines in registers, a longer one ``held_of_long``.
+    """``held``: lines in registers, at most. ``width``: of the tiles that pass through them, where a row needs such.
 
-    ``ring``: the slots of its ring, if not as few as the lag allows. ``tickets``: programs draw their rows.
+    ``tickets``: programs draw their rows.
     """
     line = 32 * warps * 16 // itemsize  # entries
-    tiles = (V - 1) // (lines * line)  # whole ones, with an entry left at least
-    held = held if V <= (slots * lines + held) * line else held_of_long
-    twice = -(-max(0, V - (slots * lines + held) * line) // (lines * line))  # what finds no place to stay
-    slots = min(slots, tiles)
-    ring = (ring or lag + 1) if twice else slots
-    left = -(-(V - (slots + twice) * lines * line) // line)  # lines in registers: two parts of up to four, or three
+    beyond = passing = 0
+    if V > (slots * lines + held) * line:
+        width = width or max(1, lines // 2)
+        beyond = -(-(V - (slots * lines + held) * line) // (width * line))
+        passing = max(4, beyond)
+        slots -= -(-(passing - beyond) * width // lines)
+    slots = min(slots, (V - 1) // (lines * line))  # an entry is left at least
+    left = -(-(V - (slots * lines + passing * width) * line) // line)  # in registers: two parts of up to four, or three
     first = min(4, _power(-(-left // 2)))
     second = min(4, _power(left - first))
     third = _power(left - first - second) if left > first + second else 0
     return {
-        "S": slots, "K": lines, "TWICE": twice, "RING": ring, "D1": first, "D2": second, "D3": third,
+        "S": slots, "K": lines, "PASSING": passing, "PK": max(1, width), "D1": first, "D2": second, "D3": third,
         "LAG": min(lag, slots), "WARPS": warps, "num_warps": warps, "maxnreg": registers,
         "programs": programs, "tickets": tickets, "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
     }  # fmt: skip

@@ -82,9 +82,9 @@ def exp2_of(low, high, EIGHTHS: gl.constexpr, SUMMED: gl.constexpr, L: gl.conste
 
 
 @gluon.jit
-def load_words(row, at, end, WIDE: gl.constexpr):
+def load_words(row, at, end, WIDE: gl.constexpr, HINT: gl.constexpr):
     OTHER: gl.constexpr = WIDE_BANNED if WIDE else BANNED
-    return gl.load(row + at, mask=at < end, other=OTHER, eviction_policy="evict_first")
+    return gl.load(row + at, mask=at < end, other=OTHER, eviction_policy=HINT)
 
 
 @gluon.jit
@@ -162,45 +162,6 @@ def write_either(dst, at, end, word, scale, off, slope, pull, folded, signs, MAS
 
 
 @gluon.jit
-def slot_of(first, tile, S: gl.constexpr, RING: gl.constexpr):
-    """The slot of a tile in the first pass, where the row's first tile has the slot ``first``.
-
-    The first S − RING tiles stay in theirs. The others pass through the last RING slots, in turns.
-    """
-    if RING < S:
-        return (first + gl.where(tile < S - RING, tile, S - RING + (tile - (S - RING)) % RING)) % S
-    else:
-        return tile
-
-
-@gluon.jit
-def nth_fetched(i, RING: gl.constexpr, TWICE: gl.constexpr):
-    """The tile of a row that is fetched after i others, while the row before it is written.
-
-    The slots that become free first are those of the ring, from the one in which the last tile of that row was.
-    """
-    if TWICE > 0:
-        return gl.where(i < RING, (i + 2 * TWICE) % RING, i)
-    else:
-        return i
-
-
-@gluon.jit
-def nth_written(first, i, S: gl.constexpr, RING: gl.constexpr, TWICE: gl.constexpr):
-    """(tile, slot) of what the second pass writes after i others.
-
-    The ring comes first: the tiles that it still holds, then those that are fetched again, from the last to the first.
-    """
-    if TWICE > 0:
-        tile = gl.where(i < RING, TWICE + S - RING + i, TWICE + S - 1 - i)
-        slot = S - RING + (TWICE + i) % RING
-        stays = i >= TWICE + RING
-        return gl.where(stays, i - TWICE - RING, tile), (first + gl.where(stays, i - TWICE - RING, slot)) % S
-    else:
-        return i, i
-
-
-@gluon.jit
 def fetch(slots, slot, row, at, live):
     """Starts to copy a tile into its slot; each thread fetches what it will read itself. One group per tile."""
     copy_to_shared(slots.index(slot), row + at, mask=(at >= 0) & live, eviction_policy="evict_first")
@@ -208,30 +169,64 @@ def fetch(slots, slot, row, at, live):
 
 
 @gluon.jit
-def sum_tiles(slots, total, moment, row, at, scale, off, live, many, S: gl.constexpr, RING: gl.constexpr,
-              TWICE: gl.constexpr, TILE: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr,
-              WIDE: gl.constexpr):  # fmt: skip
-    """The first pass over a row whose first S tiles have been asked for, in slots from 0 on; ``many``: S."""
-    for t in range(many):
+def sum_slots(slots, total, moment, scale, off, many, S: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr,
+              EIGHTHS: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+    """The first pass over a row's kept tiles, which have all been asked for; ``many``: S."""
+    for s in range(many):
         wait_group(S - 1)
-        total, moment = absorb(total, moment, slots.index(t).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
-        if TWICE > 0:
-            if (t >= S - RING) & (t < S - RING + TWICE):
-                fetch(slots, t, row, at + (t + RING) * TILE, live)
-            else:
-                commit_group()
-        else:
-            commit_group()
-    if TWICE > 0:
-        for t in range(many, many + TWICE):
-            wait_group(RING - 1)
-            slot = slot_of(0, t, S, RING)
-            total, moment = absorb(total, moment, slots.index(slot).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
-            if t < S - RING + TWICE:
-                fetch(slots, slot, row, at + (t + RING) * TILE, live)
-            else:
-                commit_group()
+        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
+        commit_group()
     return total, moment
+
+
+@gluon.jit
+def load_passing(row, at, end, WIDE: gl.constexpr, TILE: gl.constexpr):
+    """A row's first four passing tiles, which L2 should keep."""
+    a = load_words(row, at, end, WIDE, "evict_last")
+    b = load_words(row, at + TILE, end, WIDE, "evict_last")
+    c = load_words(row, at + 2 * TILE, end, WIDE, "evict_last")
+    d = load_words(row, at + 3 * TILE, end, WIDE, "evict_last")
+    return a, b, c, d
+
+
+@gluon.jit
+def sum_passing(total, moment, a, b, c, d, row, at, end, scale, off, many, TILE: gl.constexpr, L: gl.constexpr,
+                ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+    """The first pass over so many passing tiles, of which the first four are there.
+
+    Returns:
+        (total, moment, the last four tiles, which stay in registers).
+    """
+    for t in range(4, many):
+        word = a
+        a = b
+        b = c
+        c = d
+        d = load_words(row, at + t * TILE, end, WIDE, "evict_last")
+        total, moment = absorb(total, moment, word, scale, off, ENTROPY, EIGHTHS, L, WIDE)
+    total, moment = absorb(total, moment, a, scale, off, ENTROPY, EIGHTHS, L, WIDE)
+    total, moment = absorb(total, moment, b, scale, off, ENTROPY, EIGHTHS, L, WIDE)
+    total, moment = absorb(total, moment, c, scale, off, ENTROPY, EIGHTHS, L, WIDE)
+    total, moment = absorb(total, moment, d, scale, off, ENTROPY, EIGHTHS, L, WIDE)
+    return total, moment, a, b, c, d
+
+
+@gluon.jit
+def write_passing(dst, at, end, a, b, c, d, row, scale, off, slope, pull, folded, signs, many, TILE: gl.constexpr,
+                  BONUS: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+    """The second pass over so many passing tiles, of which the last four are there, from the last to the first."""
+    for t in range(4, many):
+        word = d
+        d = c
+        c = b
+        b = a
+        a = load_words(row, at + (many - 1 - t) * TILE, end, WIDE, "evict_first")
+        write_either(dst, at + (many + 3 - t) * TILE, end, word, scale, off, slope, pull, folded, signs, False, BONUS,
+                     EIGHTHS, L, WIDE)  # fmt: skip
+    write_either(dst, at + 3 * TILE, end, d, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
+    write_either(dst, at + 2 * TILE, end, c, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
+    write_either(dst, at + TILE, end, b, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
+    write_either(dst, at, end, a, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
 
 
 @gluon.jit
@@ -241,7 +236,7 @@ def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.const
     ACC: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
     top = gl.full([N], LOWEST, gl.float32, ACC)
     for first in range(0, end, tile):
-        word = load_words(row, at + first, end, WIDE)
+        word = load_words(row, at + first, end, WIDE, "evict_first")
         if WIDE:
             larger = gl.cast(word, gl.float32, bitcast=True)
         else:
@@ -252,6 +247,6 @@ def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.const
     total = gl.zeros([N], gl.float32, ACC)
     moment = gl.zeros([N], gl.float32, ACC)
     for first in range(0, end, tile):
-        word = load_words(row, at + first, end, WIDE)
+        word = load_words(row, at + first, end, WIDE, "evict_first")
         total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY, 0, L, WIDE)
     return highest, gl.sum(total, axis=0), gl.sum(moment, axis=0)

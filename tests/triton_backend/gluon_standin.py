@@ -123,6 +123,8 @@ def maximum(a, b):  # as on hardware, NaN loses
 
 
 def minimum(a, b):
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
     return torch.fmin(torch.as_tensor(a), torch.as_tensor(b, dtype=a.dtype))
 
 

@@ -13,15 +13,15 @@ from pretend_gpu import pretended
 from tolerance import assert_within, bounds
 
 FP32 = torch.float32
-LONG = {  # name: slots, lines, lag, the ring's slots if not as few as the lag allows
-    "lag 0": (2, 1, 0, 0),
-    "lag 1": (3, 1, 1, 0),
-    "lag 2": (5, 1, 2, 0),
-    "lag 3": (7, 1, 3, 0),
-    "more than the lag needs": (8, 2, 3, 5),
+LONG = {  # slots, lines, lag, lines of the tiles that pass through registers
+    "lag 0": (5, 1, 0, 1),
+    "lag 1": (4, 1, 1, 1),
+    "lag 2": (5, 2, 2, 1),
+    "as wide as a slot": (5, 2, 3, 2),
+    "narrow": (3, 4, 2, 1),
 }
 HELD = 2  # lines in registers
-USUAL = {"slots": 5, "lag": 2, "held": HELD, "held_of_long": HELD}
+USUAL = {"slots": 3, "lag": 2, "held": HELD}
 dtypes = pytest.mark.parametrize("dtype", (BF16, FP32), ids=("bf16", "fp32"))
 pytestmark = pytest.mark.unshifted  # rows must start at multiples of 16 bytes
 
@@ -35,7 +35,7 @@ def line(dtype):
     return LINE * 2 // dtype.itemsize
 
 
-def long_case(dtype, tiles=4, slots=5, more=40, **kwargs):
+def long_case(dtype, tiles=6, slots=3, more=40, **kwargs):
     """A row of so many tiles of a line beyond the slots and registers."""
     return make_case(V=(slots + HELD + tiles) * line(dtype) + more, dtype=dtype, spread=3.0, **kwargs)
 
@@ -44,24 +44,23 @@ def long_case(dtype, tiles=4, slots=5, more=40, **kwargs):
 @dtypes
 @pytest.mark.parametrize("name", LONG)
 def test_rows_of_any_length(chip, name, dtype):
-    slots, lines, lag, ring = LONG[name]
-    chip.set(3, slots, lines, lag, held=HELD, held_of_long=HELD, ring=ring)
+    slots, lines, lag, width = LONG[name]
+    chip.set(3, slots, lines, lag, held=HELD, width=width)
     found = set()
-    wanted = {0, 1, 2, 3, slots - 1, slots, 2 * slots + 1}
-    for tiles in wanted:
+    for tiles in (0, 1, 3, 4, 5, 6, 11):
         more = 8 if tiles % 2 else -8
-        V = (slots * lines + HELD + (tiles - (more > 0)) * lines) * line(dtype) + more
+        V = (slots * lines + HELD + (tiles - (more > 0)) * width) * line(dtype) + more
         case = make_case(B=3, T=4, V=V, dtype=dtype, spread=3.0, seed=tiles, extra=tiles % 2)
         check_case(case, inplace=tiles % 2 == 1)
-        found.add(chip.shape["TWICE"])
-    assert found == wanted
+        found.add(chip.shape["PASSING"])
+    assert found == {0, 4, 5, 6, 11}
 
 
 @body
 @dtypes
 @pytest.mark.parametrize("tickets", (False, True))
 @pytest.mark.parametrize("programs", (1, 2, 40))
-def test_tiles_without_a_slot_are_read_twice_and_others_once(chip, programs, tickets, dtype):
+def test_what_passes_through_is_read_twice_and_the_rest_once(chip, programs, tickets, dtype):
     chip.set(programs, tickets=tickets, **USUAL)
     case = long_case(dtype, B=3, T=4, extra=1)
     mask = torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 0, 0]]).bool()
@@ -76,10 +75,9 @@ def test_tiles_without_a_slot_are_read_twice_and_others_once(chip, programs, tic
     assert (reads[~scored] == 0).all() and (writes[~scored] == 1).all()
     ids = torch.nn.functional.pad(given["completion_ids"], (0, 1))[scored]
     token = torch.nn.functional.one_hot(ids, V)
-    kept_first = shape["S"] - shape["RING"]
     twice = torch.zeros(V, dtype=torch.long)
-    twice[kept_first * line(dtype) : (kept_first + shape["TWICE"]) * line(dtype)] = 1
-    assert shape["TWICE"] == 5 and torch.equal(reads[scored].long(), 1 + token + twice)
+    twice[: (shape["PASSING"] - 4) * line(dtype)] = 1  # the last four stay in registers
+    assert shape["PASSING"] == 7 and torch.equal(reads[scored].long(), 1 + token + twice)
     assert torch.equal(writes[scored].long(), 1 + token)
 
 
@@ -88,7 +86,6 @@ def test_tiles_without_a_slot_are_read_twice_and_others_once(chip, programs, tic
 @pytest.mark.parametrize("tickets", (False, True))
 @pytest.mark.parametrize("programs", (1, 4))
 def test_rows_without_a_gradient_between_live_ones(chip, programs, tickets, dtype):
-    """After such a row the next one's first pass starts anew, in slot 0."""
     chip.set(programs, tickets=tickets, **USUAL)
     case = long_case(dtype, B=6, T=7)
     given = case.inputs("completion_ids", "advantages", "old_logps")
@@ -134,7 +131,7 @@ def spoil(case, ids, name):
 
 @body
 @dtypes
-@pytest.mark.parametrize("tiles", (-2, 4))
+@pytest.mark.parametrize("tiles", (-2, 6))
 @pytest.mark.parametrize("inplace", (False, True))
 @pytest.mark.parametrize("name", ODD)
 def test_rows_whose_sum_has_another_anchor(chip, name, inplace, tiles, dtype):
@@ -164,16 +161,15 @@ def test_a_wrong_wait_is_seen(chip, dtype, late):
 
 
 def test_shapes_of_long_rows():
-    """A row that fits is read once; of others everything has a place, and a slot is free before it is fetched anew."""
+    """A row that fits has no tiles that pass through, and everything has a place."""
     for itemsize, V in ((2, 151936), (2, 163840), (2, 200064), (2, 262144), (4, 32000), (4, 128256), (4, 151936)):
         for crowded in (False, True):
             s = onchip_launch.onchip_shape(V, crowded, itemsize)
             entries = 32 * s["WARPS"] * 16 // itemsize
-            lines = (s["S"] + s["TWICE"]) * s["K"]
+            lines = s["S"] * s["K"] + s["PASSING"] * s["PK"]
             assert lines * entries < V <= (lines + s["D1"] + s["D2"] + s["D3"]) * entries
-            fits = V * itemsize <= 327_680
-            assert (s["TWICE"] == 0) == fits
-            assert s["RING"] == s["S"] if fits else s["LAG"] < s["RING"] and s["LAG"] <= s["S"] - s["RING"]
+            assert s["PASSING"] == 0 if V * itemsize <= 327_680 else s["PASSING"] >= 4
+            assert s["LAG"] <= s["S"] and s["S"] * s["K"] * s["WARPS"] * 512 <= 229_376
 
 
 # --- on a GPU ------------------------------------------------------------------------------------------------------
