@@ -88,12 +88,13 @@ def policy_terms(*names: str) -> str:
     return table(("`policy_term`", "ℓ of a token", "gradient", "source"), rows)
 
 
-def levels_of_terms(*names: str) -> str:
-    rows = (
-        (code(name), "every" if term.levels == tuple(LEVELS) else several(term.levels), several(term.knobs) or "none")
-        for name, term in chosen(TERMS, names).items()
-    )
-    return table(("`policy_term`", "levels", "knobs"), rows)
+def levels_of_terms() -> str:
+    """The terms by the levels at which they are defined."""
+    terms: dict[tuple[str, ...], list[str]] = {}
+    for name, term in TERMS.items():
+        terms.setdefault(term.levels, []).append(name)
+    rows = (("every" if at == tuple(LEVELS) else several(at), several(names)) for at, names in terms.items())
+    return table(("levels", "`policy_term`"), rows)
 
 
 def levels(*names: str) -> str:
@@ -154,7 +155,6 @@ def presets(*names: str) -> str:
 
 
 def defaults(*names: str) -> str:
-    """The defaults of these fields of LossConfig. For the pages in docs/objectives."""
     values = chosen({field.name: field.default for field in dataclasses.fields(LossConfig)}, list(names))
     words = [f"`{name}={plain(value)}`" for name, value in values.items()]
     link = "- [settings](../README.md#every-setting) with their defaults:"
@@ -186,7 +186,6 @@ TABLES: dict[str, Callable[..., str]] = {
     "corrections": corrections,
     "config": config,
     "presets": presets,
-    "defaults": defaults,
 }
 
 
