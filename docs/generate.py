@@ -8,7 +8,7 @@ A table stands between two markers, the first of which names it:
     <!-- catalogue:loss-types -->
     <!-- /catalogue -->
 
-`TABLES` has the names. Words after a name choose rows: ``catalogue:loss-types cispo``, ``catalogue:config beta``.
+`TABLES` has the names. Words after a name choose rows: ``catalogue:loss-types cispo``, ``catalogue:presets cispo``.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -87,12 +88,13 @@ def policy_terms(*names: str) -> str:
     return table(("`policy_term`", "ℓ of a token", "gradient", "source"), rows)
 
 
-def levels_of_terms(*names: str) -> str:
-    rows = (
-        (code(name), "every" if term.levels == tuple(LEVELS) else several(term.levels), several(term.knobs) or "none")
-        for name, term in chosen(TERMS, names).items()
-    )
-    return table(("`policy_term`", "levels", "knobs"), rows)
+def levels_of_terms() -> str:
+    """The terms by the levels at which they are defined."""
+    terms: dict[tuple[str, ...], list[str]] = {}
+    for name, term in TERMS.items():
+        terms.setdefault(term.levels, []).append(name)
+    rows = (("every" if at == tuple(LEVELS) else several(at), several(names)) for at, names in terms.items())
+    return table(("levels", "`policy_term`"), rows)
 
 
 def levels(*names: str) -> str:
@@ -132,21 +134,31 @@ def corrections(*names: str) -> str:
     return table(("`sampling_correction`", "ratio", "beyond the bounds"), rows)
 
 
-def config(*names: str) -> str:
+def config() -> str:
     defaults = {field.name: field.default for field in dataclasses.fields(LossConfig)}
-    chosen(defaults, names)
-    rows = []
-    for fields, meaning in meanings():
-        fields = [field for field in fields if field in (names or defaults)]
-        if fields:
-            values = (PARTS.get(field) or code(plain(defaults[field])) for field in fields)
-            rows.append((several(fields), ", ".join(values), meaning))
+    rows = (
+        (several(fields), ", ".join(PARTS.get(field) or code(plain(defaults[field])) for field in fields), meaning)
+        for fields, meaning in meanings()
+    )
     return table(("field of `LossConfig`", "default", "meaning"), rows)
 
 
-def knobs(*terms: str) -> str:
-    """The fields of LossConfig that these terms read."""
-    return config(*dict.fromkeys(knob for term in chosen(TERMS, terms).values() for knob in term.knobs))
+def presets(*names: str) -> str:
+    """What these loss types choose, and the settings that their terms read. For the pages in docs/objectives."""
+    types = chosen(LOSS_TYPES, list(names))
+    lines = (
+        f'- `loss_type="{name}"`: term {code(v.term)}, level {code(v.level)}, aggregation {code(v.aggregation)}\n'
+        for name, v in types.items()
+    )
+    knobs = dict.fromkeys(knob for v in types.values() for knob in TERMS[v.term].knobs)
+    return "".join(lines) + (defaults(*knobs) if knobs else "- no settings\n")
+
+
+def defaults(*names: str) -> str:
+    values = chosen({field.name: field.default for field in dataclasses.fields(LossConfig)}, list(names))
+    words = [f"`{name}={plain(value)}`" for name, value in values.items()]
+    link = "- [settings](../README.md#every-setting) with their defaults:"
+    return textwrap.fill(f"{link} {', '.join(words)}", 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
 def plain(value: object) -> str:
@@ -173,7 +185,7 @@ TABLES: dict[str, Callable[..., str]] = {
     "aggregations": aggregations,
     "corrections": corrections,
     "config": config,
-    "knobs": knobs,
+    "presets": presets,
 }
 
 

@@ -62,6 +62,18 @@ def test_a_stale_table_shows():
             generate.filled(wrong)
 
 
+def test_a_page_of_an_objective_names_its_settings():
+    """Presets and defaults in a line each; what a setting means stands once, where that line leads."""
+    made = generate.presets("gspo", "cispo")
+    assert '`loss_type="gspo"`: term `clipped`, level `sequence`, aggregation `sequence-mean`' in made
+    assert "`epsilon=0.2`" in made and "`cispo_max=5.0`" in made and made.count("#every-setting") == 1
+    assert "no settings" in generate.presets("reinforce")
+    assert "`beta=0.0`" in generate.defaults("beta") and "`loss_type" not in generate.defaults("beta")
+    for wrong in (generate.presets, generate.defaults):
+        with pytest.raises(ValueError, match="nonsense"):
+            wrong("nonsense")
+
+
 def test_the_readme_s_first_screen():
     """What it is, how to install it, code that runs, the two commands, measured numbers and their plot; in 40 lines."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()

@@ -4,6 +4,7 @@
 """
 
 import functools
+import re
 import runpy
 from pathlib import Path
 
@@ -86,3 +87,27 @@ def test_trl_trainer_raises_the_reward(capsys):
     rewards = main("trl_trainer")(steps=14)
     assert rewards[0] < 0.35 and sum(rewards[-2:]) / 2 > rewards[0] + 0.2
     assert "reward" in capsys.readouterr().out
+
+
+def test_a_loss_of_your_own_in_trl(capsys):
+    """The trainer that docs/integrations.md writes out learns what FusedGRPOTrainer learns, and scores as it does."""
+    pytest.importorskip("trl", reason="TRL is not installed: pip install trl")
+    page = (EXAMPLES.parent / "docs" / "integrations.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"^```text\n(import torch\n.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    names = {}
+    exec(source, names)
+
+    class Trainer(names["OwnTrainer"]):
+        def _compute_loss(self, model, inputs):
+            for metric in ("kl", "clip_ratio/region_mean"):  # which the example prints
+                self._metrics["train"][metric].append(0.0)
+            assert hasattr(self, "_seam")  # the scoring pass is the package's
+            return super()._compute_loss(model, inputs)
+
+    try:
+        script = runpy.run_path(str(EXAMPLES / "trl_trainer.py"))["main"]
+        script.__globals__["FusedGRPOTrainer"] = Trainer
+        rewards = script(steps=14)
+    finally:
+        names["undo"]()
+    assert rewards[0] < 0.35 and sum(rewards[-2:]) / 2 > rewards[0] + 0.2
