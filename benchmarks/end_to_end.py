@@ -46,7 +46,7 @@ LEGEND = (
     "in bf16 on a GPU, AdamW's two moments too. loss: how far the peak of passes and backward is above that of the "
     "model alone, whose loss is a mean of the hidden states. The last columns: the change from the host's own trainer. "
     "difference: relative, the largest of the steps; a loss is a sum of terms of about size one that nearly cancel, so "
-    "its is relative to 1 at least. A step of verl's begins with a pass for the old log-probabilities; TRL's needs none."
+    "its is relative to 1 at least. A step of verl's has a pass for the old log-probabilities, too; TRL's needs none."
 )
 
 

@@ -63,8 +63,9 @@ def _next(fits: dict[int, int], failed: list[int], room: int) -> int | None:
     if high - low <= step:
         return None
     T = (low + high) // 2
-    if len(fits) > 1:  # the line was too hopeful: 5% less, then 10%, 20%
-        T = max(T, high - step * 2 ** (len(failed) - 1))
+    if len(fits) > 1:  # where the line was too hopeful, 5% less, then 10%, 20%
+        reach = _reach(fits, room)
+        T = reach if low < reach < high - step // 2 else max(T, high - step * 2 ** (len(failed) - 1))
     T = _up(T) if _up(T) < high else T // UNIT * UNIT
     return T if low < T < high else None
 
@@ -72,13 +73,13 @@ def _next(fits: dict[int, int], failed: list[int], room: int) -> int | None:
 def _reach(fits: dict[int, int], room: int) -> int:
     """A T that should fit."""
     low = max(fits)
-    if len(fits) == 1:  # a second point: not beyond what fits if the peak had no constant part
-        return int(low * min(2.0, room / fits[low]))
+    share = room / fits[low]  # so many times low fit for sure: a peak has a part that does not grow
+    if len(fits) == 1:  # a second point for the line
+        return int(low * min(2.0, share))
     below = max(T for T in fits if T < low)
     slope = (fits[low] - fits[below]) / (low - below)
-    if slope <= 0:
-        return 2 * low
-    return int((1 - STEP / 2) * (low + (room - fits[low]) / slope)) // UNIT * UNIT
+    T = low * share if slope <= 0 else low + (room - fits[low]) / slope
+    return int((1 - STEP / 2) * T) // UNIT * UNIT
 
 
 def _up(T: int) -> int:

@@ -130,9 +130,9 @@ def line(row: Row, beside: Row | None) -> str:
         return report.shorten(f"  {row.trainer:<13}  {row.status}: {row.detail}", report.WIDTH)
     spread = f"{row.least_ms:.1f}-{row.most_ms:.1f}"
     peak, loss = ("n/a" if n is None else f"{n / GIB:.2f}" for n in (row.peak_bytes, row.loss_bytes))
-    time, memory = (
-        "" if beside is None else change(getattr(row, name), getattr(beside, name)) for name in ("step_ms", "peak_bytes")
-    )
+    time = memory = ""
+    if beside is not None:
+        time, memory = change(row.step_ms, beside.step_ms), change(row.peak_bytes, beside.peak_bytes)
     if row.trainer == MODEL_ALONE:
         loss = ""
     text = f"  {row.trainer:<13}{row.step_ms:>9.1f}  {spread:<16}{peak:>9}{loss:>9}{time:>9}{memory:>8}"

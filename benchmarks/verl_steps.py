@@ -21,17 +21,7 @@ import torch
 from torch import distributed as dist
 from transformers import Qwen2ForCausalLM
 
-from benchmarks.training_steps import (
-    PROMPT_TOKENS,
-    VERL,
-    VERL_FUSED,
-    Run,
-    Setting,
-    Watch,
-    policy,
-    random_rewards,
-    random_rollouts,
-)
+from benchmarks.training_steps import VERL, VERL_FUSED, Run, Setting, Watch, policy, random_rewards, random_rollouts
 from grpo_kernels import group_advantages
 
 LOSS_MODES = {VERL: "vanilla", VERL_FUSED: "fused_vanilla"}

@@ -52,13 +52,13 @@ def test_the_fused_row_is_fused(monkeypatch):
     from grpo_kernels.integrations import verl, verl_linear
 
     seen = []
-    for module, name in ((verl_linear, "linear_token_logprobs"), (verl, "policy_loss")):
 
-        def spy(*args, name=name, real=getattr(module, name), **kwargs):
-            seen.append(name)
-            return real(*args, **kwargs)
+    def watch(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: (seen.append(name), real(*args, **kwargs))[1])
 
-        monkeypatch.setattr(module, name, spy)
+    watch(verl_linear, "linear_token_logprobs")
+    watch(verl, "policy_loss")
     one = Setting("tiny", 2, 8, steps=1)
     assert not isinstance(training_steps.attempt(one, VERL, CPU), Failed)
     assert seen == []
@@ -67,5 +67,5 @@ def test_the_fused_row_is_fused(monkeypatch):
 
 
 def test_a_reference_is_refused():
-    with pytest.raises(ValueError, match="beta must be 0, got 0.1"):
+    with pytest.raises(ValueError, match=r"beta must be 0, got 0\.1"):
         verl_steps.run(Setting("tiny", 2, 8, beta=0.1), VERL, CPU)
