@@ -78,7 +78,7 @@ class Broken(ModelAlone):
 def test_a_trainer_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(training_steps.TRAINERS, MODEL_ALONE, Broken)
     monkeypatch.setitem(training_steps.TRAINERS, FUSED, Full)
-    given = ["--device", "cpu", "--steps", "1", "--out", str(tmp_path)]
+    given = ["--device", "cpu", "--steps", "1", "--hosts", "trl", "--out", str(tmp_path)]
     assert end_to_end.main(given) == 1  # for the error; memory that runs out is a result
     assert [model() for model in MODELS] == [None]  # the memory is free again
     said = capsys.readouterr().out
