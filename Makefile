@@ -231,7 +231,7 @@ torch_numpy_2.11.0 := $(triton_numpy_3.6.0)
 
 # verl in the same way. --no-deps, because verl asks for an older transformers, for Ray and for much else
 # that its losses never use; and apart from $(VENV), because its wheel holds a package named tests.
-verl_packages := verl tensordict pyvers cloudpickle omegaconf codetiming orjson
+verl_packages := verl tensordict pyvers cloudpickle omegaconf codetiming orjson peft
 .venv-verl/.installed: $(VENV)/.installed-test constraints.txt
 	@rm -rf $(@D)
 	@echo "==> installing verl into $(@D)"

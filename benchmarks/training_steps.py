@@ -8,6 +8,7 @@ of a trainer whose loss is a mean of the hidden states, which shows what the mod
 from __future__ import annotations
 
 import gc
+import importlib.util
 import statistics
 import tempfile
 import time
@@ -30,7 +31,6 @@ from grpo_kernels.trainer.tokenizer import character_tokenizer
 T = TypeVar("T")
 PROMPT_TOKENS = 16
 SEED = 0
-LONGEST = 2**17  # tokens of a completion
 
 
 def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
@@ -186,6 +186,7 @@ class ModelAlone(GRPOTrainer):
 
 
 MODEL_ALONE, STOCK, FUSED = "model alone", "TRL", "fused"
+VERL, VERL_FUSED = "verl", "verl, fused"  # of benchmarks.verl_steps
 TRAINERS: dict[str, type[GRPOTrainer]] = {MODEL_ALONE: ModelAlone, STOCK: GRPOTrainer, FUSED: FusedGRPOTrainer}
 
 
@@ -279,7 +280,11 @@ def host_waits(setting: Setting, trainer: str, device: torch.device) -> float | 
 
 def _attempt(setting: Setting, trainer: str, device: torch.device) -> Run | Failed:
     try:
-        return run(setting, trainer, device)
+        if trainer in TRAINERS:
+            return run(setting, trainer, device)
+        from benchmarks import verl_steps  # where verl is asked for
+
+        return verl_steps.run(setting, trainer, device)
     except Exception as error:  # a trainer that fails is a row of the table
         return _failed(error)  # the error's frames would hold on to the model
 
@@ -290,6 +295,17 @@ def _failed(error: Exception) -> Failed:
     return Failed(ERROR, f"{type(error).__name__}: {first_line(error)}")
 
 
+def missing_for_verl() -> list[str]:
+    """What `benchmarks.verl_steps` needs and is not installed."""
+    return [name for name in ("verl", "tensordict", "peft") if importlib.util.find_spec(name) is None]
+
+
+def room(device: torch.device) -> int:
+    """Bytes that tensors may still take on a GPU, if no gaps are left between them."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def take_workspaces(device: torch.device) -> None:
     """cuBLAS allocates its own in the first run otherwise, and keeps them: that is no trainer's memory."""
     if device.type == "cuda":
@@ -297,27 +313,3 @@ def take_workspaces(device: torch.device) -> None:
             layer = torch.nn.Linear(256, 256, device=device, dtype=dtype)
             layer(torch.ones(256, 256, device=device, dtype=dtype, requires_grad=True)).sum().backward()
         torch.cuda.synchronize(device)
-
-
-def longest(fits: Callable[[int], bool], start: int, spent: Callable[[], bool], unit: int = 256) -> int | None:
-    """The greatest T for which ``fits(T)``, by doubling and bisection, to 2% or `unit` tokens.
-
-    Args:
-        fits: may a run with T tokens be made?
-        start: the first T to try.
-        spent: has the time run out? Then the result is the greatest T so far.
-        unit: all T but the first are multiples of it.
-
-    Returns: T, at most `LONGEST`; None where none was found to fit.
-    """
-    low, high = 0, 0  # fits, does not fit; 0: not known yet
-    T = start
-    while not spent() and (not high or high - low > max(unit, low // 50)):
-        if fits(T):
-            low = T
-        else:
-            high = T
-        if low >= LONGEST:
-            break
-        T = (low + high) // 2 // unit * unit if high else min(-(-2 * low // unit) * unit, LONGEST)
-    return low or None

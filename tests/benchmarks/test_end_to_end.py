@@ -1,6 +1,7 @@
 """`python -m benchmarks.end_to_end`: tiny policies on the CPU, and what becomes of numbers that only a GPU gives."""
 
 import csv
+import dataclasses
 import json
 import math
 import warnings
@@ -13,7 +14,8 @@ pytest.importorskip("trl", reason="TRL is not installed: pip install '.[test]'")
 
 from transformers.utils import logging
 
-from benchmarks import end_to_end, training_steps
+from benchmarks import end_to_end, step_rows, training_steps
+from benchmarks import longest as search
 from benchmarks.measure import Failed
 from benchmarks.suite import ERROR, OK, OOM
 from benchmarks.training_steps import FUSED, MODEL_ALONE, STOCK, ModelAlone, Run, Setting
@@ -76,7 +78,7 @@ class Broken(ModelAlone):
 def test_a_trainer_that_fails_is_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(training_steps.TRAINERS, MODEL_ALONE, Broken)
     monkeypatch.setitem(training_steps.TRAINERS, FUSED, Full)
-    given = ["--device", "cpu", "--steps", "1", "--out", str(tmp_path)]
+    given = ["--device", "cpu", "--steps", "1", "--hosts", "trl", "--out", str(tmp_path)]
     assert end_to_end.main(given) == 1  # for the error; memory that runs out is a result
     assert [model() for model in MODELS] == [None]  # the memory is free again
     said = capsys.readouterr().out
@@ -170,16 +172,18 @@ def made_up(step_ms, peak, in_passes, losses=(0.0, 1e-8)):
 
 
 def measured(monkeypatch, runs, fits=0, **given):
-    """Rows of `measure`, of made-up runs; beyond ``fits`` tokens memory runs out."""
-    tried = []
+    """Rows of `measure`, of made-up runs whose peak is 1 GiB more every 1000 tokens; TRL's has room for ``fits``."""
+    tried, room = [], 12 * GIB + fits * GIB // 1000
 
     def attempt(setting, trainer, device):
-        if setting.length == TINY.length:
-            return runs[trainer]
-        tried.append((trainer, setting.length, setting.steps))
-        return runs[trainer] if setting.length <= fits else Failed(OOM, "no room")
+        more = (setting.length - TINY.length) * GIB // 1000
+        if more:
+            tried.append((trainer, setting.length, setting.steps))
+        found = dataclasses.replace(runs[trainer], peak_bytes=runs[trainer].peak_bytes + more)
+        return Failed(OOM, "no room") if more and found.peak_bytes > room else found
 
     monkeypatch.setattr(training_steps, "attempt", attempt)
+    monkeypatch.setattr(training_steps, "room", lambda device: room)
     return end_to_end.measure(TINY, CPU, **{"search": False, "spent": lambda: False, **given}), tried
 
 
@@ -196,7 +200,7 @@ def test_memory_of_the_loss_alone_and_what_changes(monkeypatch):
     assert rows[1].step_ms == 120.5 and rows[1].least_ms == 120.0  # without the first step
     assert rows[2].loss_difference == pytest.approx(2e-8)  # relative to 1, not to 3e-8
     assert rows[2].grad_norm_difference == rows[2].entropy_difference == 0.0
-    text = end_to_end.table(rows).splitlines()
+    text = step_rows.table(rows).splitlines()
     assert text[2].split() == ["model", "alone", "100.5", "100.0-101.0", "9.00"]
     assert text[3].split() == ["TRL", "120.5", "120.0-121.0", "12.00", "3.00"]
     assert text[4].split() == ["fused", "108.5", "108.0-109.0", "15.00", "2.00", "-10.0%", "+25.0%"]
@@ -204,7 +208,7 @@ def test_memory_of_the_loss_alone_and_what_changes(monkeypatch):
 
 
 def test_differences():
-    difference = end_to_end.relative_difference
+    difference = step_rows.relative_difference
     assert difference([1.0, 2.0], [1.0, 2.5], 0.0) == pytest.approx(0.2)
     assert difference([0.0], [0.0], 0.0) == 0.0
     assert math.isnan(difference([math.nan, 1.0], [1.0, 1.0], 0.0))
@@ -214,18 +218,45 @@ def test_differences():
 def test_numbers_that_are_not_finite_are_kept_as_none(tmp_path, monkeypatch):
     runs = {**ALL_RUN, FUSED: made_up(108.0, 15 * GIB, 10 * GIB, losses=(math.nan, 0.0))}
     rows, _ = measured(monkeypatch, runs)
-    assert "largest relative difference: loss nan" in end_to_end.table(rows)
-    end_to_end.write(tmp_path, {"commit": None}, rows)
+    assert "difference, fused: loss nan" in step_rows.table(rows)
+    step_rows.write(tmp_path, {"commit": None}, rows)
     assert read(tmp_path)[1]["rows"][2]["losses"] == [None, 0.0]
 
 
 def test_the_longest_that_fits(monkeypatch, tmp_path):
     rows, tried = measured(monkeypatch, ALL_RUN, fits=5000, search=True)
-    assert [row.longest for row in rows] == [None, 4864, 4864]  # 5120 does not fit
+    assert [row.longest is None for row in rows] == [True, False, False]
+    for row, fits in zip(rows[1:], (5016, 2016)):  # fused has 3 GiB more there
+        assert row.longest <= fits < row.too_long <= row.longest + 256
+        assert sum(trainer == row.trainer for trainer, _, _ in tried) <= search.PROBES
     assert {steps for _, _, steps in tried} == {2}
-    assert "  longest T that fits: TRL 4864, fused 4864" in end_to_end.table(rows).splitlines()
+    line = f"  longest T that fits, TRL: {rows[1].longest} ({rows[1].too_long} does not)"
+    assert line in step_rows.table(rows).splitlines()
     where = end_to_end.environment.describe(CPU)
-    assert end_to_end.draw(where, rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert step_rows.draw(where, rows, tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_kept_as_they_come(monkeypatch):
+    kept, times = [], iter([False] * 2 + [True] * 9)
+    rows, _ = measured(monkeypatch, ALL_RUN, keep=lambda rows: kept.append(len(rows)))
+    assert kept == [1, 2, 3]
+    rows, _ = measured(monkeypatch, ALL_RUN, spent=lambda: next(times), search=True)
+    assert [row.trainer for row in rows] == [MODEL_ALONE, STOCK, FUSED]  # and no search
+    rows, tried = measured(monkeypatch, ALL_RUN, spent=lambda: True, search=True)
+    assert [row.trainer for row in rows] == [MODEL_ALONE] and not tried
+    assert step_rows.table(rows)
+
+
+def test_what_was_kept_outlives_the_run(monkeypatch, tmp_path):
+    def attempt(setting, trainer, device):
+        if trainer == FUSED:
+            raise KeyboardInterrupt
+        return ALL_RUN[trainer]
+
+    monkeypatch.setattr(training_steps, "attempt", attempt)
+    with pytest.raises(KeyboardInterrupt):
+        end_to_end.main(["--device", "cpu", "--out", str(tmp_path)])
+    assert [row["trainer"] for row in read(tmp_path)[0]] == [MODEL_ALONE, STOCK]
 
 
 def test_how_often_the_host_waits(monkeypatch):
@@ -243,7 +274,7 @@ def test_how_often_the_host_waits(monkeypatch):
     monkeypatch.setattr(training_steps, "attempt", attempt)
     rows = end_to_end.measure(TINY, CPU, False, lambda: False, waits=True)
     assert [row.host_waits for row in rows] == [None, 3.0, 2.0] and modes == ["warn", "default"] * 2
-    assert "  times per step that the host waits for the GPU: TRL 3.0, fused 2.0" in end_to_end.table(rows)
+    assert "  times per step that the host waits for the GPU: TRL 3.0, fused 2.0" in step_rows.table(rows)
 
 
 def test_an_error_on_the_way_to_the_longest(monkeypatch):
@@ -251,28 +282,54 @@ def test_an_error_on_the_way_to_the_longest(monkeypatch):
         return ALL_RUN[trainer] if setting.length < 100 else Failed(ERROR, "IndexError: too long")
 
     monkeypatch.setattr(training_steps, "attempt", attempt)
+    monkeypatch.setattr(training_steps, "room", lambda device: 99 * GIB)
     rows = end_to_end.measure(TINY, CPU, True, lambda: False)
-    assert rows[1].status == ERROR and rows[1].detail == "T = 256: IndexError: too long"
+    assert rows[1].status == ERROR and rows[1].detail == "T = 512: IndexError: too long"
 
 
-@pytest.mark.parametrize("most", (0, 100, 256, 1000, 1024, 4000, 70000, 10**7))
+def line(T, constant=3.7, per_token=0.8e-3):
+    return int((constant + per_token * T) * GIB)
+
+
+def bent(T):
+    """The optimiser's peak does not depend on T; above it, the passes' does."""
+    return max(line(T), 5 * GIB)
+
+
+@pytest.mark.parametrize("share", (1.0, 0.97, 0.9), ids=("no gaps", "3% gaps", "10% gaps"))
+@pytest.mark.parametrize("peak", (line, bent))
 @pytest.mark.parametrize("start", (16, 1024, 4000))
-def test_bisection(start, most):
+@pytest.mark.parametrize("GiB", (24, 80, 139))
+def test_the_longest_in_few_runs(start, peak, share, GiB):
+    tried, room = [], GiB * GIB
+
+    def run(T):
+        tried.append(T)
+        return peak(T) if peak(T) <= share * room else None
+
+    found = search.longest(run, start, peak(start), room, lambda: False)
+    assert len(tried) == len(set(tried)) <= search.PROBES
+    if peak is line and start > 16:
+        assert len(tried) <= {1.0: 3, 0.97: 4, 0.9: 6}[share]
+    if found.fits == search.LONGEST:
+        assert found.too_long is None
+        return
+    assert peak(found.fits) <= share * room < peak(found.too_long)
+    if peak is line or start > 1024:
+        assert found.too_long - found.fits <= max(search.UNIT, search.STEP * found.too_long)
+
+
+def test_the_longest_where_the_start_does_not_fit():
     tried = []
 
-    def fits(T):
+    def run(T):
         tried.append(T)
-        return T <= most
+        return line(T) if T <= 1500 else None
 
-    found = training_steps.longest(fits, start, lambda: False)
-    assert len(tried) == len(set(tried)) < 20
-    assert found is None or found <= most
-    found = found or 0
-    if most >= training_steps.LONGEST:
-        assert found == training_steps.LONGEST
-    else:
-        assert most - found < max(256, found / 50) + 1
-    assert training_steps.longest(fits, start, lambda: True) is None
+    found = search.longest(run, 4000, None, line(1500), lambda: False)
+    assert found == (1280, 1536) and len(tried) <= search.PROBES
+    assert search.longest(lambda T: None, 100, None, GIB, lambda: False) == (None, 100)
+    assert search.longest(run, 1024, line(1024), GIB, lambda: True) == (1024, None)
 
 
 # --- The command ------------------------------------------------------------------------------------
@@ -282,6 +339,34 @@ def test_no_setting_begins_after_the_time(capsys):
     assert end_to_end.main(["--device", "cpu", "--minutes", "1e-9"]) == 1
     said = capsys.readouterr().out
     assert "left out, --minutes 1e-09 are over: tiny, 4 x 16, no checkpointing" in said
+
+
+def test_verl_is_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(training_steps, "missing_for_verl", lambda: ["verl", "peft"])
+    assert end_to_end.parse_arguments(["--device", "cpu"]).hosts == ["trl"]
+    with pytest.raises(SystemExit):
+        end_to_end.parse_arguments(["--device", "cpu", "--hosts", "verl"])
+    assert "--hosts verl needs verl, peft, not installed here: pip install" in capsys.readouterr().err
+    monkeypatch.setattr(training_steps, "missing_for_verl", lambda: [])
+    assert end_to_end.parse_arguments(["--device", "cpu"]).hosts == ["trl", "verl"]
+    assert end_to_end.parse_arguments(["--device", "cpu", "--beta", "0.1"]).hosts == ["trl"]
+    with pytest.raises(SystemExit):
+        end_to_end.parse_arguments(["--device", "cpu", "--hosts", "verl", "--beta", "0", "0.1"])
+    assert "--beta must be 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("shape", "parameters"),
+    [("qwen2.5-0.5b", 494_032_768), ("qwen2.5-1.5b", 1_543_714_304), ("qwen2.5-7b", 7_615_616_512)],
+)
+def test_the_models_that_the_shapes_are_of(shape, parameters):
+    """As many parameters as Qwen's, whose queries, keys and values have a bias."""
+    c = training_steps.SHAPES[shape]
+    H, V, inner = c["hidden_size"], c["vocab_size"], c["intermediate_size"]
+    kv = H // c["num_attention_heads"] * c["num_key_value_heads"]
+    layer = 2 * H * H + 2 * H * kv + H + 2 * kv + 3 * H * inner + 2 * H
+    head = 0 if c["tie_word_embeddings"] else V * H
+    assert V * H + c["num_hidden_layers"] * layer + H + head == parameters
 
 
 def test_settings():
