@@ -196,7 +196,7 @@ class Reporter:
 
 def _a_step(records: Rows) -> str:
     """The medians of its time and of the parts of it, and the most memory that it took."""
-    names = {"sampling": "sampling", "loss": "loss and update", "optimizer": "of that update"}
+    names = {"sampling": "sampling", "loss": "loss", "optimizer": "of it optimizer"}
     times = {name: records.series(f"{name}_time")[1] for name in ("step", *names)}
     said = f"{statistics.median(times.pop('step')):.3f} s: "
     said += ", ".join(f"{names[name]} {statistics.median(seen):.3f}" for name, seen in times.items() if seen)

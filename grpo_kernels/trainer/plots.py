@@ -119,7 +119,8 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
     for name, colour in (("sampling", _BLUE), ("reward", _GREEN), ("loss", _ORANGE)):
         label = "loss and update" if name == "loss" else name
         _curve(seconds, records, f"{name}_time", colour, label)
-    _curve(seconds, records, "optimizer_time", _GREY, "of these, update")
+    if records.series("optimizer_time")[0]:
+        _curve(seconds, records, "optimizer_time", _GREY, "of it, optimizer")
     _legend(seconds)
     if memory := records.series("loss_memory")[1]:
         _note(seconds, f"memory: {max(memory):.1f} GiB", 0.5)
@@ -165,11 +166,11 @@ def _loss(axes: Axes, records: Rows, options: Options) -> None:
     """The whole, and the KL and the entropy where they are parts of it, as means over tokens."""
     _panel(axes, "Loss: near 0 by construction", "watch the reward instead")
     parts = [_curve(axes, records, "loss", _GREY, "loss")]
-    if options.teacher is None:
-        for name, factor, colour, label in (("kl", options.beta, _BLUE, "β × KL"),
-                                            ("entropy", -(options.entropy_coef or 0.0), _ORANGE, "−c × entropy")):  # fmt: skip
-            if factor and records.series(name)[0]:
-                parts.append(_curve(axes, records, name, colour, label, factor))
+    bonus = -(options.entropy_coef or 0.0)
+    for name, factor, colour, label in (("kl", options.beta, _BLUE, "β × KL"),
+                                        ("entropy", bonus, _ORANGE, "−c × entropy")):  # fmt: skip
+        if factor and options.teacher is None and records.series(name)[0]:
+            parts.append(_curve(axes, records, name, colour, label, factor))
     axes.axhline(0.0, color="black", linewidth=0.6)
     axes.set_ylim(*limits([value for part in parts for value in part]))
     _legend(axes)
