@@ -167,7 +167,8 @@ def _loss(axes: Axes, records: Rows, options: Options) -> None:
     _panel(axes, "Loss: near 0 by construction", "watch the reward instead")
     parts = [_curve(axes, records, "loss", _GREY, "loss")]
     bonus = -(options.entropy_coef or 0.0)
-    for name, factor, colour, label in (("kl", options.beta, _BLUE, "β × KL"),
+    for name, factor, colour, label in (("policy_loss", bool(bonus), _GREEN, "without the bonus"),
+                                        ("kl", options.beta, _BLUE, "β × KL"),
                                         ("entropy", bonus, _ORANGE, "−c × entropy")):  # fmt: skip
         if factor and options.teacher is None and records.series(name)[0]:
             parts.append(_curve(axes, records, name, colour, label, factor))

@@ -79,11 +79,11 @@ def test_digits():
 def test_the_loss_is_the_sum_of_its_parts(tmp_path, monkeypatch):
     """dapo's weights are those of the mean over tokens, which the entropy is: two updates, each with its own."""
     monkeypatch.setattr(cli, "save_curves", lambda *_: None)  # what takes the time
-    _, rows, _ = run(tmp_path, loss_type="dapo", entropy_coef=0.5, beta=0.0, num_iterations=2, eval_every=0)
+    _, rows, _ = run(tmp_path, loss_type="dapo", entropy_coef=0.5, beta=0.5, num_iterations=2, eval_every=0)
     for row in rows:
         # Sums of three numbers in fp32; the loss is their mean over two updates.
         assert row["loss"] == pytest.approx(row["policy_loss"] - 0.5 * row["entropy"], abs=8 * U * row["entropy"])
-        assert row["entropy"] > 1
+        assert row["entropy"] > 1 and row["policy_loss"] > 1e-4  # the KL's
 
 
 def test_memory_is_of_the_parts_of_a_step(tmp_path, monkeypatch):
@@ -151,7 +151,8 @@ def test_gauges_of_a_cpu():
 @pytest.mark.parametrize(
     ("options", "labels"),
     [
-        ({"beta": 0.5, "entropy_coef": 0.25}, {"loss": 1.0, "β × KL": 2.0, "−c × entropy": -2.0}),
+        ({"beta": 0.5, "entropy_coef": 0.25}, {"loss": 1.0, "without the bonus": 3.0, "β × KL": 2.0,
+                                               "−c × entropy": -2.0}),
         ({"beta": 0.0}, {"loss": 1.0}),
         ({"beta": 0.5, "teacher": "a"}, {"loss": 1.0}),
     ],
@@ -161,7 +162,8 @@ def test_the_panel_of_the_loss_shows_its_parts(tmp_path, monkeypatch, options, l
     figures, real = [], plots._figure
     monkeypatch.setattr(plots, "_figure", lambda title: figures.append(real(title)) or figures[-1])
     monkeypatch.setattr(plots.Figure, "savefig", lambda *_: None)  # what takes the time
-    row = {"loss": 1.0, "kl": 4.0, "entropy": 8.0, "reward": 0.5, "loss_memory": 5.25, "learning_rate": 1.0}
+    row = {"loss": 1.0, "kl": 4.0, "entropy": 8.0, "reward": 0.5, "loss_memory": 5.25, "learning_rate": 1.0,
+           "policy_loss": 3.0}  # fmt: skip
     plots.save_curves(Rows([{"step": 1, **row}]), Options(**options), "a task", tmp_path / "curves.png")
     panels = {axes.get_title(loc="left"): axes for axes in figures[0][1]}
     lines = panels["Loss: near 0 by construction"].get_lines()
