@@ -25,13 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "trainer.md"
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    path = tmp_path_factory.mktemp("policy")
-    random_policy.main(["--shape", "tiny", "--out", str(path)])
-    return path
-
-
 def commands() -> list[list[str]]:
     """Of the page's section: the words of each of its commands."""
     section = PAGE.read_text(encoding="utf-8").split("\n## A run on one GPU\n")[1].split("\n## ")[0]
@@ -39,12 +32,13 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for line in lines]
 
 
-def test_the_recipe(tiny, tmp_path):
+def test_the_recipe(tmp_path):
     """Its own commands, with a smaller shape and fewer steps."""
     make, train = commands()[:2]
     assert make[:3] == ["python", "-m", "benchmarks.random_policy"] and "qwen2.5-0.5b" in make
     assert train[:3] == ["python", "-m", "grpo_kernels.trainer"]
-    fewer = {"--model": str(tiny), "--steps": "2", "--batch-size": "2", "--output-dir": str(tmp_path)}
+    random_policy.main(["--shape", "tiny", "--out", str(tmp_path / "policy")])
+    fewer = {"--model": str(tmp_path / "policy"), "--steps": "2", "--batch-size": "2", "--output-dir": str(tmp_path)}
     arguments = train[3:]
     for name, value in fewer.items():
         arguments[arguments.index(name) + 1] = value
