@@ -19,10 +19,11 @@ from typing import TypeVar
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedModel, PrinterCallback, Qwen2Config, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from benchmarks.measure import Failed, first_line, free_memory, is_out_of_memory
+from benchmarks.random_policy import SEED, SHAPES, policy
 from benchmarks.suite import ERROR, OOM
 from grpo_kernels.integrations.head import body
 from grpo_kernels.integrations.trl import FusedGRPOTrainer
@@ -30,22 +31,6 @@ from grpo_kernels.trainer.tokenizer import character_tokenizer
 
 T = TypeVar("T")
 PROMPT_TOKENS = 16
-SEED = 0
-
-
-def _qwen(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocab: int, tied: bool) -> dict:
-    return {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers,
-            "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocab,
-            "tie_word_embeddings": tied}  # fmt: skip
-
-
-SHAPES = {
-    "qwen2.5-0.5b": _qwen(896, 4864, 24, 14, 2, 151936, True),
-    "qwen2.5-1.5b": _qwen(1536, 8960, 28, 12, 2, 151936, True),
-    "qwen2.5-7b": _qwen(3584, 18944, 28, 28, 4, 152064, False),
-    "tiny": _qwen(32, 64, 2, 4, 2, 512, True),
-    "tiny-untied": _qwen(32, 64, 2, 4, 2, 512, False),
-}
 
 
 @dataclass(frozen=True)
@@ -188,16 +173,6 @@ class ModelAlone(GRPOTrainer):
 MODEL_ALONE, STOCK, FUSED = "model alone", "TRL", "fused"
 VERL, VERL_FUSED = "verl", "verl, fused"  # of benchmarks.verl_steps
 TRAINERS: dict[str, type[GRPOTrainer]] = {MODEL_ALONE: ModelAlone, STOCK: GRPOTrainer, FUSED: FusedGRPOTrainer}
-
-
-def policy(shape: str, device: torch.device) -> PreTrainedModel:
-    """Random weights, each time the same: bf16 on a GPU, fp32 on a CPU."""
-    torch.manual_seed(SEED)
-    config = Qwen2Config(**SHAPES[shape], max_position_embeddings=32768, pad_token_id=0, eos_token_id=1,
-                         bos_token_id=None)  # fmt: skip
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def random_rollouts(setting: Setting) -> Callable[[list, GRPOTrainer], dict[str, object]]:

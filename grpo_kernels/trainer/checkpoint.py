@@ -205,7 +205,10 @@ def _said(value: object) -> str:
 
 
 class RunSaver:
-    """Saves a run's state every ``save_every`` steps and at the end; see `grpo_kernels.trainer.progress.Saver`."""
+    """Saves a run's state every ``save_every`` steps and at the end; 0: never.
+
+    See `grpo_kernels.trainer.progress.Saver`.
+    """
 
     def __init__(
         self, policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: Task, options: Options,
@@ -225,7 +228,8 @@ class RunSaver:
         return Progress(**state["progress"])
 
     def save(self, optimizer: torch.optim.Optimizer, progress: Progress, last: bool) -> None:
-        if not last and progress.step % self._options.save_every:
+        every = self._options.save_every
+        if not every or (not last and progress.step % every):
             return
         self._before()
         state = {

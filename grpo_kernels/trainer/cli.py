@@ -139,7 +139,8 @@ def _reference(
     if options.teacher is not None or not options.beta or options.kl_to != "reference":
         return None
     if resumed is None:
-        checkpoints.publish("reference", policy.save_pretrained)
+        if options.save_every:
+            checkpoints.publish("reference", policy.save_pretrained)
         return frozen(policy)
     path = checkpoints.reference_dir()
     if not path.exists():

@@ -3,6 +3,7 @@
 On a terminal the bars are live; elsewhere (a pipe, a log of CI) the same numbers come as plain lines.
 """
 
+import statistics
 from pathlib import Path
 
 import torch
@@ -186,10 +187,21 @@ class Reporter:
         for what, path in files.items():
             self._say(f"{what:<8} {path}")
         self._say(f"{'time':<8} " + ", ".join(f"{phase} {spent:.0f} s" for phase, spent in seconds.items()))
+        self._say(f"{'a step':<8} {_a_step(records)}")
         if self._options.teacher is None:
             self._say("The loss is near 0 by construction (centred advantages): watch the reward.")
         else:
             self._say("The loss is the divergence from the teacher: 0 where the policy has become it.")
+
+
+def _a_step(records: Rows) -> str:
+    """The medians of its time and of the parts of it, and the most memory that it took."""
+    names = {"sampling": "sampling", "loss": "loss", "optimizer": "of it optimizer"}
+    times = {name: records.series(f"{name}_time")[1] for name in ("step", *names)}
+    said = f"{statistics.median(times.pop('step')):.3f} s: "
+    said += ", ".join(f"{names[name]} {statistics.median(seen):.3f}" for name, seen in times.items() if seen)
+    memory = [gib for name in ("sampling", "loss") for gib in records.series(f"{name}_memory")[1]]
+    return f"{said}; {max(memory):.1f} GiB" if memory else said
 
 
 def _one_line(text: str) -> str:

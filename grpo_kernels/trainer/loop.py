@@ -28,6 +28,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from grpo_kernels import LossConfig
 from grpo_kernels.integrations.head import ModelHead
 from grpo_kernels.objective.metrics import combine
+from grpo_kernels.trainer.gauges import MemoryPeak, Stopwatch
 from grpo_kernels.trainer.head import find_head
 from grpo_kernels.trainer.normalise import Whole, share
 from grpo_kernels.trainer.options import REWARD_WINDOW, Options
@@ -206,6 +207,7 @@ def step_on(
         ref_logps = old_logps if options.kl_to == "old" else logps_under(reference)
 
     losses, norms, sums, drift = [], [], [], []
+    updating = Stopwatch(policy.device)
     for _ in range(options.num_iterations):
         for minibatch in minibatches(rows, options.num_minibatches):
             whole = Whole.of(mask[minibatch])
@@ -234,17 +236,20 @@ def step_on(
                 out.loss.backward()
                 losses.append(out.loss.detach())
                 sums.append(out.sums)
-            norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm))
-            optimizer.step()
+            with updating:
+                norms.append(torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm))
+                optimizer.step()
 
     metrics = combine(sums)
-    metrics.pop("policy_loss", None)  # a sum over the optimizer steps; a divergence has none
+    if "policy_loss" in metrics:  # a sum over the optimizer steps; a divergence has none
+        metrics["policy_loss"] = metrics["policy_loss"] / options.updates
     return {
         "loss": torch.stack(losses).sum().item() / options.updates,
         "grad_norm": torch.stack(norms).mean().item(),
         **reward_metrics(rollout, advantages, options.num_generations),
         **{name: value.item() for name, value in metrics.items()},
         **sampling_metrics(drift),
+        "optimizer_time": updating.seconds(),
     }
 
 
@@ -301,16 +306,17 @@ def train(
     for _ in range(progress.step):
         next(drawn)
     for step in range(progress.step + 1, options.max_steps + 1):
-        start = time.perf_counter()
+        start, peak = time.perf_counter(), MemoryPeak(policy.device)
         policy.eval()
         with precision(options, policy.device):
             rollout = sample(policy, tokenizer, task, next(drawn), options.num_generations, options.temperature,
                              options.top_p, options.top_k)  # fmt: skip
-        sampled = time.perf_counter()
+        sampled, memory = time.perf_counter(), peak.row("sampling_memory")
         watch(step, rollout)
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
         policy.train()
+        peak = MemoryPeak(policy.device)
         row = {"step": step, **step_on(policy, reference, rollout, optimizer, config, options, head, teacher)}
         progress.step, progress.num_tokens = step, progress.num_tokens + int(
             rollout.prompt_mask.sum() + rollout.completion_mask.sum()
@@ -327,6 +333,8 @@ def train(
             "reward_time": rollout.reward_time,
             "loss_time": end - sampled,
             "step_time": end - start,
+            **memory,
+            **peak.row("loss_memory"),
         })  # fmt: skip
         last = step == options.max_steps or options.solved(progress.rewards)
         if options.eval_every and (last or step % options.eval_every == 0):

@@ -154,7 +154,8 @@ class Options(LossOptions):
         "that; 0: none", resumable=True,
     )  # fmt: skip
     samples_every: int = option(50, "steps between tables of samples; 0: none", resumable=True)
-    save_every: int = option(50, "steps between checkpoints; one more is written at the end", resumable=True)
+    save_every: int = option(50, "steps between checkpoints; one more is written at the end; 0: none, not even then",
+                             resumable=True)  # fmt: skip
     save_total_limit: int = option(2, "checkpoints that are kept, the newest", resumable=True)
 
     warmup_steps: int | None = option(
@@ -178,7 +179,7 @@ class Options(LossOptions):
         _check(size is None or (size > 0 and size % 16 == 0), "hidden_size", size, "a multiple of 16 above 0")
         _check(0 <= self.seed < 2**63, "seed", self.seed, "from 0 to 2**63 - 1")
         for name in ("steps", "batch_size", "num_iterations", "num_minibatches", "gradient_accumulation_steps",
-                     "save_every", "save_total_limit", "threads", "held_out", "max_prompt_length",
+                     "save_total_limit", "threads", "held_out", "max_prompt_length",
                      "max_completion_length"):  # fmt: skip
             value = getattr(self, name)
             _check(value is None or value >= 1, name, value, "at least 1")
@@ -187,7 +188,7 @@ class Options(LossOptions):
         for name in ("temperature", "learning_rate", "max_grad_norm", "logits_budget_gib"):
             value = getattr(self, name)
             _check(0 < value < math.inf, name, value, "a finite number above 0")
-        for name in ("warmup_steps", "samples_every", "eval_every", "eval_samples", "top_k"):
+        for name in ("warmup_steps", "samples_every", "save_every", "eval_every", "eval_samples", "top_k"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _check(0 < self.warmup_accuracy < 1, "warmup_accuracy", self.warmup_accuracy, "between 0 and 1")
         _check(0 <= self.teacher_beta <= 1, "teacher_beta", self.teacher_beta, "from 0 to 1")

@@ -57,14 +57,18 @@ def _legend(axes: Axes) -> None:
         axes.legend(fontsize=8, frameon=False)
 
 
-def _curve(axes: Axes, records: Rows, name: str, colour: str, label: str | None = None) -> None:
-    """The values of each step, faint, and their running median."""
+def _curve(
+    axes: Axes, records: Rows, name: str, colour: str, label: str | None = None, factor: float = 1.0
+) -> list[float]:
+    """The values of each step times a factor, faint, and their running median; returns them."""
     steps, values = records.series(name)
+    values = [factor * value for value in values]
     span = len(values) // 15
     if span > 1:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     marker = "o" if len(values) == 1 else None
     axes.plot(steps, running_median(values, span), color=colour, linewidth=1.8, label=label, marker=marker)
+    return values
 
 
 def _figure(title: str) -> tuple[Figure, list[Axes]]:
@@ -99,10 +103,7 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
 
     _accuracy(accuracy, records)
 
-    _panel(loss, "Loss: near 0 by construction", "watch the reward instead")
-    _curve(loss, records, "loss", _GREY)
-    loss.axhline(0.0, color="black", linewidth=0.6)
-    loss.set_ylim(*limits(records.series("loss")[1]))
+    _loss(loss, records, options)
     _kl(kl, records, options)
 
     _panel(entropy, "Entropy", "nats per token")
@@ -118,7 +119,11 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
     for name, colour in (("sampling", _BLUE), ("reward", _GREEN), ("loss", _ORANGE)):
         label = "loss and update" if name == "loss" else name
         _curve(seconds, records, f"{name}_time", colour, label)
+    if records.series("optimizer_time")[0]:
+        _curve(seconds, records, "optimizer_time", _GREY, "of it, optimizer")
     _legend(seconds)
+    if memory := records.series("loss_memory")[1]:
+        _note(seconds, f"memory: {max(memory):.1f} GiB", 0.5)
     _panel(norm, "Gradient norm, before it is clipped", "")
     _curve(norm, records, "grad_norm", _BLUE)
     _panel(rate, "Learning rate", "")
@@ -155,6 +160,21 @@ def _accuracy(axes: Axes, records: Rows) -> None:
         _note(axes, "not measured", 0.5)
     elif not rates and None not in (ends := records.ends("eval/accuracy")):
         _note(axes, f"{ends[0]:.3f} before, {ends[1]:.3f} after", 0.06)
+
+
+def _loss(axes: Axes, records: Rows, options: Options) -> None:
+    """The whole, and the KL and the entropy where they are parts of it, as means over tokens."""
+    _panel(axes, "Loss: near 0 by construction", "watch the reward instead")
+    parts = [_curve(axes, records, "loss", _GREY, "loss")]
+    bonus = -(options.entropy_coef or 0.0)
+    for name, factor, colour, label in (("policy_loss", bool(bonus), _GREEN, "without the bonus"),
+                                        ("kl", options.beta, _BLUE, "β × KL"),
+                                        ("entropy", bonus, _ORANGE, "−c × entropy")):  # fmt: skip
+        if factor and options.teacher is None and records.series(name)[0]:
+            parts.append(_curve(axes, records, name, colour, label, factor))
+    axes.axhline(0.0, color="black", linewidth=0.6)
+    axes.set_ylim(*limits([value for part in parts for value in part]))
+    _legend(axes)
 
 
 def _kl(axes: Axes, records: Rows, options: Options) -> None:

@@ -47,7 +47,7 @@ FIELDS = {"prompt_field": "question", "max_completion_length": 4}
 def test_any_model_and_a_file(tmp_path):
     model = saved_model(tmp_path / "model")
     result, rows, said = run(tmp_path / "run", model=model, dataset=jsonl(tmp_path / "sums.jsonl", SUMS), **FIELDS,
-                             learning_rate=1e-2, reward=("target_length=1",))  # fmt: skip
+                             learning_rate=1e-2, reward=("target_length=1", "trainer_cases:starts_even"))  # fmt: skip
     assert "18 problems to learn from, 2 held out" in said and "model, " in said
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3]
     before, after = (AutoModelForCausalLM.from_pretrained(path) for path in (model, result.model))

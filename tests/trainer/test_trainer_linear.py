@@ -41,7 +41,7 @@ from tolerance import U
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TASK = addition()
-TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
+TIMES = {"step_time", "sampling_time", "reward_time", "loss_time", "optimizer_time"}
 SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 3, "warmup_steps": 0}
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
          "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0,

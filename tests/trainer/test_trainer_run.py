@@ -22,7 +22,7 @@ from grpo_kernels.trainer.task import addition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
+TIMES = {"step_time", "sampling_time", "reward_time", "loss_time", "optimizer_time"}
 TASK = addition()
 SMALL = {"steps": 3, "batch_size": 4, "num_generations": 4, "eval_every": 2, "warmup_steps": 4}
 

@@ -116,6 +116,7 @@ def drawn(monkeypatch):
         ({"kl": 0.1}, {}, "KL to the policy before GRPO", []),
         ({"cispo_clip_ratio": 0.1}, {"loss_type": "cispo"}, "Clip ratio", ["cispo_clip_ratio"]),
         ({}, {}, "Time of a step", ["sampling", "reward", "loss and update"]),
+        ({"optimizer_time": 0.2}, {}, "Time of a step", ["sampling", "reward", "loss and update", "of it, optimizer"]),
     ],
     ids=str,
 )

@@ -13,7 +13,7 @@ from grpo_kernels.trainer.task import addition
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 
 TASK = addition()
-TIMES = {"step_time", "sampling_time", "reward_time", "loss_time"}
+TIMES = {"step_time", "sampling_time", "reward_time", "loss_time", "optimizer_time"}
 
 
 def tiny_llama(tokenizer, **settings) -> LlamaForCausalLM:
