@@ -22,9 +22,8 @@ NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group
     explain host pretend_gpu chunk_rows supports_times logits_error from_scratch \
     layout variation linear_memory cases
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
-# Processes that share one GPU: one a core, two cores left for the others, of which each takes half a GB of its memory.
-GPU_JOBS        ?= $(shell c=$$(nproc 2>/dev/null || echo 4); j=$$((c - 2)); \
-    [ $$j -gt 14 ] && j=14; [ $$j -lt 1 ] && j=1; echo $$j)
+# Processes that share one GPU: one a core, of which each takes half a GB of its memory.
+GPU_JOBS        ?= $(shell j=$$(nproc 2>/dev/null || echo 4); [ $$j -gt 16 ] && j=16; echo $$j)
 
 # Whatever compares numbers that rounding reaches, and is quick.
 NUMERICAL       := anchor autograd counts edges groups layouts linear logprobs loss metrics microbatch objectives packed \

@@ -13,6 +13,8 @@ from grpo_kernels.triton_backend.shapes import OPTIONS
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 MOST_HELD = 12  # lines in registers: with more the kernel spills
 _FITS = 16 * 512 * (28 + MOST_HELD)  # bytes of a row that slots and registers hold
+# Of longer rows, by bytes of an entry: slots, lines, lag, width, held.
+_LONG = {2: (14, 2, 4, 1, 1), 4: (14, 2, 4, 2, 2)}
 
 
 def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, int]:
@@ -25,9 +27,9 @@ def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, 
     if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
         return _shape(V, itemsize=itemsize, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
-    fits = itemsize * V <= _FITS
-    slots, lines, lag = (7, 4, 3) if fits and not crowded else (14, 2, 4)
-    width, held = (0, MOST_HELD) if fits else (1, 1) if itemsize == 2 else (2, 2)
+    slots, lines, lag, width, held = (14, 2, 4, 1, MOST_HELD) if crowded else (7, 4, 3, 1, MOST_HELD)
+    if itemsize * V > _FITS:
+        slots, lines, lag, width, held = _LONG[itemsize]
     return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
                   held=held, width=width)  # fmt: skip
 
