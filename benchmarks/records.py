@@ -217,9 +217,9 @@ def section(record: Record, brief: bool = False) -> str:
         raise RecordError(f"the record {record.name!r} has no time of {OURS}")
     device, folder = str(where["device"]).removeprefix("NVIDIA "), f"benchmarks/results/{record.name}"
     made = (
-        f"{where['device']}, driver {where['driver']}, torch {where['torch']}, Triton {where['triton']}, "
-        f"Liger-Kernel {where['liger_kernel']}, TRL {where['trl']}, {str(where['date'])[:10]}, kernels of commit "
-        f"{record.kernels_commit}, `{where.get('command', 'python -m benchmarks --suite gpu --out DIR')}`"
+        f"{where['device']}, {str(where['date'])[:10]}, kernels of commit {record.kernels_commit}, driver "
+        f"{where['driver']}, torch {where['torch']}, Triton {where['triton']}, Liger-Kernel {where['liger_kernel']}, "
+        f"TRL {where['trl']}, `{where.get('command', 'python -m benchmarks --suite gpu --out DIR')}`"
     )
     old = "**The kernels have changed since this was measured.** These are the older ones' times."
     unit = f"Times as multiples of a copy of the logits in the same rounds, {tokens(first)} rows"
@@ -251,10 +251,10 @@ def section(record: Record, brief: bool = False) -> str:
 
 
 def is_main(line: Line, first: Row) -> bool:
-    """Of the vocabulary and dtype of the first row, with nothing masked and no entropies."""
+    """Of the vocabulary and dtype of the first row, with nothing masked, no entropies, and one line of a head."""
     row = line.row
     same = all(row[name] == first[name] for name in ("vocab", "dtype", "masked", "zero_advantage"))
-    return same and line.mode != "entropies"
+    return same and line.mode != "entropies" and not (row["hidden"] and row["objective"] != first["objective"])
 
 
 def _wrapped(text: str) -> str:
