@@ -17,7 +17,7 @@ from grpo_kernels.trainer.options import SCHEDULES, OptionError, Options
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 from model_tolerance import model_bounds
 from tolerance import assert_within, near
-from trainer_cases import TASK, rollout_of, tiny_llama
+from trainer_cases import TASK, TIMES, rollout_of, tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,11 +42,12 @@ def rollout():
 
 
 def step(policy, rollout, *, rate=0.5, reference=None, **options):
-    """(the row, what the step has added to the weights) of a copy of the policy"""
+    """(the row without its times, what the step has added to the weights) of a copy of the policy"""
     moved = copy.deepcopy(policy)
     options = Options(**SIZES, max_grad_norm=1e6, **options)
     optimizer = torch.optim.SGD(moved.parameters(), rate)
     row = loop.step_on(moved, reference, rollout, optimizer, options.loss_config(4), options)
+    row = {name: value for name, value in row.items() if name not in TIMES}
     return row, torch.cat([(a - b).detach().flatten() for a, b in zip(moved.parameters(), policy.parameters())])
 
 
