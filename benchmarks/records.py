@@ -64,8 +64,8 @@ class Record:
 
     @property
     def is_old(self) -> bool:
-        """Have the kernels changed since?"""
-        return self.where.get("kernels") != environment.kernels_digest()
+        """Have the kernels changed since? Not where `benchmarks.same_code` has found their machine code the same."""
+        return environment.kernels_digest() not in (self.where.get("kernels"), *self.where.get("same_code", ()))
 
 
 @dataclass

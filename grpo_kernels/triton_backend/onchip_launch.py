@@ -20,18 +20,23 @@ _LONG = {2: (14, 2, 4, 1, 1), 4: (14, 2, 4, 2, 2)}
 def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, int]:
     """Slots, lines, lag and options for rows of V entries, and ``programs`` per multiprocessor.
 
-    Measured on an H200 as prototypes, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.12 at
-    V = 151936 and 1.11 at 128256 in bf16 (lag 3; 1.13 and 1.12 with lag 2); three of 8 warps with 6 slots of 2 lines
-    take 1.11 at V = 32000. ``crowded`` calls would spill with these, and get more registers per entry; not measured.
+    Measured on an H200 in bf16, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.13 at V = 151936 and
+    1.11 at 128256; three of 8 warps with 6 slots of 2 lines take 1.23 at V = 32000. fp32 rows, longer rows and
+    ``crowded`` calls would spill with these, on sm_90 or sm_100.
     """
     if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
         return _shape(V, itemsize=itemsize, slots=6, lines=2, warps=8, lag=2, registers=registers, programs=programs)
-    slots, lines, lag, width, held = (14, 2, 4, 1, MOST_HELD) if crowded else (7, 4, 3, 1, MOST_HELD)
-    if itemsize * V > _FITS:
+    slots, lines, lag, width, held = (7, 4, 3, 1, MOST_HELD)
+    if crowded:
+        slots, lines, lag = 14, 2, 2
+    elif itemsize == 4:
+        slots, lines, lag = 14, 2, 4
+    fits = itemsize * V <= _FITS
+    if not fits:
         slots, lines, lag, width, held = _LONG[itemsize]
     return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
-                  held=held, width=width)  # fmt: skip
+                  held=held, width=width, tickets=fits or itemsize == 4)  # fmt: skip
 
 
 def crowded(batch: Batch, entropy: bool) -> bool:
