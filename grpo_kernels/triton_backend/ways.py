@@ -58,6 +58,8 @@ def obstacle(logits: torch.Tensor, out: torch.Tensor, batch: Batch) -> str | Non
     V = logits.shape[2]
     if logits.dtype not in (torch.bfloat16, torch.float32):
         return f"logits must be bfloat16 or float32, got {logits.dtype}"
+    if out.dtype != logits.dtype:
+        return f"the gradient must have the logits' dtype, {logits.dtype}, got {out.dtype}"
     unit = 16 // logits.element_size()
     if V * logits.element_size() < LEAST_BYTES:
         return f"rows must have {LEAST_BYTES} bytes or more, got {V * logits.element_size()}"

@@ -55,3 +55,31 @@ GIVEN = ("completion_ids", "advantages", "old_logps", "completion_mask")
 def check_case(case, *names, **kwargs):
     names = names or GIVEN
     return check(case.logits, "triton", **case.inputs(*names), **kwargs)
+
+
+ODD_ROWS = {  # what the row is like, and what its gradient must be
+    "token at −inf": ("token", -torch.inf),
+    "token below 2^-64": ("token", -60.0),
+    "token below 2^-150": ("token", -120.0),
+    "banned entries": ("others", -torch.inf),
+    "huge logits": ("all", 1e5),
+    "NaN": ("one", torch.nan),
+    "+inf": ("one", torch.inf),
+    "an entry far above": ("one", 300.0),
+}
+
+
+def spoil(case, ids, name):
+    """Makes three rows such ones."""
+    which, value = ODD_ROWS[name]
+    for b, t in ((0, 1), (1, 0), (2, 3)):
+        if which == "token":
+            case.logits[b, t, ids[b, t]] = value
+        elif which == "others":
+            keep = case.logits[b, t, ids[b, t]].clone()
+            case.logits[b, t, : 2 * LINE] = value
+            case.logits[b, t, ids[b, t]] = keep
+        elif which == "all":
+            case.logits[b, t] += value
+        else:
+            case.logits[b, t, 7] = value

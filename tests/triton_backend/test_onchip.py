@@ -19,7 +19,7 @@ pytest.importorskip("triton.experimental.gluon", reason="Gluon comes with Triton
 from grpo_kernels import fused_grpo_loss
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS
 from grpo_kernels.triton_backend import ways
-from onchip_chip import BF16, GIVEN, LINE, ON_GPU, Chip, body, case_of, check_case
+from onchip_chip import BF16, GIVEN, LINE, ODD_ROWS, ON_GPU, Chip, body, case_of, check_case, spoil
 from pretend_gpu import pretended
 from tolerance import assert_within, bounds
 
@@ -178,34 +178,6 @@ def test_smoke_cases(chip, case):
     job = Job(small, torch.device("cpu"))
     assert max(errors(job.run(job.fresh()), job.truth()))[0] <= 1
     assert chip.kernel.accesses and ways.VARIABLE not in os.environ
-
-
-ODD_ROWS = {  # what the row is like, and what its gradient must be
-    "token at −inf": ("token", -torch.inf),
-    "token below 2^-64": ("token", -60.0),
-    "token below 2^-150": ("token", -120.0),
-    "banned entries": ("others", -torch.inf),
-    "huge logits": ("all", 1e5),
-    "NaN": ("one", torch.nan),
-    "+inf": ("one", torch.inf),
-    "an entry far above": ("one", 300.0),
-}
-
-
-def spoil(case, ids, name):
-    """Makes three rows such ones."""
-    which, value = ODD_ROWS[name]
-    for b, t in ((0, 1), (1, 0), (2, 3)):
-        if which == "token":
-            case.logits[b, t, ids[b, t]] = value
-        elif which == "others":
-            keep = case.logits[b, t, ids[b, t]].clone()
-            case.logits[b, t, : 2 * LINE] = value
-            case.logits[b, t, ids[b, t]] = keep
-        elif which == "all":
-            case.logits[b, t] += value
-        else:
-            case.logits[b, t, 7] = value
 
 
 @body

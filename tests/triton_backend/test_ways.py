@@ -15,9 +15,9 @@ BF16, FP32 = torch.bfloat16, torch.float32
 without_gpu = pytest.mark.skipif(torch.cuda.is_available() or pretended(), reason="about calls that no GPU sees")
 
 
-def obstacle(logits, **numbers):
+def obstacle(logits, out=None, **numbers):
     ids = torch.zeros(logits.shape[:2], dtype=torch.int64)
-    return ways.obstacle(logits, logits, Batch(ids, **numbers))
+    return ways.obstacle(logits, logits if out is None else out, Batch(ids, **numbers))
 
 
 def test_a_setting_that_does_not_exist(monkeypatch):
@@ -58,6 +58,7 @@ def test_what_the_kernel_does_not_take():
     assert "multiples of 16 bytes" in obstacle(torch.empty(2, 2, 32004, dtype=BF16)[..., :32000])
     assert "bytes or more, got 63984" in obstacle(x[..., :31992])
     assert "softcap" in obstacle(x, softcap=30.0)
+    assert "the logits' dtype, torch.float32, got torch.bfloat16" in obstacle(x.float(), out=x)  # logits_dtype=float32
     assert "no tokens" in obstacle(x[:, :0])
 
 
