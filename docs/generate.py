@@ -157,7 +157,7 @@ def presets(*names: str) -> str:
 def defaults(*names: str) -> str:
     values = chosen({field.name: field.default for field in dataclasses.fields(LossConfig)}, list(names))
     words = [f"`{name}={plain(value)}`" for name, value in values.items()]
-    link = "- [settings](../README.md#every-setting) with their defaults:"
+    link = "- [settings](../README.md#every-setting):"
     return textwrap.fill(f"{link} {', '.join(words)}", 118, subsequent_indent="  ", break_on_hyphens=False) + "\n"
 
 
