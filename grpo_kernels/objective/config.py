@@ -41,9 +41,9 @@ class LossConfig:
         loss_type: a preset of the three parts below, one of `grpo_kernels.objective.catalogue.LOSS_TYPES`.
         policy_term: one of `grpo_kernels.objective.catalogue.TERMS`; None: the loss type's.
         importance_sampling_level: whose ratio the term sees, one of `grpo_kernels.objective.catalogue.LEVELS`;
-            None: the loss type's.
-        loss_agg_mode: how tokens are averaged, one of `grpo_kernels.objective.aggregations.AGGREGATIONS`; None: the
-            loss type's.
+            None: the loss type's, which is ``"token"`` for most.
+        loss_agg_mode: how tokens are averaged, one of `grpo_kernels.objective.aggregations.AGGREGATIONS`; verl's modes
+            under verl's names; None: the loss type's.
         beta: coefficient of the KL to the reference policy; 0 needs no ``ref_logps``.
         epsilon: ε_low; the ratio is clipped below at 1 − ε_low (PPO, arXiv:1707.06347).
         epsilon_high: ε_high; clipped above at 1 + ε_high; None: ``epsilon`` (DAPO, arXiv:2503.14476).
@@ -58,15 +58,16 @@ class LossConfig:
         fipo_decay_rate: after how many tokens a log ratio counts half.
         fipo_gamma: γ itself, by which a log ratio counts less with each token, in (0, 1]; None:
             2^(−1/fipo_decay_rate).
-        cispo_min, cispo_max: bounds of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585). TRL's
-            ``epsilon_high`` of cispo is ``cispo_max``.
+        cispo_min, cispo_max: bounds of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585).
+            TRL's ``epsilon_high`` of cispo is ``cispo_max``; verl's are 1 − ε_low and 1 + ε_high.
         sapo_temperature_pos, sapo_temperature_neg: steepness of the gate (SAPO, arXiv:2511.20347).
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape of φ for A ≥ 0 and A < 0
             (VESPO, arXiv:2602.10693).
         dro_beta: coefficient of ½·r̂² (DRO, arXiv:2405.19107; τ of Kimi k1.5, arXiv:2501.12599).
         kl_estimator: one of `grpo_kernels.objective.catalogue.KL_ESTIMATORS`.
         use_bias_correction_kl: multiply the KL by ρ, not detached (DeepSeek-V3.2, arXiv:2512.02556).
-        kl_clamp: the KL's value is held within ±kl_clamp, and u = ref − lp within ±20; None: off (verl's k3: 10).
+        kl_clamp: the KL's value is held within ±kl_clamp, and u = ref − lp within ±20, with gradient 0
+            beyond (k1+ and k3+ keep the gradient they borrow); None: off (verl's k3: 10).
         log_ratio_clamp: bounds of the level's log ratio, a number c for ±c or a pair, with gradient 0
             beyond; None: off (verl: 20; its gspo: (−inf, 10)).
         max_completion_length: the constant that ``dr_grpo`` and seq-mean-token-sum-norm divide by, at least 1;
@@ -74,14 +75,15 @@ class LossConfig:
         global_batch_size: sequences that verl's seq-mean modes divide by, at least 1; a number or 0-d tensor;
             None: those of this call that have an unmasked token.
         entropy_coef: coefficient of the entropy bonus, a mean over the unmasked tokens; None: off; a number or
-            0-d tensor, 0 included: on.
+            0-d tensor, 0 included: on, so that metrics and sums have the entropy.
         top_entropy_quantile: the policy term acts on this share of tokens, those of highest entropy; 1: all
             ("Beyond the 80/20 rule", arXiv:2506.01939).
         off_policy_mask_threshold: sequences of negative advantage whose mean log-probability has fallen by
             more than this since they were sampled leave the policy term; None: off (DeepSeek-V3.2,
             arXiv:2512.02556).
-        sampling_correction: how importance weights exp(old − sampling_logps) are bounded, one of
-            `grpo_kernels.objective.corrections.CORRECTIONS`; None: they are not made.
+        sampling_correction: how importance weights exp(old − sampling_logps) are bounded: None (not made),
+            ``"token_truncate"``, ``"token_mask"``, ``"sequence_truncate"``, ``"sequence_mask"`` (TRL's
+            modes), or ``"seq_mask_tis"``: token ratios, in sequences whose geometric mean is in bounds.
         sampling_correction_min, sampling_correction_max: those bounds, inclusive; None: no bound.
         advantage_estimator: how ``rewards`` become advantages, one of
             `grpo_kernels.objective.advantages.ESTIMATORS`: group (by ``scale_rewards``, which the others do not read),
