@@ -43,6 +43,7 @@ PHRASES = {
     "linear": "head, forward + backward",
 }  # fmt: skip
 PLOT = "copy_multiples.png"
+NOT_MEASURED = "–"
 
 Row = dict[str, object]
 
@@ -230,7 +231,7 @@ def section(record: Record, brief: bool = False) -> str:
             f"## {title}",
             f"![× a copy, all lines]({folder}/{PLOT})",
             f"{old} " * record.is_old + f"{unit}, {size} (of the head: of its three matrix products). Every result was "
-            "checked against float64.",
+            f"checked against float64. {NOT_MEASURED}: not measured.",
             _table([line for line in lines if is_main(line, first)]).replace(f", {size}", ""),
             *_lost(record),
             f"{made}. [All lines](docs/performance.md#the-record), [every row]({folder}/results.csv).",
@@ -239,7 +240,8 @@ def section(record: Record, brief: bool = False) -> str:
         parts = [
             *[old] * record.is_old,
             f"{title}. {unit}; for the head, of its three matrix products alone. \"At least\" is what the bytes that "
-            "must move take at the copy's speed. Every result was checked against float64 in the same run.",
+            "must move take at the copy's speed. Every result was checked against float64 in the same run. "
+            f"{NOT_MEASURED}: not measured.",
             f"![the table as a plot](../{folder}/{PLOT})",
             _table(lines),
             *_lost(record),
@@ -280,7 +282,7 @@ def _table(lines: Sequence[Line]) -> str:
 
 def _number(times: dict[str, float], name: str) -> str:
     if name not in times:
-        return "not measured"
+        return NOT_MEASURED
     return f"{times[name]:.1f}" if times[name] >= 10 else f"{times[name]:.2f}"
 
 

@@ -3,6 +3,8 @@
     self.actor_loss_fn = FusedPolicyLoss(...)      # openrlhf/trainer/ray/ppo_actor.py, as it makes PolicyLoss(...)
 
 OpenRLHF has no setting that takes a loss by path: this is an edit of one line. See docs/hosts.md.
+
+Written against 0.11.2, as on PyPI. Earlier releases return four values from forward, not five.
 """
 
 import torch

@@ -6,6 +6,9 @@
     kwargs = { loss_type = "cispo", cispo_max = 5.0 }
 
 for a copy of this file named fused_loss.py. See docs/hosts.md.
+
+Written against src/prime_rl/trainer/rl/loss.py and the page on algorithms, in the form with loss_weights and IPO as
+the default (2026; no release number).
 """
 
 from prime_rl.trainer.rl.loss import LossInputs, LossOutputs

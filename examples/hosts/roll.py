@@ -4,6 +4,9 @@
       worker_cls: fused_loss.FusedActorWorker
 
 for a copy of this file named fused_loss.py on the PYTHONPATH. See docs/hosts.md.
+
+Written against roll/pipeline/base_worker.py at 015a111, roll/utils/functionals.py at 090ac94,
+roll/distributed/strategy/strategy.py at 005acba.
 """
 
 import torch

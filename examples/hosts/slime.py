@@ -3,6 +3,9 @@
     --loss-type custom_loss --custom-loss-function-path fused_loss.fused_policy_loss
 
 for a copy of this file named fused_loss.py on the PYTHONPATH. See docs/hosts.md.
+
+Written against slime/backends/megatron_utils/loss.py at 00c2d6d, cp_utils.py at 04949ce, slime/utils/ppo_utils.py at
+06787cf.
 """
 
 from argparse import Namespace

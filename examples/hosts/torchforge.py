@@ -3,6 +3,10 @@
     TitanTrainer.options(...).as_actor(**cfg.trainer, loss=FusedGRPOLoss())
 
 in apps/grpo/main.py, in the place of ``loss=GRPOLoss()``. See docs/hosts.md.
+
+Written against src/forge/rl/loss/grpo.py, types.py and src/forge/actors/trainer/titan.py at bd76a9b, primitives.py at
+89f8536, src/forge/rl/collate.py at 4f49597. Older trees call loss(logits, response=..., padding_mask=...) and take a
+scalar: the recipe is not for them.
 """
 
 from dataclasses import dataclass
