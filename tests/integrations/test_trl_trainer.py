@@ -20,9 +20,10 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+import trl_runs
 from grpo_kernels.integrations import trl as fused
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch
-from trl_runs import ITERATED, MICRO, RANKS, Mismatch, MismatchPerSequence, OneToken, PerToken, same, save, train, vowels
+from trl_runs import ITERATED, MICRO, RANKS, Mismatch, MismatchPerSequence, OneToken, same, save, train, vowels
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -166,8 +167,8 @@ def test_fewer_tokens_than_batches(bonus, saved, tmp_path):
 def test_advantages_per_token_where_no_token_counts(saved, tmp_path):
     """A subclass may make them. A micro-batch that is one truncated completion then has no clipping at any level."""
     args = {**CASES["truncated, one by one"], "importance_sampling_level": "sequence"}
-    theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=PerToken, **args)
-    same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=PerToken, **args), theirs)
+    theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=trl_runs.PerToken, **args)
+    same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=trl_runs.PerToken, **args), theirs)
 
 
 @pytest.mark.parametrize("args", [{}, {"loss_type": "grpo", "entropy_coef": 0.02, **MICRO}], ids=["dapo", "grpo"])
