@@ -1,5 +1,6 @@
 """The GRPO family of losses as drop-in GPU kernels."""
 
+from grpo_kernels import metrics
 from grpo_kernels.api.advantages import group_advantages
 from grpo_kernels.api.distillation import distillation_loss
 from grpo_kernels.api.linear import fused_linear_grpo_loss, linear_token_logprobs
@@ -27,6 +28,7 @@ __all__ = [
     "fused_linear_grpo_loss",
     "group_advantages",
     "linear_token_logprobs",
+    "metrics",
     "microbatch",
     "policy_loss",
     "token_logprobs",

@@ -40,7 +40,8 @@ def distillation_loss(
 
     A product with a factor 0 counts 0. With β = 0 a token that the teacher may say and the student bans (a logit −∞)
     makes D infinite, and the gradient stays p − q. With β = 1 a token that the student may say and the teacher bans
-    makes D infinite and the row's gradient NaN. Between, everything is finite.
+    makes D infinite and the row's gradient NaN. Between, everything is finite. With ``tail=False`` a student that bans
+    all K tokens has no distribution over them: D and the row's gradient are NaN.
 
     Args:
         logits: the student's: (B, T, V), or (B, T+1, V), as causal models return them, whose last position is not

@@ -133,7 +133,8 @@ def objective(
     if plan.bonus:
         h = torch.zeros_like(lp) - tokens.bonus
         h = h if chosen is None else torch.where(chosen, h, 0.0)
-    slopes = (None if plan.weighted else counted(loss), local, spread, share, h)
+    slopes = None if plan.weighted else counted(loss), local, spread, share, h
+    slopes = tuple(x if x is None else x.contiguous() for x in slopes)  # a mask or advantages may be transposed
     if not summed:
         return None, None, None, *slopes
     mismatch, once = mismatch_sums(batch, plan, logps, live)

@@ -166,8 +166,10 @@ def _compute_loss(self, model, inputs):
     parts = self.accelerator.num_processes * (self.args.steps_per_generation if mode == "train" else 1)
     corrects = self.loss_type == "vespo" or (self.use_vllm and self.vllm_importance_sampling_correction)
     scale, num_items = 1.0 / accumulation, inputs["num_items_in_batch"].clamp(min=1.0) / parts
-    if self.loss_type in GLOBAL_TOKENS and not self._entropy_bonus_enabled:
-        scale = scale * num_items.clamp(min=1.0) / num_items  # TRL divides by less than one token, should it come to it
+    coef = _entropy_coef(self)
+    if self.loss_type in GLOBAL_TOKENS:
+        part = num_items.clamp(max=1.0)  # TRL divides by less than one token, should it come to it, but not the bonus
+        scale, coef = scale / part, coef and coef * part
     masks_off_policy = self.off_policy_mask_threshold is not None
     spans_ranks = self.top_entropy_quantile < 1.0 and self.accelerator.num_processes > 1
     arguments = {
@@ -183,7 +185,7 @@ def _compute_loss(self, model, inputs):
         "data_group": torch.distributed.group.WORLD if spans_ranks else None,
         "return_entropy": True,
         "support": in_parts(inputs.get(FIELD))(len(mask)),
-        "config": loss_config(self, _entropy_coef(self)),
+        "config": loss_config(self, coef),
     }
     out: LossOutput | None = None
     counted = TokenCount(mask)  # asked for now: the host would wait for the whole model after it
@@ -221,7 +223,8 @@ def _compute_loss(self, model, inputs):
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * aux_loss / accumulation
         self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss.detach()).mean())
-    _log_loss(self, mode, out, 1.0 if self.loss_type in GLOBAL_TOKENS else accumulation)
+    per_token = inputs["advantages"].dim() == 2 or self.importance_sampling_level == "token"
+    _log_loss(self, mode, out, 1.0 if self.loss_type in GLOBAL_TOKENS else accumulation, per_token)
     if self._entropy_bonus_enabled and mode == "train":
         if self.use_adaptive_entropy:
             _adapt_entropy_coef(self, out.entropy, mask)
@@ -230,8 +233,8 @@ def _compute_loss(self, model, inputs):
     return loss
 
 
-def _log_loss(trainer: GRPOTrainer, mode: str, out: LossOutput, accumulation: float) -> None:
-    """Metrics over all ranks, in one collective, as tensors: `log` fetches them."""
+def _log_loss(trainer: GRPOTrainer, mode: str, out: LossOutput, accumulation: float, per_token: bool) -> None:
+    """Metrics over all ranks, in one collective, as tensors: `log` fetches them. ``per_token``: a clip is a token's."""
     rows = trainer.accelerator.gather(torch.stack(list(out.sums.values()))[None])  # (processes, sums)
     ranks = [dict(zip(out.sums, row)) for row in rows]
     metrics = out.metrics if len(ranks) == 1 else combine(ranks)
@@ -239,7 +242,7 @@ def _log_loss(trainer: GRPOTrainer, mode: str, out: LossOutput, accumulation: fl
     for name in LOGGED:
         if name in metrics:
             logged[name].append(metrics[name])
-    if trainer.importance_sampling_level == "token":  # TRL leaves its extremes out of the log where no token counts
+    if per_token:  # TRL leaves its extremes out of the log where no token counts
         none = torch.stack([rank["tokens"] for rank in ranks]).sum() == 0
         for name in ("clip_ratio/low_min", "clip_ratio/high_max"):
             if name in metrics:

@@ -40,7 +40,8 @@ def chunk_rows(chunk_bytes: int | None, weight: Tensor, itemsize: int) -> int:
     setting = os.environ.get("GRPO_KERNELS_CHUNK_BYTES", "")
     row = weight.shape[0] * itemsize
     if chunk_bytes is None and not setting:
-        rows = max(CHUNK_ROWS.start, max(weight.nbytes, CHUNK_BYTES.start) // row)
+        of_weight = weight.numel() * weight.element_size()  # nbytes does not compile with dynamic shapes
+        rows = max(CHUNK_ROWS.start, max(of_weight, CHUNK_BYTES.start) // row)
         rows = min(rows, CHUNK_ROWS.stop, CHUNK_BYTES.stop // row)
         if weight.device.type == "cpu":
             rows = min(rows, max(CPU_ROWS, CPU_BYTES // row))

@@ -230,13 +230,20 @@ def combine(sums: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tenso
         ``policy_loss`` is the sum over the parts, as the loss is.
 
     Raises:
-        ValueError: no sums at all, or sums of calls that do not belong together.
+        ValueError: no sums at all, sums of calls that do not belong together, or metrics in their place.
+        TypeError: one dict in place of a list, or sums that are not tensors.
     """
+    if isinstance(sums, Mapping):
+        raise TypeError("combine() takes the sums of several calls, got one dict. Put it in a list: [out.sums].")
     parts = list(sums)
     if not parts:
         raise ValueError("combine() needs the sums of at least one call.")
+    if not all(isinstance(value, torch.Tensor) for part in parts for value in part.values()):
+        raise TypeError("combine() takes sums that are tensors: out.sums as the loss returned them, or gathered.")
     if any(part.keys() != parts[0].keys() for part in parts):
         raise ValueError("combine() got the sums of calls with different configurations: their names differ.")
+    if "tokens" not in parts[0]:
+        raise ValueError("combine() found no sum named tokens. Pass out.sums of each call, not out.metrics.")
     if "divergence" in parts[0]:
         return distillation_metrics({name: torch.stack([part[name] for part in parts]).sum(0) for name in parts[0]})
     reports = _CLIP if "clip_ratio/low" in parts[0] else ""

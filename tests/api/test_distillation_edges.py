@@ -7,6 +7,7 @@ import torch
 
 from cases import BACKENDS
 from distillation_cases import BETAS, TEACHERS, check, make_pair, ours, pair_of, wanted
+from grpo_kernels import TopK, distillation_loss
 from grpo_kernels.objective.divergence import rest
 from grpo_kernels.objective.language import on_torch
 from tolerance import U, assert_within
@@ -105,6 +106,18 @@ def test_a_token_that_the_student_cannot_say(backend, tail):
         assert out.loss[0].isinf().tolist() == [beta == 0.0, False]
         assert_within(out.loss, exact["loss"], allowed["loss"], "loss")
         assert_within(grad, exact["grad"], allowed["grad"], "gradient")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("beta", BETAS)
+def test_a_student_that_bans_all_of_the_few(beta, backend):
+    """Renormalised over them it is 0/0, which is NaN and no number; a row without a token is none of its business."""
+    logits = torch.tensor([[[-INF, -INF, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]]], requires_grad=True)
+    teacher = TopK(torch.tensor([[[0, 1], [-1, -1]]]), torch.tensor([[[-1.0, -2.0], [0.0, -1.0]]]))
+    out = distillation_loss(logits, teacher, beta=beta, tail=False, reduction="none", backend=backend)
+    out.loss.sum().backward()
+    assert out.loss[0, 0].isnan() and out.loss[0, 1] == 0.0
+    assert logits.grad[0, 0].isnan().all() and (logits.grad[0, 1] == 0.0).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import CrossRefFakeMode
 
 from cases import BACKENDS, DEVICE, make_case, ours
 from grpo_kernels import fused_grpo_loss, policy_loss
@@ -60,6 +61,22 @@ def test_transposed_token_tensors_under_compile(reduction, backend):
     case_kwargs = case.inputs(*FULL, "advantages") | {"loss_type": "gspo", "reduction": reduction}
     assert_within(got, want, bounds(case.logits, **case_kwargs).grad, "gradient", factor=2)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+@pytest.mark.parametrize("loss_type", ("grpo", "gspo"))
+def test_a_transposed_mask(loss_type, reduction, backend):
+    """As (T, B) data have it; it also asks whether the ops' results have the strides that their fakes promise."""
+    case = make_case(B=3, T=4, seed=3)
+    kwargs = {"advantages": case.advantages, "loss_type": loss_type, "reduction": reduction, "entropy_coef": 0.1}
+    inputs = case.inputs("completion_ids", "old_logps")
+    mask = case.completion_mask
+    assert 0 < mask.sum() < mask.numel()
+    want, want_grad = ours(case.logits, backend, **inputs, completion_mask=mask, **kwargs)
+    with CrossRefFakeMode(lambda op: "grpo_kernels" not in str(op)):
+        got, grad = ours(case.logits, backend, **inputs, completion_mask=mask.t().contiguous().t(), **kwargs)
+    assert torch.equal(got.loss, want.loss) and torch.equal(grad, want_grad)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

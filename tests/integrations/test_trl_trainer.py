@@ -20,6 +20,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 
+import trl_runs
 from grpo_kernels.integrations import trl as fused
 from grpo_kernels.integrations.trl import FusedGRPOTrainer, patch
 from trl_runs import ITERATED, MICRO, RANKS, Mismatch, MismatchPerSequence, OneToken, same, save, train, vowels
@@ -156,10 +157,18 @@ def test_an_adapter_on_the_head(saved, tmp_path):
     assert not torch.equal(ours[1][name], ours[1][name.replace("modules_to_save.default", "original_module")])
 
 
-def test_fewer_tokens_than_batches(saved, tmp_path):
-    theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO)
-    same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO), theirs)
+@pytest.mark.parametrize("bonus", [{}, {"entropy_coef": 0.05}], ids=["plain", "bonus"])
+def test_fewer_tokens_than_batches(bonus, saved, tmp_path):
+    theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO, **bonus)
+    same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=OneToken, **MICRO, **bonus), theirs)
     assert theirs[0][0]["grad_norm"] > 0
+
+
+def test_advantages_per_token_where_no_token_counts(saved, tmp_path):
+    """A subclass may make them. A micro-batch that is one truncated completion then has no clipping at any level."""
+    args = {**CASES["truncated, one by one"], "importance_sampling_level": "sequence"}
+    theirs = train(GRPOTrainer, saved("llama"), tmp_path, front=trl_runs.PerToken, **args)
+    same(train(FusedGRPOTrainer, saved("llama"), tmp_path, front=trl_runs.PerToken, **args), theirs)
 
 
 @pytest.mark.parametrize("args", [{}, {"loss_type": "grpo", "entropy_coef": 0.02, **MICRO}], ids=["dapo", "grpo"])

@@ -89,6 +89,15 @@ class OneToken:
         return out
 
 
+class PerToken:
+    """Advantages of each token; in front of a trainer class."""
+
+    def _generate_and_score_completions(self, inputs):
+        out = super()._generate_and_score_completions(inputs)
+        out["advantages"] = out["advantages"][:, None].expand(out["completion_mask"].shape).clone()
+        return out
+
+
 def train(cls, path, tmp_path, *, front=None, evaluate=False, trainer=None, nudged=None, **args):
     """(rows of the log without times, weights after the run, the trainer); ``nudged``: arguments of `nudge`."""
     fresh = path if isinstance(path, str) else copy.deepcopy(path)

@@ -327,8 +327,9 @@ def test_strided_hidden_states():
 
 
 @pytest.mark.unshifted
+@pytest.mark.parametrize("dynamic", (None, True))
 @pytest.mark.parametrize(("loss_type", "reduction"), [*itertools.product(("grpo", "gspo"), ("mean", "none"))])
-def test_compiled_is_eager(loss_type, reduction):
+def test_compiled_is_eager(loss_type, reduction, dynamic):
     head, inputs = batch(seed=14)
     inputs, _ = call(loss_type, inputs)
     torch._dynamo.reset()
@@ -339,7 +340,7 @@ def test_compiled_is_eager(loss_type, reduction):
 
     leaves = leaves_of(head)
     want = gradients(step(**leaves), leaves)
-    got = gradients(torch.compile(step, fullgraph=True, backend="aot_eager")(**leaves), leaves)
+    got = gradients(torch.compile(step, fullgraph=True, dynamic=dynamic, backend="aot_eager")(**leaves), leaves)
     upstream = None if reduction == "mean" else torch.ones(B, T)
     allowed = linear_bounds(head, inputs, loss_type=loss_type, reduction=reduction, upstream=upstream)[1]
     assert_gradients(got, want, allowed, factor=2)

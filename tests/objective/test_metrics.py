@@ -97,6 +97,12 @@ def test_combine_errors():
         combine([])
     with pytest.raises(ValueError, match="different configurations"):
         combine([a.sums, b.sums])
+    with pytest.raises(ValueError, match=r"Pass out\.sums of each call, not out\.metrics"):
+        combine([a.metrics])
+    with pytest.raises(TypeError, match=r"got one dict. Put it in a list: \[out\.sums\]"):
+        combine(a.sums)
+    with pytest.raises(TypeError, match=r"sums that are tensors: out\.sums"):
+        combine([{name: value.item() for name, value in a.sums.items()}])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

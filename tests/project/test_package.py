@@ -51,6 +51,7 @@ def test_import_is_light():
         """
         import sys
         import grpo_kernels
+        assert grpo_kernels.metrics.combine  # as README names it
         heavy = {"transformers", "matplotlib", "trl", "grpo_kernels.triton_backend.row_kernels"} & set(sys.modules)
         assert not heavy, heavy
         """
