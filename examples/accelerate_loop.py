@@ -4,7 +4,7 @@
 
 `accelerator.backward` divides the loss by the number of micro-batches, and DDP takes the mean over the ranks.
 `num_items_in_batch` and `loss_scale` make the gradients of the micro-batches add up to that of the whole batch,
-however its tokens fall on them. Nothing is downloaded.
+however many tokens each micro-batch has. Nothing is downloaded.
 """
 
 import torch

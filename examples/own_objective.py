@@ -1,8 +1,8 @@
-"""Your own objective: token_logprobs, and any PyTorch expression of it.
+"""Your own objective: any PyTorch expression of what `token_logprobs` returns.
 
     python examples/own_objective.py
 
-Here: REINFORCE with a penalty on the drift from the policy that sampled.
+The objective here is REINFORCE with a penalty on the drift from the policy that sampled.
 """
 
 import torch

@@ -3,7 +3,7 @@
     python examples/plain_loop.py
 
 The model is a tiny Llama with random weights, so that nothing is downloaded. It is rewarded for even tokens, and
-learns to sample nothing else. With a model of yours, change `tiny_llama`, the prompts and `reward`.
+learns to sample nothing else. For a model of yours, change `tiny_llama`, the prompts and `reward`.
 """
 
 import torch

@@ -2,9 +2,9 @@
 
     python examples/transformers_trainer.py
 
-The data is sampled and rewarded once, and the Trainer takes it from there: several epochs over completions of an
-older policy, which is what the clipped ratio is for. Batches are cut into micro-batches, and their gradients add up
-to the whole batch's, since the loss is divided by `num_items_in_batch`. Nothing is downloaded.
+The example samples and rewards completions once. The Trainer then makes several epochs over them. From the second
+update on they are an older policy's, for which the loss clips the ratio. The Trainer cuts batches into micro-batches.
+Their gradients add up to the whole batch's, since the loss is divided by `num_items_in_batch`. Nothing is downloaded.
 """
 
 import tempfile

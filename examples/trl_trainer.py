@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer with its loss replaced: one import and one name change. A tiny random model, a few seconds.
+"""TRL's GRPOTrainer with its loss replaced: one import and one name change. It trains a tiny model in a few seconds.
 
     python examples/trl_trainer.py        # needs TRL: pip install trl
 

@@ -1,4 +1,4 @@
-"""slime and miles: the sets that a truncated sampler kept, as each sample records them, into a `Support`.
+"""slime and miles: a `Support` from the sets that a truncated sampler kept, which each of their samples records.
 
 See docs/truncated-sampling.md.
 """

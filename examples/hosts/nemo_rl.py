@@ -2,7 +2,8 @@
 
     loss_fn = FusedClippedPGLoss(config.loss_fn, megatron=config.policy["megatron_cfg"]["enabled"])
 
-between ``setup(...)`` and ``grpo_train(...)`` in a copy of NeMo-RL's examples/run_grpo.py. See docs/hosts.md.
+Write this line between ``setup(...)`` and ``grpo_train(...)``, in a copy of NeMo-RL's examples/run_grpo.py. See
+docs/hosts.md.
 
 Written against nemo_rl/algorithms/loss/loss_functions.py at 006907a, loss_input.py at 0054c4e, wrapper.py at 002bc7f,
 interfaces.py and nemo_rl/models/megatron/train.py at 002cdc2, examples/run_grpo.py at 0505ac7; calculate_kl in the

@@ -2,8 +2,8 @@
 
     loss_fn = FusedDistillationLoss(config.loss_fn, megatron=config.policy["megatron_cfg"]["enabled"])
 
-between ``setup(...)`` and ``distillation_train(...)`` in a copy of NeMo-RL's examples/run_distillation.py. See
-docs/distillation.md.
+Write this line between ``setup(...)`` and ``distillation_train(...)``, in a copy of NeMo-RL's
+examples/run_distillation.py. See docs/distillation.md.
 """
 
 from typing import Any

@@ -1,8 +1,8 @@
 """OpenRLHF: its policy loss, from the log-probabilities that its actor hands over.
 
-    self.actor_loss_fn = FusedPolicyLoss(...)      # openrlhf/trainer/ray/ppo_actor.py, as it makes PolicyLoss(...)
+    self.actor_loss_fn = FusedPolicyLoss(...)      # was PolicyLoss(...)
 
-OpenRLHF has no setting that takes a loss by path: this is an edit of one line. See docs/hosts.md.
+OpenRLHF has no setting for the loss: edit this line in openrlhf/trainer/ray/ppo_actor.py. See docs/hosts.md.
 
 Written against 0.11.2, as on PyPI. Earlier releases return four values from forward, not five.
 """

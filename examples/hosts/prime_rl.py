@@ -5,7 +5,7 @@
     import_path = "fused_loss.fused_policy_loss"
     kwargs = { loss_type = "cispo", cispo_max = 5.0 }
 
-for a copy of this file named fused_loss.py. See docs/hosts.md.
+Name a copy of this file fused_loss.py, and put it on the PYTHONPATH. See docs/hosts.md.
 
 Written against src/prime_rl/trainer/rl/loss.py and the page on algorithms, in the form with loss_weights and IPO as
 the default (2026; no release number).

@@ -3,7 +3,7 @@
     actor_train:
       worker_cls: fused_loss.FusedActorWorker
 
-for a copy of this file named fused_loss.py on the PYTHONPATH. See docs/hosts.md.
+Name a copy of this file fused_loss.py, and put it on the PYTHONPATH. See docs/hosts.md.
 
 Written against roll/pipeline/base_worker.py at 015a111, roll/utils/functionals.py at 090ac94,
 roll/distributed/strategy/strategy.py at 005acba.

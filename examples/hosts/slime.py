@@ -1,8 +1,8 @@
-"""slime: its policy loss, from the logits, with the reduction and the metric names that slime has.
+"""slime: its policy loss, from the logits, with slime's reduction and metric names.
 
     --loss-type custom_loss --custom-loss-function-path fused_loss.fused_policy_loss
 
-for a copy of this file named fused_loss.py on the PYTHONPATH. See docs/hosts.md.
+Name a copy of this file fused_loss.py, and put it on the PYTHONPATH. See docs/hosts.md.
 
 Written against slime/backends/megatron_utils/loss.py at 00c2d6d, cp_utils.py at 04949ce, slime/utils/ppo_utils.py at
 06787cf.

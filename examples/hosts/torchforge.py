@@ -2,11 +2,11 @@
 
     TitanTrainer.options(...).as_actor(**cfg.trainer, loss=FusedGRPOLoss())
 
-in apps/grpo/main.py, in the place of ``loss=GRPOLoss()``. See docs/hosts.md.
+Write this in apps/grpo/main.py, in place of ``loss=GRPOLoss()``. See docs/hosts.md.
 
 Written against src/forge/rl/loss/grpo.py, types.py and src/forge/actors/trainer/titan.py at bd76a9b, primitives.py at
-89f8536, src/forge/rl/collate.py at 4f49597. Older trees call loss(logits, response=..., padding_mask=...) and take a
-scalar: the recipe is not for them.
+89f8536, src/forge/rl/collate.py at 4f49597. The recipe is not for older versions, which call
+loss(logits, response=..., padding_mask=...) and take a scalar.
 """
 
 from dataclasses import dataclass

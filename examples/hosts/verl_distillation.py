@@ -2,7 +2,7 @@
 
     VERL_USE_EXTERNAL_MODULES=fused_distillation
 
-for a copy of this file named fused_distillation.py on the PYTHONPATH; ``distillation_loss.loss_mode`` stays
+Name a copy of this file fused_distillation.py, and put it on the PYTHONPATH. ``distillation_loss.loss_mode`` stays
 ``forward_kl_topk``. See docs/distillation.md.
 """
 
