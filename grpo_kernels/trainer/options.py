@@ -82,7 +82,7 @@ class Options(LossOptions):
     reward: tuple[str, ...] = option(
         (),
         "exact_answer, format, target_length=WORDS, keyword_coherence, or your own MODULE:FUNCTION; again for "
-        "another (default: exact_answer; exact_match for a built-in task)",
+        "another (default: exact_answer; a built-in task has its own)",
     )
     reward_weights: tuple[float, ...] = option((), "factor of each --reward in their sum (default: 1 each)")
 
