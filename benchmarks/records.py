@@ -223,15 +223,16 @@ def section(record: Record, brief: bool = False) -> str:
         f"TRL {where['trl']}, `{where.get('command', 'python -m benchmarks --suite gpu --out DIR')}`"
     )
     old = "**The kernels have changed since this was measured.** These are the older ones' times."
-    unit = f"Times as multiples of a copy of the logits in the same rounds, {tokens(first)} rows"
+    unit = "Each time is divided by that of a copy of the logits"
+    heads = "the head's by that of its three matrix products"
     size = f"V = {first['vocab']} {first['dtype']}"
     title = f"On an {device}" if device[0] in "AH" else f"On a {device}"
     if brief:
         parts = [
             f"## {title}",
             f"![× a copy, all lines]({folder}/{PLOT})",
-            f"{old} " * record.is_old + f"{unit}, {size} (of the head: of its three matrix products). Every result was "
-            f"checked against float64. {NOT_MEASURED}: not measured.",
+            f"{old} " * record.is_old + f'{unit} ({tokens(first)} rows, {size}), {heads}. "At least" is '
+            f"the bytes that must move. Every result was checked against float64. {NOT_MEASURED}: not measured.",
             _table([line for line in lines if is_main(line, first)]).replace(f", {size}", ""),
             *_lost(record),
             f"{made}. [All lines](docs/performance.md#the-record), [every row]({folder}/results.csv).",
@@ -239,8 +240,8 @@ def section(record: Record, brief: bool = False) -> str:
     else:
         parts = [
             *[old] * record.is_old,
-            f"{title}. {unit}; for the head, of its three matrix products alone. \"At least\" is what the bytes that "
-            "must move take at the copy's speed. Every result was checked against float64 in the same run. "
+            f'{title}. {unit} in the same run ({tokens(first)} rows), {heads}. "At least" is the time of '
+            "the bytes that must move, at the copy's speed. Every result was checked against float64. "
             f"{NOT_MEASURED}: not measured.",
             f"![the table as a plot](../{folder}/{PLOT})",
             _table(lines),

@@ -53,10 +53,10 @@ class LossConfig:
             dppo_tv and dppo_kl the cap of ρ, 20 if None.
         fipo_clip_range: W, the influence of the tokens that follow, is held within 1 ± this, a number of at least 0;
             None or 0: not held (FIPO, arXiv:2603.19835).
-        fipo_clip_high_only: W is not held below 1 − fipo_clip_range, but below 1.
+        fipo_clip_high_only: True: the lower bound of W is 1; False: it is 1 − fipo_clip_range.
         fipo_safety_threshold: where A < 0 and ρ is above this, W is held within [0.8, 1]; None: nowhere.
-        fipo_decay_rate: after how many tokens a log ratio counts half.
-        fipo_gamma: γ itself, by which a log ratio counts less with each token, in (0, 1]; None:
+        fipo_decay_rate: the number of tokens after which a log ratio counts half.
+        fipo_gamma: γ, the factor of a log ratio for each token that it is away, in (0, 1]; None:
             2^(−1/fipo_decay_rate).
         cispo_min, cispo_max: bounds of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585).
             TRL's ``epsilon_high`` of cispo is ``cispo_max``; verl's are 1 − ε_low and 1 + ε_high.
@@ -65,17 +65,17 @@ class LossConfig:
             (VESPO, arXiv:2602.10693).
         dro_beta: coefficient of ½·r̂² (DRO, arXiv:2405.19107; τ of Kimi k1.5, arXiv:2501.12599).
         kl_estimator: one of `grpo_kernels.objective.catalogue.KL_ESTIMATORS`.
-        use_bias_correction_kl: multiply the KL by ρ, not detached (DeepSeek-V3.2, arXiv:2512.02556).
+        use_bias_correction_kl: multiply the KL by ρ, and differentiate ρ too (DeepSeek-V3.2, arXiv:2512.02556).
         kl_clamp: the KL's value is held within ±kl_clamp, and u = ref − lp within ±20, with gradient 0
             beyond (k1+ and k3+ keep the gradient they borrow); None: off (verl's k3: 10).
         log_ratio_clamp: bounds of the level's log ratio, a number c for ±c or a pair, with gradient 0
             beyond; None: off (verl: 20; its gspo: (−inf, 10)).
         max_completion_length: the constant that ``dr_grpo`` and seq-mean-token-sum-norm divide by, at least 1;
             a number or 0-d tensor; None: T, the padded length of the batch (Dr. GRPO, arXiv:2503.20783).
-        global_batch_size: sequences that verl's seq-mean modes divide by, at least 1; a number or 0-d tensor;
-            None: those of this call that have an unmasked token.
-        entropy_coef: coefficient of the entropy bonus, a mean over the unmasked tokens; None: off; a number or
-            0-d tensor, 0 included: on, so that metrics and sums have the entropy.
+        global_batch_size: the number of sequences that verl's seq-mean modes divide by, at least 1; a number or 0-d
+            tensor; None: those of this call that have an unmasked token.
+        entropy_coef: coefficient of the entropy bonus, the mean entropy of the unmasked tokens; a number or 0-d tensor;
+            None: off; 0: no bonus, but metrics and sums have the entropy.
         top_entropy_quantile: the policy term acts on this share of tokens, those of highest entropy; 1: all
             ("Beyond the 80/20 rule", arXiv:2506.01939).
         off_policy_mask_threshold: sequences of negative advantage whose mean log-probability has fallen by
@@ -89,10 +89,10 @@ class LossConfig:
             `grpo_kernels.objective.advantages.ESTIMATORS`: group (by ``scale_rewards``, which the others do not read),
             rloo (RLOO, arXiv:2402.14740), maxrl (MaxRL, arXiv:2602.02710), gdpo (GDPO, TRL's normalize_then_sum).
         reward_weights: factors of the K rewards of ``rewards`` (B, K), a list or tuple; None: 1 each.
-        scale_rewards: what ``rewards`` are divided by: ``"group"``, ``"batch"`` or ``"none"``
-            (DeepSeekMath, arXiv:2402.03300).
+        scale_rewards: whose standard deviation divides the ``rewards``: the ``"group"``'s, the ``"batch"``'s or
+            ``"none"`` (DeepSeekMath, arXiv:2402.03300).
         advantage_eps: added to the standard deviation of rewards (TRL 1e-4, verl 1e-6).
-        advantage_unbiased: divide the variance of rewards by n − 1, not n.
+        advantage_unbiased: True: divide the variance of rewards by n − 1; False: by n.
 
     Fields hold what was given; NumPy's scalars become Python's. `term`, `level` and `aggregation` say which
     parts that makes: ``LossConfig().importance_sampling_level`` is None, and ``LossConfig().level`` is

@@ -114,7 +114,7 @@ def test_the_readme_has_the_main_lines(place):
     assert records.main(["--write"]) == 0
     brief, whole = (flat(page.read_text()) for page in (records.README, records.PERFORMANCE))
     rows = [line for line in brief.splitlines() if line.startswith("| ")][2:]
-    assert ", 8192 rows, V = 151936 bf16 (of the head" in brief and len(rows) < 8
+    assert "(8192 rows, V = 151936 bf16), the head's" in brief and len(rows) < 8
     for wanted in ("forward + backward", "forward + backward, sequence level", "log-probs only",
                    "head, forward + backward, H = 4096"):  # fmt: skip
         (row,) = (row for row in rows if row.startswith(f"| {wanted} |"))
