@@ -46,8 +46,7 @@ def crowded(batch: Batch, entropy: bool) -> bool:
 
 
 def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int, itemsize: int = 2,
-           held: int = MOST_HELD, width: int = 0, tickets: bool = True, sum_eighths: int = 0,
-           grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
+           held: int = MOST_HELD, width: int = 0, tickets: bool = True) -> dict[str, int]:  # fmt: skip
     """``held``: lines in registers, at most. ``width``: of the tiles that pass through them, where a row needs such.
 
     ``tickets``: programs draw their rows.
@@ -67,7 +66,7 @@ def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: i
     return {
         "S": slots, "K": lines, "PASSING": passing, "PK": max(1, width), "D1": first, "D2": second, "D3": third,
         "LAG": min(lag, slots), "WARPS": warps, "num_warps": warps, "maxnreg": registers,
-        "programs": programs, "tickets": tickets, "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
+        "programs": programs, "tickets": tickets, **OPTIONS,
     }  # fmt: skip
 
 
