@@ -45,23 +45,32 @@ def per_thread_sum(x):
 
 
 @gluon.jit
+def absorb_entries(total, moment, x, scale, off, ENTROPY: gl.constexpr):
+    """Adds entries to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
+    depth = gl.fma(x, scale, -off)
+    part = gl.exp2(depth)
+    total = total + per_thread_sum(part)
+    if ENTROPY:
+        moment = moment + per_thread_sum(part * gl.maximum(depth, DEEP))
+    return total, moment
+
+
+@gluon.jit
 def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr, WIDE: gl.constexpr):
-    """Adds words to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
+    """The same with words. With ENTROPY one entry of each after the other, which takes half the registers."""
     if WIDE:
-        depth = gl.fma(gl.cast(word, gl.float32, bitcast=True), scale, -off)
-        part = gl.exp2(depth)
-        total = total + per_thread_sum(part)
-        if ENTROPY:
-            moment = moment + per_thread_sum(part * gl.maximum(depth, DEEP))
+        total, moment = absorb_entries(total, moment, gl.cast(word, gl.float32, bitcast=True), scale, off, ENTROPY)
     else:
         low, high = entries(word)
-        low = gl.fma(low, scale, -off)
-        high = gl.fma(high, scale, -off)
-        low2 = gl.exp2(low)
-        high2 = gl.exp2(high)
-        total = total + per_thread_sum(low2 + high2)
         if ENTROPY:
-            moment = moment + per_thread_sum(low2 * gl.maximum(low, DEEP) + high2 * gl.maximum(high, DEEP))
+            total, moment = absorb_entries(total, moment, low, scale, off, ENTROPY)
+            total, moment = absorb_entries(total, moment, high, scale, off, ENTROPY)
+        else:
+            low = gl.fma(low, scale, -off)
+            high = gl.fma(high, scale, -off)
+            low2 = gl.exp2(low)
+            high2 = gl.exp2(high)
+            total = total + per_thread_sum(low2 + high2)
     return total, moment
 
 
