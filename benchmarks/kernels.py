@@ -62,11 +62,6 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
     "onchip long 2x2": ({"slots": 14, "lines": 2, "lag": 4, "width": 2, "held": 2}, {}),
     "onchip long 2x1": ({"slots": 14, "lines": 2, "lag": 4, "width": 1, "held": 1}, {}),
     "onchip wide": ({"slots": 7, "lines": 2, "warps": 32, "registers": 64}, {"programs": 4, "registers": 64}),
-    # So many eighths of the sum's exponentials, then of the gradient's, are polynomials.
-    **{
-        f"onchip poly {a}+{b}": ({"sum_eighths": a, "grad_eighths": b},) * 2
-        for a, b in ((2, 2), (2, 0), (0, 2), (0, 3), (0, 4), (1, 2), (1, 3))
-    },
 }
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 FIELDS = (

@@ -28,11 +28,8 @@ TITLES = {"reg": 4, "stk": 4, "spl": 4, "smem": 8, "bar": 4, "ins": 6, "ex2": 6}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def record_launches(V: int, dtype: torch.dtype = torch.bfloat16, **changes: int) -> list[Launch]:
-    """The kernel in a usual form, its fullest, packed, and with every term, as the package launches it.
-
-    ``changes``: constants of its shape that are others.
-    """
+def record_launches(V: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The kernel in a usual form, its fullest, packed, and with every term, as the package launches it."""
     B, T = 2, 2
     logits = torch.zeros(B, T, V, dtype=dtype)
     ids, token, sequence, one = torch.zeros(B, T, dtype=torch.int64), torch.zeros(B, T), torch.zeros(B), torch.ones(())
@@ -53,7 +50,6 @@ def record_launches(V: int, dtype: torch.dtype = torch.bfloat16, **changes: int)
         def launcher(cls, logits, batch, entropy):
             shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(batch, entropy), logits.element_size())
             del shape["programs"]
-            shape |= changes
             shape["tickets"] = torch.zeros(1, dtype=torch.int32) if shape["tickets"] else None
             return Recorder(onchip_launch.onchip_kernel, launches, cls.label)[(1,)], shape
 
@@ -108,11 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
     parser.add_argument("--target", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--only", metavar="REGEX", default="", help="forms that match")
-    for name in ("sum", "grad"):
-        parser.add_argument(f"--{name}-eighths", type=int, metavar="N", help="of its exponentials that are polynomials")
     args = parser.parse_args(argv)
-    given = {"SUM_EIGHTHS": args.sum_eighths, "GRAD_EIGHTHS": args.grad_eighths}
-    changes = {name: value for name, value in given.items() if value is not None}
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("onchip_report compiles: unset TRITON_INTERPRET.")
     print(f"Triton {triton.__version__}. reg: registers; stk: bytes of stack; spl: spills; smem: bytes of shared")
@@ -121,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{'target':7}{'V':>7} {'dtype':5}{'kernel':31}{titles}")
     bad = 0
     for V, dtype in itertools.product(args.vocab, args.dtype):
-        for each in record_launches(V, DTYPES[dtype], **changes):
+        for each in record_launches(V, DTYPES[dtype]):
             if not re.search(args.only, each.label):
                 continue
             for target in args.target:

@@ -23,17 +23,19 @@ ON_CHIP = (32000, 128256, 151936)
 TARGET, ROOT = "sm_90", Path(__file__).resolve().parents[1]
 
 
+def digest(compiled) -> str:
+    """Of the PTX, without what only says which line of a file it comes from."""
+    lines = (line.split("//")[0].strip() for line in compiled.asm["ptx"].split(".section")[0].splitlines())
+    text = "\n".join(line for line in lines if line and not re.match(r"\.(loc|file)|\$L__tmp\d+:", line))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def codes(only: str) -> dict[str, str]:
     """A digest of the PTX of each launch whose name matches, of the package that this process imports."""
     import triton
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from benchmarks import compile_launches, compile_report, onchip_report
-
-    def digest(compiled) -> str:
-        lines = (line.split("//")[0].strip() for line in compiled.asm["ptx"].split(".section")[0].splitlines())
-        text = "\n".join(line for line in lines if line and not re.match(r"\.(loc|file)", line))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     found = {}
     for V, dtype in SUITE:

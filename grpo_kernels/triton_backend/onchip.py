@@ -104,14 +104,12 @@ def onchip_kernel(
     SCALE: tl.constexpr, UNBIASED: tl.constexpr, SKIP: tl.constexpr, ENTROPY: tl.constexpr, BONUS: tl.constexpr,
     tickets,
     S: tl.constexpr, K: tl.constexpr, PASSING: tl.constexpr, PK: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
-    D3: tl.constexpr, LAG: tl.constexpr, WARPS: tl.constexpr, SUM_EIGHTHS: tl.constexpr, GRAD_EIGHTHS: tl.constexpr,
+    D3: tl.constexpr, LAG: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """`loss_kernel`, with its arguments; rewards, groups and a cap are not there. Rows are multiples of 16 bytes.
 
     PASSING tiles of PK lines (0 or at least 4), S tiles of K lines in slots, then D1 + D2 + D3 lines in registers (D3
-    may be 0); a line is 16 bytes a thread. The tiles are full: their lines are less than a row. Of the exponentials of
-    bf16 rows, SUM_EIGHTHS of the sum and GRAD_EIGHTHS of the gradient are polynomials, which leaves less to the unit
-    that computes exponentials.
+    may be 0); a line is 16 bytes a thread. The tiles are full: their lines are less than a row.
 
     A program's first three rows follow from its number. ``tickets`` is a 0 in memory, from which programs draw their
     further rows, so that one whose rows are masked takes more of them; None: every program takes each P-th row.
@@ -177,15 +175,14 @@ def onchip_kernel(
     if PASSING > 0:
         w1, w2, w3, w4 = load_passing(src, at0, end, WIDE, PASSING_TILE)
     off1 = x_token * scale
-    total, moment = sum_slots(slots, nothing, nothing, scale, off1, many, S, L, ENTROPY, SUM_EIGHTHS, WIDE)
-    total, moment = absorb(total, moment, part1, scale, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
-    total, moment = absorb(total, moment, part2, scale, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+    total, moment = sum_slots(slots, nothing, nothing, scale, off1, many, S, L, ENTROPY, WIDE)
+    total, moment = absorb(total, moment, part1, scale, off1, ENTROPY, WIDE)
+    total, moment = absorb(total, moment, part2, scale, off1, ENTROPY, WIDE)
     if D3 > 0:
-        total, moment = absorb(total, moment, part3, scale, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+        total, moment = absorb(total, moment, part3, scale, off1, ENTROPY, WIDE)
     if PASSING > 0:
         total, moment, w1, w2, w3, w4 = sum_passing(
-            total, moment, w1, w2, w3, w4, src, at0, end, scale, off1, passing, PASSING_TILE, L, ENTROPY,
-            SUM_EIGHTHS, WIDE,
+            total, moment, w1, w2, w3, w4, src, at0, end, scale, off1, passing, PASSING_TILE, ENTROPY, WIDE,
         )  # fmt: skip
 
     while n < all_rows:
@@ -260,50 +257,46 @@ def onchip_kernel(
         total = nothing
         moment = nothing
         if regular:
-            write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
-                         WIDE)  # fmt: skip
+            write_either(dst, at1, END, part1, scale, off, slope, pull, folded, signs, True, BONUS, WIDE)
             part1 = load_words(src1, at1, end1, WIDE, "evict_first")
-            write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
-                         WIDE)  # fmt: skip
+            write_either(dst, at2, END, part2, scale, off, slope, pull, folded, signs, True, BONUS, WIDE)
             if D3 > 0:
-                write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS, GRAD_EIGHTHS, L,
-                             WIDE)  # fmt: skip
+                write_either(dst, at3, END, part3, scale, off, slope, pull, folded, signs, True, BONUS, WIDE)
             part2 = load_words(src1, at2, end1, WIDE, "evict_first")
             if D3 > 0:
                 part3 = load_words(src1, at3, end1, WIDE, "evict_first")
             if PASSING > 0:
                 write_passing(dst, at0, END, w1, w2, w3, w4, as_words(row), scale, off, slope, pull, folded, signs,
-                              passing, PASSING_TILE, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                              passing, PASSING_TILE, BONUS, WIDE)  # fmt: skip
             for s in range(many - S + LAG):
                 write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
-                             False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                             False, BONUS, WIDE)  # fmt: skip
                 fetch(slots, s, src1, at + s * TILE, live1)
             if tickets is not None:
                 ticket = gl.atomic_add(tickets, 1, sem="relaxed")
             for s in range(LAG, many):
                 write_either(dst, at + s * TILE, END, slots.index(s).load(L), scale, off, slope, pull, folded, signs,
-                             False, BONUS, GRAD_EIGHTHS, L, WIDE)  # fmt: skip
+                             False, BONUS, WIDE)  # fmt: skip
                 fetch(slots, s, src1, at + s * TILE, live1)
                 wait_group(LAG)
                 word = slots.index(s - LAG).load(L)
-                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, WIDE)
             if PASSING > 0:
                 w1, w2, w3, w4 = load_passing(src1, at0, end1, WIDE, PASSING_TILE)
             for s in range(many - LAG, many):
                 commit_group()
                 wait_group(LAG)
                 word = slots.index(s).load(L)
-                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                total, moment = absorb(total, moment, word, scale1, off1, ENTROPY, WIDE)
             barrier()  # the token's entry is stored by another thread than the line's
             gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
-            total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
-            total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+            total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, WIDE)
+            total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, WIDE)
             if D3 > 0:
-                total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, WIDE)
             if PASSING > 0:
                 total, moment, w1, w2, w3, w4 = sum_passing(
-                    total, moment, w1, w2, w3, w4, src1, at0, end1, scale1, off1, passing, PASSING_TILE, L, ENTROPY,
-                    SUM_EIGHTHS, WIDE,
+                    total, moment, w1, w2, w3, w4, src1, at0, end1, scale1, off1, passing, PASSING_TILE, ENTROPY, WIDE,
                 )  # fmt: skip
         else:
             if not idle:  # an exponent or a slope that `write_folded` cannot hold
@@ -335,15 +328,15 @@ def onchip_kernel(
             else:
                 gl.store(dst_row + token, d_token.to(out.dtype.element_ty), mask=token >= 0)
             if live1:
-                total, moment = sum_slots(slots, total, moment, scale1, off1, many, S, L, ENTROPY, SUM_EIGHTHS, WIDE)
-                total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
-                total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                total, moment = sum_slots(slots, total, moment, scale1, off1, many, S, L, ENTROPY, WIDE)
+                total, moment = absorb(total, moment, part1, scale1, off1, ENTROPY, WIDE)
+                total, moment = absorb(total, moment, part2, scale1, off1, ENTROPY, WIDE)
                 if D3 > 0:
-                    total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, SUM_EIGHTHS, L, WIDE)
+                    total, moment = absorb(total, moment, part3, scale1, off1, ENTROPY, WIDE)
                 if PASSING > 0:
                     total, moment, w1, w2, w3, w4 = sum_passing(
-                        total, moment, w1, w2, w3, w4, src1, at0, end1, scale1, off1, passing, PASSING_TILE, L, ENTROPY,
-                        SUM_EIGHTHS, WIDE,
+                        total, moment, w1, w2, w3, w4, src1, at0, end1, scale1, off1, passing, PASSING_TILE, ENTROPY,
+                        WIDE,
                     )  # fmt: skip
 
         n = n1

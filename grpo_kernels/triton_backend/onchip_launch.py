@@ -13,16 +13,16 @@ from grpo_kernels.triton_backend.shapes import OPTIONS
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 MOST_HELD = 12  # lines in registers: with more the kernel spills
 _FITS = 16 * 512 * (28 + MOST_HELD)  # bytes of a row that slots and registers hold
-# Of longer rows, by bytes of an entry: slots, lines, lag, width, held.
-_LONG = {2: (14, 2, 4, 1, 1), 4: (14, 2, 4, 2, 2)}
+# Of longer rows: slots, lines, lag, width, held.
+_LONG, _LONG_CROWDED = (14, 2, 4, 1, 1), (28, 1, 4, 1, 1)
 
 
-def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, int]:
+def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
     """Slots, lines, lag and options for rows of V entries, and ``programs`` per multiprocessor.
 
     Measured on an H200 in bf16, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.13 at V = 151936 and
     1.11 at 128256; three of 8 warps with 6 slots of 2 lines take 1.23 at V = 32000. fp32 rows, longer rows and
-    ``crowded`` calls would spill with these, on sm_90 or sm_100.
+    ``crowded`` calls would spill with these, on sm_90 or sm_100, with one of the Tritons from 3.6 to 3.9.
     """
     if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
@@ -34,20 +34,19 @@ def onchip_shape(V: int, crowded: bool = False, itemsize: int = 2) -> dict[str, 
         slots, lines, lag = 14, 2, 4
     fits = itemsize * V <= _FITS
     if not fits:
-        slots, lines, lag, width, held = _LONG[itemsize]
+        slots, lines, lag, width, held = _LONG_CROWDED if crowded or itemsize == 4 else _LONG
     return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
-                  held=held, width=width, tickets=fits or itemsize == 4)  # fmt: skip
+                  held=held, width=width, tickets=itemsize == 4 or (fits and crowded < 2))  # fmt: skip
 
 
-def crowded(batch: Batch, entropy: bool) -> bool:
-    """Whether a call has entropies, or more numbers per row than most."""
+def crowded(batch: Batch, entropy: bool) -> int:
+    """1 if a call has entropies, or more numbers per row than most; 2 if it has both."""
     more = (batch.ref, batch.is_weight, batch.temperature, batch.segments)
-    return entropy or sum(x is not None for x in more) > 2
+    return int(entropy) + (sum(x is not None for x in more) > 2)
 
 
 def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int, itemsize: int = 2,
-           held: int = MOST_HELD, width: int = 0, tickets: bool = True, sum_eighths: int = 0,
-           grad_eighths: int = 0) -> dict[str, int]:  # fmt: skip
+           held: int = MOST_HELD, width: int = 0, tickets: bool = True) -> dict[str, int]:  # fmt: skip
     """``held``: lines in registers, at most. ``width``: of the tiles that pass through them, where a row needs such.
 
     ``tickets``: programs draw their rows.
@@ -67,7 +66,7 @@ def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: i
     return {
         "S": slots, "K": lines, "PASSING": passing, "PK": max(1, width), "D1": first, "D2": second, "D3": third,
         "LAG": min(lag, slots), "WARPS": warps, "num_warps": warps, "maxnreg": registers,
-        "programs": programs, "tickets": tickets, "SUM_EIGHTHS": sum_eighths, "GRAD_EIGHTHS": grad_eighths, **OPTIONS,
+        "programs": programs, "tickets": tickets, **OPTIONS,
     }  # fmt: skip
 
 

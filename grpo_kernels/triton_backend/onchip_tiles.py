@@ -11,12 +11,6 @@ from grpo_kernels.triton_backend.row import DEEP
 
 # The words of −inf: 0xff80ff80, two entries, and 0xff800000, one.
 BANNED, WIDE_BANNED = constant(-8323200), constant(-8388608)
-SHIFT = constant(12582912.0)  # 1.5·2^23: a number of its size has no bits behind the point
-# 2^f = 1 + P1·f + ... + P5·f^5 = 1 + Q1·f + ... + Q3·f^3 for f from −1/2 to 1/2. Of the polynomials that are 1 at 0, so
-# that the 0 of −∞ is exact, these have the least largest relative error: 1.1e-7 and 1.01e-4.
-P1, P2, P3 = constant(0.6931470036506653), constant(0.24022242426872253), constant(0.05550733581185341)
-P4, P5 = constant(0.009671512991189957), constant(0.001326472731307149)
-Q1, Q2, Q3 = constant(0.6932829022407532), constant(0.24221095442771912), constant(0.05500893294811249)
 
 
 @gluon.jit
@@ -40,48 +34,6 @@ def entries(word):
 
 
 @gluon.jit
-def exp2_by_fma(d, SUMMED: gl.constexpr):
-    """2^d by a polynomial of d − round(d), with a relative error below 2^-22 where SUMMED, below 2^-13 else.
-
-    The former is that of the hardware's exp2, the latter a sixteenth of what rounding to bf16 leaves. The exponent is
-    put in by an integer addition. What is below 2^-126 becomes a number from 0 to 2^-126, and 0 where d is −∞. Where
-    SUMMED, NaN and what is above 2^127 become 2^127, which no anchored sum stays below; else d must be a number below
-    128, as that of a gradient is.
-    """
-    if SUMMED:
-        d = gl.minimum(d, 127.0)  # NaN loses
-    d = gl.maximum(d, -127.0)
-    shifted = d + SHIFT
-    rest = d - (shifted - SHIFT)  # from −1/2 to 1/2
-    if SUMMED:
-        value = gl.fma(rest, P5, P4)
-        value = gl.fma(rest, value, P3)
-        value = gl.fma(rest, value, P2)
-        value = gl.fma(rest, value, P1)
-    else:
-        value = gl.fma(rest, Q3, Q2)
-        value = gl.fma(rest, value, Q1)
-    value = gl.cast(gl.fma(rest, value, 1.0), gl.int32, bitcast=True)
-    return gl.cast(value + (gl.cast(shifted, gl.int32, bitcast=True) << 23), gl.float32, bitcast=True)
-
-
-@gluon.jit
-def exp2_of(low, high, EIGHTHS: gl.constexpr, SUMMED: gl.constexpr, L: gl.constexpr):
-    """2^low and 2^high of words' entries; so many eighths of them, spread evenly, by `exp2_by_fma`.
-
-    Which ones goes by their place in a thread's four words. That is known when the kernel is compiled, so only one side
-    of each choice is left in the code.
-    """
-    low2 = gl.exp2(low)
-    high2 = gl.exp2(high)
-    if EIGHTHS > 0:
-        i = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, L)))[None, None, :]
-        low2 = gl.where((2 * i + 1) * EIGHTHS % 8 < EIGHTHS, exp2_by_fma(low, SUMMED), low2)
-        high2 = gl.where((2 * i + 2) * EIGHTHS % 8 < EIGHTHS, exp2_by_fma(high, SUMMED), high2)
-    return low2, high2
-
-
-@gluon.jit
 def load_words(row, at, end, WIDE: gl.constexpr, HINT: gl.constexpr):
     OTHER: gl.constexpr = WIDE_BANNED if WIDE else BANNED
     return gl.load(row + at, mask=at < end, other=OTHER, eviction_policy=HINT)
@@ -93,23 +45,32 @@ def per_thread_sum(x):
 
 
 @gluon.jit
-def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr,
-           WIDE: gl.constexpr):  # fmt: skip
-    """Adds words to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
+def absorb_entries(total, moment, x, scale, off, ENTROPY: gl.constexpr):
+    """Adds entries to the threads' Σ 2^d and, with ENTROPY, Σ 2^d·d, both [N]; d = x·scale − off."""
+    depth = gl.fma(x, scale, -off)
+    part = gl.exp2(depth)
+    total = total + per_thread_sum(part)
+    if ENTROPY:
+        moment = moment + per_thread_sum(part * gl.maximum(depth, DEEP))
+    return total, moment
+
+
+@gluon.jit
+def absorb(total, moment, word, scale, off, ENTROPY: gl.constexpr, WIDE: gl.constexpr):
+    """The same with words. With ENTROPY one entry of each after the other, which takes half the registers."""
     if WIDE:
-        depth = gl.fma(gl.cast(word, gl.float32, bitcast=True), scale, -off)
-        part = gl.exp2(depth)
-        total = total + per_thread_sum(part)
-        if ENTROPY:
-            moment = moment + per_thread_sum(part * gl.maximum(depth, DEEP))
+        total, moment = absorb_entries(total, moment, gl.cast(word, gl.float32, bitcast=True), scale, off, ENTROPY)
     else:
         low, high = entries(word)
-        low = gl.fma(low, scale, -off)
-        high = gl.fma(high, scale, -off)
-        low2, high2 = exp2_of(low, high, EIGHTHS, True, L)
-        total = total + per_thread_sum(low2 + high2)
         if ENTROPY:
-            moment = moment + per_thread_sum(low2 * gl.maximum(low, DEEP) + high2 * gl.maximum(high, DEEP))
+            total, moment = absorb_entries(total, moment, low, scale, off, ENTROPY)
+            total, moment = absorb_entries(total, moment, high, scale, off, ENTROPY)
+        else:
+            low = gl.fma(low, scale, -off)
+            high = gl.fma(high, scale, -off)
+            low2 = gl.exp2(low)
+            high2 = gl.exp2(high)
+            total = total + per_thread_sum(low2 + high2)
     return total, moment
 
 
@@ -145,20 +106,21 @@ def write(dst, at, end, word, scale, off, slope, pull, MASKED: gl.constexpr, BON
 
 
 @gluon.jit
-def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr):
+def write_folded(dst, at, end, word, scale, off, signs, MASKED: gl.constexpr):
     """The same for bf16, the slope's size in the exponent and its sign as a mask, which spares a multiplication."""
     low, high = entries(word)
-    low, high = exp2_of(gl.fma(low, scale, -off), gl.fma(high, scale, -off), EIGHTHS, False, L)
-    store_words(dst, at, end, pack_bf16(low, high) ^ signs, MASKED)
+    low = gl.fma(low, scale, -off)
+    high = gl.fma(high, scale, -off)
+    store_words(dst, at, end, pack_bf16(gl.exp2(low), gl.exp2(high)) ^ signs, MASKED)
 
 
 @gluon.jit
 def write_either(dst, at, end, word, scale, off, slope, pull, folded, signs, MASKED: gl.constexpr, BONUS: gl.constexpr,
-                 EIGHTHS: gl.constexpr, L: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+                 WIDE: gl.constexpr):  # fmt: skip
     if BONUS or WIDE:
         write(dst, at, end, word, scale, off, slope, pull, MASKED, BONUS, WIDE)
     else:
-        write_folded(dst, at, end, word, scale, folded, signs, MASKED, EIGHTHS, L)
+        write_folded(dst, at, end, word, scale, folded, signs, MASKED)
 
 
 @gluon.jit
@@ -170,11 +132,11 @@ def fetch(slots, slot, row, at, live):
 
 @gluon.jit
 def sum_slots(slots, total, moment, scale, off, many, S: gl.constexpr, L: gl.constexpr, ENTROPY: gl.constexpr,
-              EIGHTHS: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+              WIDE: gl.constexpr):  # fmt: skip
     """The first pass over a row's kept tiles, which have all been asked for; ``many``: S."""
     for s in range(many):
         wait_group(S - 1)
-        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY, EIGHTHS, L, WIDE)
+        total, moment = absorb(total, moment, slots.index(s).load(L), scale, off, ENTROPY, WIDE)
         commit_group()
     return total, moment
 
@@ -190,8 +152,8 @@ def load_passing(row, at, end, WIDE: gl.constexpr, TILE: gl.constexpr):
 
 
 @gluon.jit
-def sum_passing(total, moment, a, b, c, d, row, at, end, scale, off, many, TILE: gl.constexpr, L: gl.constexpr,
-                ENTROPY: gl.constexpr, EIGHTHS: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+def sum_passing(total, moment, a, b, c, d, row, at, end, scale, off, many, TILE: gl.constexpr, ENTROPY: gl.constexpr,
+                WIDE: gl.constexpr):  # fmt: skip
     """The first pass over so many passing tiles, of which the first four are there.
 
     Returns:
@@ -203,17 +165,17 @@ def sum_passing(total, moment, a, b, c, d, row, at, end, scale, off, many, TILE:
         b = c
         c = d
         d = load_words(row, at + t * TILE, end, WIDE, "evict_last")
-        total, moment = absorb(total, moment, word, scale, off, ENTROPY, EIGHTHS, L, WIDE)
-    total, moment = absorb(total, moment, a, scale, off, ENTROPY, EIGHTHS, L, WIDE)
-    total, moment = absorb(total, moment, b, scale, off, ENTROPY, EIGHTHS, L, WIDE)
-    total, moment = absorb(total, moment, c, scale, off, ENTROPY, EIGHTHS, L, WIDE)
-    total, moment = absorb(total, moment, d, scale, off, ENTROPY, EIGHTHS, L, WIDE)
+        total, moment = absorb(total, moment, word, scale, off, ENTROPY, WIDE)
+    total, moment = absorb(total, moment, a, scale, off, ENTROPY, WIDE)
+    total, moment = absorb(total, moment, b, scale, off, ENTROPY, WIDE)
+    total, moment = absorb(total, moment, c, scale, off, ENTROPY, WIDE)
+    total, moment = absorb(total, moment, d, scale, off, ENTROPY, WIDE)
     return total, moment, a, b, c, d
 
 
 @gluon.jit
 def write_passing(dst, at, end, a, b, c, d, row, scale, off, slope, pull, folded, signs, many, TILE: gl.constexpr,
-                  BONUS: gl.constexpr, EIGHTHS: gl.constexpr, L: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
+                  BONUS: gl.constexpr, WIDE: gl.constexpr):  # fmt: skip
     """The second pass over so many passing tiles, of which the last four are there, from the last to the first."""
     for t in range(4, many):
         word = d
@@ -222,11 +184,11 @@ def write_passing(dst, at, end, a, b, c, d, row, scale, off, slope, pull, folded
         b = a
         a = load_words(row, at + (many - 1 - t) * TILE, end, WIDE, "evict_first")
         write_either(dst, at + (many + 3 - t) * TILE, end, word, scale, off, slope, pull, folded, signs, False, BONUS,
-                     EIGHTHS, L, WIDE)  # fmt: skip
-    write_either(dst, at + 3 * TILE, end, d, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
-    write_either(dst, at + 2 * TILE, end, c, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
-    write_either(dst, at + TILE, end, b, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
-    write_either(dst, at, end, a, scale, off, slope, pull, folded, signs, False, BONUS, EIGHTHS, L, WIDE)
+                     WIDE)  # fmt: skip
+    write_either(dst, at + 3 * TILE, end, d, scale, off, slope, pull, folded, signs, False, BONUS, WIDE)
+    write_either(dst, at + 2 * TILE, end, c, scale, off, slope, pull, folded, signs, False, BONUS, WIDE)
+    write_either(dst, at + TILE, end, b, scale, off, slope, pull, folded, signs, False, BONUS, WIDE)
+    write_either(dst, at, end, a, scale, off, slope, pull, folded, signs, False, BONUS, WIDE)
 
 
 @gluon.jit
@@ -248,5 +210,5 @@ def sum_at_maximum(row, at, end, tile, scale, L: gl.constexpr, ENTROPY: gl.const
     moment = gl.zeros([N], gl.float32, ACC)
     for first in range(0, end, tile):
         word = load_words(row, at + first, end, WIDE, "evict_first")
-        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY, 0, L, WIDE)
+        total, moment = absorb(total, moment, word, scale, highest * scale, ENTROPY, WIDE)
     return highest, gl.sum(total, axis=0), gl.sum(moment, axis=0)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_the_code_of_a_launch():
     """Compiled without a GPU; the same twice, and other code for another kernel."""
     found = same_code.codes_of(same_code.ROOT, r"^(scale_kernel|logprob_kernel clipped old) .*151936 bf16")
     assert len(set(found.values())) >= 2 and {name.split()[0] for name in found} == {"scale_kernel", "logprob_kernel"}
+
+
+def test_lines_of_files_are_no_code():
+    """Nor are the labels by which a debugger finds them. A branch's label is."""
+    code = "$L__BB0_1:\n{}{}ld.global.b32 %r1, [%rd1];\nbra $L__BB0_1;\n\t.section .debug_str\n{}"
+    digest = lambda *parts: same_code.digest(SimpleNamespace(asm={"ptx": code.format(*parts)}))  # noqa: E731
+    plain = digest("", "", "")
+    assert digest("\t.loc 1 37 29 // onchip.py\n", "$L__tmp31:\n", ".b32 $L__tmp31\n") == plain
+    assert digest("mov.b32 %r1, 0;\n", "", "") != plain and digest("$L__BB0_2:\n", "", "") != plain
 
 
 def test_a_commit_that_is_not_there(tmp_path):

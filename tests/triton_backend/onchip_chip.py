@@ -20,19 +20,14 @@ class Chip:
     def __init__(self, monkeypatch):
         self.monkeypatch = monkeypatch
         self.kernel = None
-        self.eighths = (0, 0)
         monkeypatch.setenv(ways.VARIABLE, "onchip")
         monkeypatch.setattr(ways, "device_obstacle", lambda logits: None)
         monkeypatch.setattr(ways, "LEAST_BYTES", 0)
 
-    def set(self, programs=3, slots=3, lines=1, lag=2, eighths=None, held=12, width=0, tickets=False, **changes):
-        """``eighths``: of the exponentials in sums and in gradients that are polynomials; as before where not given."""
-        self.eighths = eighths or self.eighths
-
+    def set(self, programs=3, slots=3, lines=1, lag=2, held=12, width=0, tickets=False, **changes):
         def launcher(logits, inputs, entropy):
             shape = onchip_launch._shape(logits.shape[2], slots=slots, lines=lines, warps=1, lag=lag, registers=128,
-                                         programs=programs, sum_eighths=self.eighths[0], grad_eighths=self.eighths[1],
-                                         itemsize=logits.element_size(), held=held, width=width,
+                                         programs=programs, itemsize=logits.element_size(), held=held, width=width,
                                          tickets=tickets)  # fmt: skip
             del shape["programs"]
             shape["tickets"] = torch.zeros(1, dtype=torch.int32) if tickets else None
