@@ -71,7 +71,7 @@ endif
 
 help: ## list the targets and the variables
 	@echo "Targets"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-16s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo "Variables"
 	@echo "  ARGS=            passed on to the command, e.g. make demo ARGS=\"--seed 1\""
@@ -142,7 +142,7 @@ test-verl: $(if $(VENV),.venv-verl/.installed,needs-venv) ## parity with verl's 
 test-notebook: $(call installed,notebook) ## the notebook of examples/, run from its first cell to its last
 	$(on_cpu) $(PY) -m pytest tests/notebook/run_notebook.py $(ARGS)
 
-layout: check-python ## the rules of the package's house: floors, circles, long files
+layout: check-python ## the rules of the source tree: which package imports which, no import circles, no long file
 	$(PY) tests/project/layout.py
 
 lint: $(call installed,lint) ## ruff over the sources

@@ -222,7 +222,8 @@ def bars(ax, labels: Sequence[str], groups: dict[tuple[str, str], list[Row]], st
         at = [labels.index(r["label"]) + (i - (len(groups) - 1) / 2) * height for r in group]
         widths = [100 * r["share_of_copy_bandwidth"] for r in group]
         drawn = ax.barh(at, widths, height * 0.92, color=look["color"], label=look["label"], **in_place)
-        ax.bar_label(drawn, fmt="%.0f%%", padding=3, fontsize=FONT_SIZE - 4)
+        for label in ax.bar_label(drawn, fmt="%.0f%%", padding=3, fontsize=FONT_SIZE - 4):
+            label.set_bbox({"facecolor": "white", "edgecolor": "none", "pad": 0.5})  # where the copy's line crosses it
     ax.axvline(100, color=GREY, linestyle=":", linewidth=2.5, label="copy of the logits")
     ax.set_yticks(range(len(labels)), [label.replace(strip, "").replace(" ", "\n", 1) for label in labels])
     ax.invert_yaxis()
@@ -250,6 +251,13 @@ def copy_multiples(environment: dict[str, object], rows: Sequence[Row]):
     return fig
 
 
+def _ticks(lowest: float, highest: float) -> tuple[float, ...]:
+    """Steps that leave at least three between the two, and room for their labels."""
+    if highest < 2 * lowest:
+        return (0.9, 1, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.8, 2)
+    return (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50)
+
+
 def points(ax, lines: Sequence[Line], unit: str) -> None:
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -262,12 +270,15 @@ def points(ax, lines: Sequence[Line], unit: str) -> None:
             for name in (OURS, *PEERS):
                 if name in times and (mode != "inplace" or name == OURS):
                     look = style((name, mode))
-                    look |= {"linestyle": "none", "markersize": look["markersize"] + 2}
+                    # In place is a ring around the other, so that both are seen where they coincide.
+                    look |= {"linestyle": "none", "markersize": look["markersize"] + (7 if mode == "inplace" else 2)}
+                    if mode == "inplace":
+                        look |= {"markerfacecolor": "none", "markeredgewidth": 1.6}
                     ax.plot([times[name]], [y], **look)
     ax.set_xscale("log")
     highest = max(value for line in lines for value in (*line.times.values(), *line.in_place.values()))
     lowest = min(line.floor for line in lines)
-    ticks = [t for t in (0.25, 0.5, 0.75, 1, 1.5, 2, 3, 5, 7, 10, 15, 20) if lowest / 1.3 < t < highest * 1.3]
+    ticks = [t for t in _ticks(lowest, highest) if lowest / 1.3 < t < highest * 1.3]
     ax.xaxis.set_major_locator(FixedLocator(ticks))
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))

@@ -1,6 +1,7 @@
 """LossConfig: every knob of the objectives, with its default, meaning and paper."""
 
 import dataclasses
+import difflib
 import functools
 import math
 import warnings
@@ -58,9 +59,10 @@ class LossConfig:
         fipo_decay_rate: the number of tokens after which a log ratio counts half.
         fipo_gamma: γ, the factor of a log ratio for each token that it is away, in (0, 1]; None:
             2^(−1/fipo_decay_rate).
-        cispo_min, cispo_max: bounds of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585).
-            TRL's ``epsilon_high`` of cispo is ``cispo_max``; verl's are 1 − ε_low and 1 + ε_high.
-        sapo_temperature_pos, sapo_temperature_neg: steepness of the gate (SAPO, arXiv:2511.20347).
+        cispo_min: lower bound of ρ itself; None: no lower bound (MiniMax-M1, arXiv:2506.13585). verl's is 1 − ε_low.
+        cispo_max: upper bound of ρ itself. TRL's ``epsilon_high`` of cispo; verl's is 1 + ε_high.
+        sapo_temperature_pos, sapo_temperature_neg: steepness of the gate where A > 0, and where not (SAPO,
+            arXiv:2511.20347).
         vespo_k_pos, vespo_lambda_pos, vespo_k_neg, vespo_lambda_neg: shape of φ for A ≥ 0 and A < 0
             (VESPO, arXiv:2602.10693).
         dro_beta: coefficient of ½·r̂² (DRO, arXiv:2405.19107; τ of Kimi k1.5, arXiv:2501.12599).
@@ -292,13 +294,26 @@ def _trl_fields(args: object) -> dict:
     return fields
 
 
+# Keywords of every loss that are no field, and that trainers call by other names.
+_ARGUMENTS = ("rewards", "num_generations", "completion_mask", "old_logps", "ref_logps", "sampling_logps",
+              "num_items_in_batch", "loss_scale")  # fmt: skip
+
+
+def _near(name: str, names: set[str]) -> list[str]:
+    """The names that are spelt alike, or else end as this one does: a mask is a completion_mask."""
+    close = difflib.get_close_matches(name, sorted(names), n=2, cutoff=0.6)
+    return close or sorted(n for n in names if n.endswith("_" + name))
+
+
 def resolve_config(config: LossConfig | None, overrides: dict) -> LossConfig:
     """``config`` (or the defaults) with ``overrides``; a TypeError lists the valid names."""
     valid = LossConfig.__dataclass_fields__
     unknown = [name for name in overrides if name not in valid]
     if unknown:
+        near = dict.fromkeys(found for name in unknown for found in _near(name, {*_ARGUMENTS, *valid} - {name}))
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
         raise TypeError(
-            f"unknown keyword {', '.join(map(repr, unknown))}. Fields of LossConfig: {', '.join(valid)}."
+            f"unknown keyword {', '.join(map(repr, unknown))}.{hint} Fields of LossConfig: {', '.join(valid)}."
         )
     if config is None:
         if torch.compiler.is_compiling() or not all(isinstance(value, _PLAIN) for value in overrides.values()):

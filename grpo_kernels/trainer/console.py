@@ -100,7 +100,9 @@ class Reporter:
 
     def resumed(self, step: int, finished: bool) -> None:
         """Says where a run goes on; ``finished``: that it does not."""
-        said = "the run is finished" if finished else f"going on from the checkpoint of step {step}"
+        said = f"going on from the checkpoint of step {step}"
+        if finished:
+            said = f"the run is finished; --steps N above {step} goes on with it"
         self._say(said)
         self._progress.remove_task(self._bar)
         self._bar = self._progress.add_task("GRPO", total=self._options.max_steps, status="", count="")

@@ -29,6 +29,11 @@ def running_median(values: Sequence[float], span: int) -> list[float]:
     return [statistics.median(values[max(0, i - half) : i + half + 1]) for i in range(len(values))]
 
 
+def _span(count: int) -> int:
+    """Of the running median of so many values; 0 or 1: none."""
+    return count // 15
+
+
 def limits(values: Sequence[float]) -> tuple[float, float]:
     """Axis limits that show all but the outermost 1% of the finite values at each end."""
     ordered = sorted(value for value in values if math.isfinite(value)) or [0.0]
@@ -53,8 +58,9 @@ def _note(axes: Axes, text: str, y: float) -> None:
 
 
 def _legend(axes: Axes) -> None:
+    """Where it covers least. A curve behind it shines through its pale ground, and does not cross its words."""
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, framealpha=0.75, edgecolor="none", borderpad=0.2)
 
 
 def _curve(
@@ -63,7 +69,7 @@ def _curve(
     """The values of each step times a factor, faint, and their running median; returns them."""
     steps, values = records.series(name)
     values = [factor * value for value in values]
-    span = len(values) // 15
+    span = _span(len(values))
     if span > 1:
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
     marker = "o" if len(values) == 1 else None
@@ -84,16 +90,17 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
     Raises:
         OSError: the file cannot be written.
     """
+    smoothed = _span(len(records.series("reward")[0])) > 1
     figure, panels = _figure(
         f"GRPO on {task_name}: loss type {options.loss_type}, β = {options.beta:g}, ε = {options.epsilon:g}, "
         f"{options.batch_size} prompts × {options.num_generations} completions, {options.updates} updates a step, "
-        f"seed {options.seed}\nfaint: each step; bold: running median"
+        f"seed {options.seed}" + ("\nfaint: each step; bold: running median" if smoothed else "")
     )
     reward, spread, advantage, accuracy, loss, kl, entropy, clip, length, seconds, norm, rate = panels
     _rewards(reward, records)
-    _panel(spread, "Reward spread", "standard deviation, share")
-    _curve(spread, records, "reward_std", _BLUE, "of all rewards")
-    _curve(spread, records, "frac_reward_zero_std", _ORANGE, "groups without any")
+    _panel(spread, "Reward spread", "points; share")
+    _curve(spread, records, "reward_std", _BLUE, "standard deviation of all rewards")
+    _curve(spread, records, "frac_reward_zero_std", _ORANGE, "share of groups without spread")
     _legend(spread)
 
     _panel(advantage, "Normalised advantage", "per completion")
@@ -108,7 +115,7 @@ def save_curves(records: Rows, options: Options, task_name: str, path: Path) -> 
 
     _panel(entropy, "Entropy", "nats per token")
     _curve(entropy, records, "entropy", _BLUE)
-    entropy.set_ylim(0.0, limits(records.series("entropy")[1])[1])
+    entropy.set_ylim(0.0, 1.05 * limits(records.series("entropy")[1])[1])
     _clips(clip, records, options)
 
     _panel(length, "Completion length", "tokens")
@@ -157,6 +164,7 @@ def _accuracy(axes: Axes, records: Rows) -> None:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(handles[::-1], labels[::-1], fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     if not values:
+        axes.set_xticks([])
         _note(axes, "not measured", 0.5)
     elif not rates and None not in (ends := records.ends("eval/accuracy")):
         _note(axes, f"{ends[0]:.3f} before, {ends[1]:.3f} after", 0.06)
@@ -245,7 +253,7 @@ def save_overlay(runs: Mapping[str, Rows], path: Path) -> None:
         for i, (run, records) in enumerate(runs.items()):
             steps, values = records.series(name)
             marker = "o" if name.startswith("eval/") or len(values) == 1 else None
-            axes.plot(steps, running_median(values, 1 if marker else len(values) // 15), label=run, linewidth=1.6,
+            axes.plot(steps, running_median(values, 1 if marker else _span(len(values))), label=run, linewidth=1.6,
                       color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3],
                       marker=marker, markersize=3.5)  # fmt: skip
             seen += values

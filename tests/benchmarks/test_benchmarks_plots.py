@@ -61,6 +61,14 @@ def test_the_plot_of_the_readme_holds_its_table(results):
     titles = [label.get_text() for ax in (logits, heads) for label in ax.get_yticklabels()]
     assert titles == [line.title for line in records.quoted(rows)] and len(titles) > 12
     assert lines(logits)["grpo_kernels, in place"] and lines(heads)["Liger-Kernel"] == [(pytest.approx(1.75), 0)]
+    drawn = {line.get_label(): line for line in logits.get_lines()}  # where both coincide, both are seen
+    ring, dot = drawn["grpo_kernels, in place"], drawn["grpo_kernels"]
+    assert ring.get_markersize() > dot.get_markersize() and ring.get_markerfacecolor() == "none"
+
+
+def test_multiples_that_lie_close_have_ticks_between_them():
+    for lowest, highest in ((1.0, 1.4), (1.0, 1.99), (1.0, 2.1), (0.25, 13.0), (1.0, 14.0)):
+        assert sum(lowest <= tick <= highest for tick in plots._ticks(lowest, highest)) >= 3
 
 
 def test_too_few_rows_make_no_plot(tmp_path):

@@ -106,3 +106,18 @@ def test_log_ratio_bounds():
 def test_an_unknown_name_lists_the_valid_ones():
     with pytest.raises(TypeError, match=r"unknown keyword 'epsilom'.*epsilon_high"):
         resolve_config(None, {"epsilom": 0.1})
+
+
+@pytest.mark.parametrize(("given", "meant"), [
+    ("eplison_high", "epsilon_high"), ("old_per_token_logps", "old_logps"), ("mask", "completion_mask"),
+])  # fmt: skip
+def test_an_unknown_name_is_answered_by_the_nearest(given, meant):
+    with pytest.raises(TypeError, match=rf"unknown keyword '{given}'\. Did you mean {meant}\b"):
+        resolve_config(None, {given: None})
+
+
+def test_nothing_is_proposed_for_a_name_like_no_other_nor_for_a_name_by_itself():
+    for name in ("xyzzy", "loss_scale", "rewards"):
+        with pytest.raises(TypeError) as error:
+            resolve_config(None, {name: None})
+        assert f"mean {name}?" not in str(error.value) and ("xyzzy" not in name or "Did you" not in str(error.value))

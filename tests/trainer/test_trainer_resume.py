@@ -172,7 +172,8 @@ def test_a_finished_run_is_not_run_again(tmp_path, model):
     run(tmp_path, **settings)
     before, rows = weights(tmp_path), rows_of(tmp_path)
     result, again, said = run(tmp_path, **settings, resume=True)
-    assert "the run is finished" in said and again == rows and result.accuracy_after == rows[-1]["eval/accuracy"]
+    assert "the run is finished; --steps N above 2 goes on with it" in said
+    assert again == rows and result.accuracy_after == rows[-1]["eval/accuracy"]
     same(weights(tmp_path), before)
 
 

@@ -17,7 +17,7 @@ from grpo_kernels.trainer import cli, data, loop, plots, warmup
 from grpo_kernels.trainer.arguments import parse
 from grpo_kernels.trainer.console import Reporter
 from grpo_kernels.trainer.options import OptionError, Options
-from grpo_kernels.trainer.records import Records
+from grpo_kernels.trainer.records import Records, Rows
 from grpo_kernels.trainer.task import addition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -153,6 +153,19 @@ def test_curves_survive_values_that_are_no_numbers(tmp_path):
         records.write({"step": step, **dict.fromkeys(names, float("nan"))})
     plots.save_curves(records, Options(), TASK.name, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_curves_of_a_short_run_without_accuracy(monkeypatch, tmp_path):
+    figures, made = [], plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda title: figures.append((title, made(title))) or figures[-1][1])
+    rows = [{"step": step, "reward": 0.5, "entropy": 11.7} for step in range(1, 31)]
+    plots.save_curves(Rows(rows[:10]), Options(), TASK.name, tmp_path / "short.png")
+    plots.save_curves(Rows(rows), Options(), TASK.name, tmp_path / "long.png")
+    (short, (_, panels)), (long, _) = figures
+    assert "running median" not in short and "running median" in long  # a short run has none
+    accuracy, entropy = panels[3], panels[6]
+    assert not list(accuracy.get_xticks()) and [text.get_text() for text in accuracy.texts] == ["not measured"]
+    assert entropy.get_ylim()[1] > 1.04 * 11.7  # a curve that is all but constant is not cut in half by the edge
 
 
 def test_running_median_and_limits():
