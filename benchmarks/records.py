@@ -231,9 +231,8 @@ def section(record: Record, brief: bool = False) -> str:
         parts = [
             f"## {title}",
             f"![× a copy, all lines]({folder}/{PLOT})",
-            f"{old} " * record.is_old + f'{unit} ({tokens(first)} rows, {size}), {heads}. "At least" is '
-            "what the bytes that must move take. Every result was checked against float64. "
-            f"{NOT_MEASURED}: not measured.",
+            f"{old} " * record.is_old + f'{unit} ({tokens(first)} rows, {size}), {heads}. "At least": '
+            f"the bytes that must move. Every result was checked against float64. {NOT_MEASURED}: not measured.",
             _table([line for line in lines if is_main(line, first)]).replace(f", {size}", ""),
             *_lost(record),
             f"{made}. [All lines](docs/performance.md#the-record), [every row]({folder}/results.csv).",

@@ -2,7 +2,8 @@
 
     python examples/own_objective.py
 
-The objective here is REINFORCE with a penalty on the drift from the policy that sampled.
+The objective here is REINFORCE with a penalty on the drift from the policy that sampled. The same in TRL's trainer:
+"A loss of your own" in docs/integrations.md.
 """
 
 import torch

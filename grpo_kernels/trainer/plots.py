@@ -172,7 +172,7 @@ def _accuracy(axes: Axes, records: Rows) -> None:
 
 def _loss(axes: Axes, records: Rows, options: Options) -> None:
     """The whole, and the KL and the entropy where they are parts of it, as means over tokens."""
-    _panel(axes, "Loss: near 0 by construction", "watch the reward instead")
+    _panel(axes, "Loss: near 0 by construction", "mean over the updates")
     parts = [_curve(axes, records, "loss", _GREY, "loss")]
     bonus = -(options.entropy_coef or 0.0)
     for name, factor, colour, label in (("policy_loss", bool(bonus), _GREEN, "without the bonus"),
@@ -224,7 +224,7 @@ _OVERLAID = (
     ("reward_std", "Reward spread", "standard deviation"),
     ("advantage/mean_abs", "Normalised advantage", "mean |A|"),
     ("eval/accuracy", "Held-out accuracy", "greedy"),
-    ("loss", "Loss: near 0 by construction", "watch the reward instead"),
+    ("loss", "Loss: near 0 by construction", "mean over the updates"),
     ("kl", "KL to the reference", "nats per token"),
     ("entropy", "Entropy", "nats per token"),
     ("clip_ratio/region_mean", "Clip ratio", "share of tokens"),

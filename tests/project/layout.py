@@ -1,4 +1,4 @@
-"""The rules of the package's house: `make layout`, or `python tests/project/layout.py [PACKAGE]`.
+"""Who may import whom, and how long a file may be: `make layout`, or `python tests/project/layout.py [PACKAGE]`.
 
 The package has floors. A module imports from its own floor and from those below it. There is no circle
 of imports; those inside of functions and for type checkers count here. Five modules stand in the root at
