@@ -13,8 +13,9 @@ from grpo_kernels.triton_backend.shapes import OPTIONS
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 MOST_HELD = 12  # lines in registers: with more the kernel spills
 _FITS = 16 * 512 * (28 + MOST_HELD)  # bytes of a row that slots and registers hold
-# Of longer rows: slots, lines, lag, width, held.
-_LONG, _LONG_CROWDED = (14, 2, 4, 1, 1), (28, 1, 4, 1, 1)
+# Of longer rows, by bytes of an entry: slots, lines, lag, width, held.
+_LONG = {2: (14, 2, 4, 1, 1), 4: (28, 1, 4, 2, 2)}
+_LONG_CROWDED = (28, 1, 4, 1, 1)
 
 
 def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
@@ -34,7 +35,7 @@ def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
         slots, lines, lag = 14, 2, 4
     fits = itemsize * V <= _FITS
     if not fits:
-        slots, lines, lag, width, held = _LONG_CROWDED if crowded or itemsize == 4 else _LONG
+        slots, lines, lag, width, held = _LONG_CROWDED if crowded else _LONG[itemsize]
     return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
                   held=held, width=width, tickets=itemsize == 4 or (fits and crowded < 2))  # fmt: skip
 
