@@ -172,7 +172,10 @@ def set_optimizer(
 
 def fingerprint(task: Task) -> str:
     """Of the problems, in their order."""
-    text = json.dumps([(each.prompt, each.answer) for each in (*task.train, *task.held_out)])
+    problems = [(each.prompt, each.answer, *([dict(each.columns)] if each.columns else ()))
+                for each in (*task.train, *task.held_out)]  # fmt: skip
+    # A field that JSON has no form for counts as its type alone.
+    text = json.dumps(problems, sort_keys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -28,7 +28,8 @@ def read_jsonl(path: Path, name: str) -> list[Record]:
         OptionError: the file is not readable, or a line is no JSON object.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold U+2028 and others of its line ends, which JSON does not escape.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
         raise OptionError(f"{flag(name)} {path} is not readable: {reason}. Give a JSONL file.") from error
@@ -120,11 +121,23 @@ def is_templated(prompt: object, tokenizer: PreTrainedTokenizerBase | None, opti
     return True
 
 
-def with_template(prompt: object, tokenizer: PreTrainedTokenizerBase, options: Options) -> str:
+def with_template(prompt: object, tokenizer: PreTrainedTokenizerBase, options: Options, where: str) -> str:
+    """The prompt as the chat template writes it.
+
+    Raises:
+        OptionError: the template refuses it.
+    """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if options.system_prompt is not None:
         messages = [{"role": "system", "content": options.system_prompt}, *messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # the template's own code: some take no system message, say
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise OptionError(
+            f"{where}: the chat template refuses the prompt: {reason}. Change the prompt, leave --system-prompt out, "
+            "or set --chat-template off for prompts that are texts."
+        ) from error
 
 
 def problems_of(
@@ -133,16 +146,22 @@ def problems_of(
     """(problems, whether their prompts have the chat template applied)
 
     Raises:
-        OptionError: as of `is_templated`; or some prompts would have the template, and others not.
+        OptionError: as of `is_templated` and `with_template`; some prompts would have the template, and others not; or
+            a field has a name under which rewards get something else.
     """
     names = list(dict.fromkeys(name for record in records for name in record if name != options.prompt_field))
+    for name in names:
+        if name in ("prompts", "completions"):
+            raise OptionError(
+                f"{where} has a field {name!r}, and rewards get the {name} under that name. Rename the field."
+            )
     prompts = [record[options.prompt_field] for record in records]
     kinds = [is_templated(x, tokenizer, options, f"{where}, record {i}") for i, x in enumerate(prompts, 1)]
     if len(set(kinds)) > 1:
         raise OptionError(f"{where} has prompts that are texts and others that are messages. Set --chat-template auto.")
     made = []
-    for prompt, record in zip(prompts, records):
-        text = with_template(prompt, tokenizer, options) if kinds[0] else prompt
+    for i, (prompt, record) in enumerate(zip(prompts, records), 1):
+        text = with_template(prompt, tokenizer, options, f"{where}, record {i}") if kinds[0] else prompt
         answer = record.get(options.answer_field)
         # A field that some records lack is None there.
         columns = tuple((name, record.get(name)) for name in names if name != "answer")
@@ -204,9 +223,15 @@ def task_of(options: Options, tokenizer: PreTrainedTokenizerBase | None) -> Task
         length = options.max_completion_length or task.max_completion_length
         task = dataclasses.replace(task, rewards=chosen(options), max_completion_length=length)
         if tokenizer is not None and is_templated("", tokenizer, options, ""):
-            how = {name: tuple(p._replace(prompt=with_template(p.prompt, tokenizer, options)) for p in problems)
-                   for name, problems in (("train", task.train), ("held_out", task.held_out))}  # fmt: skip
-            task = dataclasses.replace(task, **how, templated=True)
+            task = dataclasses.replace(
+                task, train=tuple(_templated(each, tokenizer, options) for each in task.train),
+                held_out=tuple(_templated(each, tokenizer, options) for each in task.held_out), templated=True,
+            )  # fmt: skip
+    if options.system_prompt is not None and not task.templated:
+        raise OptionError(
+            "--system-prompt is a message, which takes a chat template, and none is applied. Leave it out, write it "
+            "into the prompts, or take a --model with a template."
+        )
     if options.warmup_steps and not all(each.answer for each in task.train):
         raise OptionError(
             f"--warmup-steps {options.warmup_steps} learns from answers, and --dataset has prompts without. Set "
@@ -220,11 +245,18 @@ def task_of(options: Options, tokenizer: PreTrainedTokenizerBase | None) -> Task
     return task
 
 
+def _templated(problem: Problem, tokenizer: PreTrainedTokenizerBase, options: Options) -> Problem:
+    """With the chat template; its reward still reads the problem itself."""
+    prompt = with_template(problem.prompt, tokenizer, options, f"--task {options.task}")
+    return problem._replace(prompt=prompt, columns=(*problem.columns, ("problem", problem.prompt)))
+
+
 def fitted(task: Task, tokenizer: PreTrainedTokenizerBase, context: int | None, options: Options) -> tuple[Task, int]:
     """(the task without prompts beyond --max-prompt-length, how many were left out)
 
     Raises:
-        OptionError: a prompt and the longest completion exceed the model's context, or no prompt is left.
+        OptionError: a prompt has no token, or exceeds the model's context with the longest completion; or no prompt is
+            left.
     """
     source = "--task" if options.dataset is None else "--dataset"
     kept: dict[str, tuple[Problem, ...]] = {}
@@ -232,6 +264,11 @@ def fitted(task: Task, tokenizer: PreTrainedTokenizerBase, context: int | None, 
         problems = getattr(task, part)
         ids = tokenizer([each.prompt for each in problems], add_special_tokens=not task.templated)["input_ids"]
         lengths = [len(each) for each in ids]
+        if 0 in lengths:
+            raise OptionError(
+                f"{source} has {lengths.count(0)} {part.replace('_', '-')} problems whose prompt has no token. Give "
+                "each prompt some text, or leave these problems out."
+            )
         most = options.max_prompt_length
         kept[part] = tuple(each for each, n in zip(problems, lengths) if most is None or n <= most)
         if not kept[part]:

@@ -218,6 +218,11 @@ class Options(LossOptions):
         """What only has a meaning together."""
         if self.hidden_size is not None and self.model is not None:
             raise OptionError("--hidden-size is of the tiny model, and --model has its own. Leave one of them out.")
+        for name, owner in _OF_ANOTHER.items():
+            if getattr(self, owner) is None and getattr(self, name) != Options.__dataclass_fields__[name].default:
+                raise OptionError(
+                    f"{flag(name)} is for {flag(owner)}, and there is none. Leave it out, or set {flag(owner)}."
+                )
         rows = self.batch_size * self.num_generations
         batch = f"the {rows} completions of a step (--batch-size {self.batch_size} x --num-generations "
         batch += f"{self.num_generations})"
@@ -285,7 +290,9 @@ class Options(LossOptions):
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            return torch.empty(0, device=self.device).device
+            probe = torch.zeros(1, device=self.device)
+            probe.item()  # meta holds no numbers
+            return probe.device
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0].split(". ")[0].rstrip(".")
             raise OptionError(f"--device {self.device} is not usable: {reason}. Try --device cpu.") from error
@@ -298,6 +305,11 @@ class Options(LossOptions):
 
     def checkpoints_dir(self) -> Path:
         return Path(self.output_dir) / "checkpoints"
+
+
+# Options that say something about another, and nothing without it.
+_OF_ANOTHER = {"eval_dataset": "dataset", "held_out": "dataset", "prompt_field": "dataset", "answer_field": "dataset",
+               "pad_token": "model", "teacher_beta": "teacher"}  # fmt: skip
 
 
 def _check(condition: bool, name: str, value: object, wanted: str) -> None:

@@ -195,7 +195,8 @@ def advantages_of(rollout: Rollout, options: Options) -> torch.Tensor:
 
 def _rewards(reward: Weighted, prompts, completions, columns: dict[str, list]) -> torch.Tensor:
     try:
-        values = reward.function(prompts, completions, **columns)
+        # Copies: a function that changes its lists must not change what the others see.
+        values = reward.function(list(prompts), list(completions), **{name: list(x) for name, x in columns.items()})
     except Exception as error:  # the user's code: whatever it raises
         raise RewardError(_culprit(reward, prompts, completions, columns, error)) from error
     try:
@@ -213,13 +214,14 @@ def _rewards(reward: Weighted, prompts, completions, columns: dict[str, list]) -
         )
     for i, value in enumerate(values):
         try:
-            known = value is None or math.isfinite(value)  # no text, which float() would read
+            # isfinite takes no text, which float() would read; rewards are fp32.
+            known = value is None or (math.isfinite(value) and abs(float(value)) <= torch.finfo(torch.float32).max)
         except (TypeError, ValueError, OverflowError):
             known = False
         if not known:
             raise RewardError(
                 f"reward {reward.name!r} returned {value!r} for {_sample(prompts, completions, i)}. Return a finite "
-                "number, or None for no opinion."
+                "number, or None for no opinion; rewards are fp32."
             )
     return torch.tensor([float("nan") if value is None else float(value) for value in values])
 

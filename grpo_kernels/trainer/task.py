@@ -117,11 +117,17 @@ def value_of(expression: str) -> tuple[int, Counter[int]] | None:
     return None if value is None else (value, numbers)
 
 
-def reaches_target(prompts: Sequence[str], completions: Sequence[str], **columns) -> list[float]:
-    """1 for an expression that makes the prompt's target of its numbers, each used once, else 0."""
+def reaches_target(
+    prompts: Sequence[str], completions: Sequence[str], problem: Sequence[str] | None = None, **columns
+) -> list[float]:
+    """1 for an expression that makes the problem's target of its numbers, each used once, else 0.
+
+    Args:
+        problem: of each sample, where a chat template is around it; None: the prompts are the problems.
+    """
     rewards = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        *numbers, target = (int(text) for text in prompt.rstrip(":").replace(">", ",").split(","))
+    for text, completion in zip(prompts if problem is None else problem, completions, strict=True):
+        *numbers, target = (int(number) for number in text.rstrip(":").replace(">", ",").split(","))
         rewards.append(float(value_of(completion) == (target, Counter(numbers))))
     return rewards
 

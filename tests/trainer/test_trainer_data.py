@@ -16,7 +16,7 @@ from grpo_kernels.trainer import __main__ as entry
 from grpo_kernels.trainer import cli, data, warmup
 from grpo_kernels.trainer.model import load_config, load_model, load_tokenizer
 from grpo_kernels.trainer.options import OptionError, Options
-from grpo_kernels.trainer.task import countdown, reaches_target, value_of
+from grpo_kernels.trainer.task import columns_of, countdown, reaches_target, value_of
 from grpo_kernels.trainer.tokenizer import character_tokenizer
 from trainer_cases import TASK, run, saved_model
 
@@ -166,9 +166,34 @@ def test_countdown_problems_are_solved_by_their_answers():
     assert len(task.held_out) == 250 and len(task.train) > 4000
 
 
+def test_countdown_with_a_chat_template(tmp_path, chatty):
+    """Its reward reads the problem, not what the template has around it."""
+    chatty = character_tokenizer(LETTERS + "*-(),>")
+    chatty.chat_template = TEMPLATE
+    options = Options(task="countdown", model="m", system_prompt="3,5,7")
+    task = data.task_of(options, chatty)
+    chosen = task.train[::97]
+    assert all(each.prompt.startswith("s:3,5,7|u:") and each.prompt.endswith(":|a:") for each in chosen)
+    columns = columns_of(chosen)
+    assert set(reaches_target([p.prompt for p in chosen], [p.answer for p in chosen], **columns)) == {1.0}
+    model = saved_model(tmp_path / "model", tokenizer=chatty)
+    _, rows, _ = run(tmp_path / "run", model=model, task="countdown", steps=1)
+    assert rows[1]["rewards/reaches_target/mean"] == 0.0
+
+
 def test_a_run_of_countdown(tmp_path):
     _, rows, said = run(tmp_path, task="countdown", warmup_steps=2, steps=1)
     assert "GRPO on countdown" in said and "rewards/reaches_target/mean" in rows[1]
+
+
+def test_line_ends_inside_of_a_text(tmp_path):
+    """JSON does not escape U+2028 and others, at which str.splitlines breaks; and editors may put a mark in front."""
+    records = [{"prompt": f"a{mark}b", "answer": "c"} for mark in "\u2028\u2029\x85"]
+    for ends in ("\n", "\r\n"):
+        text = "".join(json.dumps(record, ensure_ascii=False) + ends for record in records)
+        for encoding in ("utf-8", "utf-8-sig"):
+            (tmp_path / "x.jsonl").write_bytes(text.encode(encoding))
+            assert data.read(str(tmp_path / "x.jsonl"), "dataset", Options()) == records
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -215,6 +240,14 @@ def files(tmp_path, chatty):
     jsonl(tmp_path / "mixed.jsonl", [{"prompt": MESSAGES, "answer": "2"}, {"prompt": "1", "answer": "2"}] * 3)
     jsonl(tmp_path / "numbers.jsonl", [{"prompt": 3, "answer": "2"}] * 3)
     jsonl(tmp_path / "open.jsonl", [{"prompt": "1"}] * 3)
+    jsonl(tmp_path / "blank.jsonl", [{"prompt": "" if i % 2 else "1", "answer": "2"} for i in range(6)])
+    jsonl(tmp_path / "silent.jsonl", [{"prompt": [], "answer": "2"}] * 3)
+    for name in ("prompts", "completions"):
+        jsonl(tmp_path / f"{name}.jsonl", [{"prompt": "1", "answer": "2", name: "3"}] * 3)
+    strict = character_tokenizer(LETTERS)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    strict.chat_template = refusal + TEMPLATE
+    saved_model(tmp_path / "strict", tokenizer=strict)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "1", "answer": "2"}\n{"prompt": \n')
     (tmp_path / "list.jsonl").write_text("[1, 2]\n")
@@ -252,6 +285,20 @@ def files(tmp_path, chatty):
         ("--model model --pad-token <nothing>", ["--pad-token <nothing> is not in the vocabulary"]),
         ("--model notes", ["--model notes could not be loaded", "config.json"]),
         ("--model pickled", ["--model pickled could not be loaded", "weights in safetensors"]),
+        ("--dataset blank.jsonl --model model --held-out 2", ["--dataset has", "problems whose prompt has no token"]),
+        ("--dataset prompts.jsonl --model model", ["--dataset prompts.jsonl has a field 'prompts'", "Rename"]),
+        ("--dataset completions.jsonl --model model", ["has a field 'completions'", "Rename"]),
+        ("--dataset silent.jsonl --model chatty", ["silent.jsonl, record 1: the chat template refuses", "empty"]),
+        ("--dataset good.jsonl --model strict --system-prompt x", ["refuses the prompt: no system", "--system-prompt"]),
+        ("--task addition --model strict --system-prompt x", ["--task addition: the chat template refuses"]),
+        ("--dataset good.jsonl --model model --system-prompt x", ["--system-prompt is a message", "template"]),
+        ("--model chatty --chat-template off --system-prompt x", ["--system-prompt is a message"]),
+        ("--eval-dataset good.jsonl", ["--eval-dataset is for --dataset"]),
+        ("--held-out 3", ["--held-out is for --dataset"]),
+        ("--answer-field x", ["--answer-field is for --dataset"]),
+        ("--pad-token x", ["--pad-token is for --model"]),
+        ("--teacher-beta 0.5", ["--teacher-beta is for --teacher"]),
+        ("--device meta", ["--device meta is not usable"]),
         ("--task subtraction", ["--task", "subtraction"]),
         ("--batch-size 3 --num-generations 5 --num-minibatches 2", ["--num-minibatches", "15 completions"]),
         ("--backend triton --device cpu", ["--backend triton", "--backend torch"]),

@@ -167,6 +167,20 @@ def test_changed_problems_are_refused(tmp_path, model):
         run(tmp_path / "run", **settings, steps=2, resume=True)
 
 
+def test_changed_fields_are_refused(tmp_path, model):
+    """Rewards read them."""
+    data = tmp_path / "data.jsonl"
+    settings = SETTINGS | {"model": model, "dataset": str(data), "max_completion_length": 3,
+                           "reward": ("target_length",)}  # fmt: skip
+    data.write_text('{"prompt": "1+1=", "answer": "2", "target_length": 1}\n' * 4)
+    run(tmp_path / "run", **settings, steps=1)
+    data.write_text('{"target_length": 1, "prompt": "1+1=", "answer": "2"}\n' * 4)
+    run(tmp_path / "run", **settings, steps=2, resume=True)
+    data.write_text('{"prompt": "1+1=", "answer": "2", "target_length": 2}\n' * 4)
+    with pytest.raises(OptionError, match=r"--resume: the problems of .* are not those of the checkpoint"):
+        run(tmp_path / "run", **settings, steps=3, resume=True)
+
+
 def test_a_finished_run_is_not_run_again(tmp_path, model):
     settings = SETTINGS | {"model": model, "steps": 2}
     run(tmp_path, **settings)

@@ -125,6 +125,19 @@ def test_weighted_sum_leaves_out_none():
     assert alone[0] == 0.125 and alone[1].isnan()  # nobody has an opinion
 
 
+def test_a_function_that_changes_its_lists():
+    """Another function gets what was sampled all the same, and errors name it."""
+    def spoils(prompts, completions, answer, **columns):
+        prompts.clear(), completions.sort(), answer.reverse()
+        return [0.5, "x"] if not columns["level"] else [0.5, None]
+
+    functions = [rewards.Weighted("spoils", spoils, 1.0), *of("exact_answer")]
+    total, _ = score(functions, PROMPTS, ["2", "1"], COLUMNS)
+    assert total.tolist() == [1.5, 0.0] and COLUMNS == columns_of(PROBLEMS)
+    with pytest.raises(RewardError, match=r"'x' for sample 1 \(prompt '2\+2='"):
+        score(functions, PROMPTS, ["2", "1"], {**COLUMNS, "level": []})
+
+
 def test_functions_get_every_column():
     total, _ = score(of("own_rewards:knows_columns"), PROMPTS, ["", ""], COLUMNS)
     assert total.tolist() == [0.0, 1.0]
@@ -146,7 +159,7 @@ def test_a_failing_reward_is_named_with_its_sample(function, completions, words)
 
 @pytest.mark.parametrize(
     "value",
-    [float("inf"), float("nan"), "much", "1", b"1", np.str_("1"), [1.0], 10**400],
+    [float("inf"), float("nan"), "much", "1", b"1", np.str_("1"), [1.0], 10**400, 1e39],
     ids=lambda value: repr(value)[:12],
 )
 def test_a_reward_that_is_no_number(value):
