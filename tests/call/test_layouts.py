@@ -63,6 +63,7 @@ def test_transposed_token_tensors_under_compile(reduction, backend):
     torch._dynamo.reset()
 
 
+@pytest.mark.unshifted  # compares where real tensors and fakes start in their storages
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("reduction", ("mean", "none"))
 @pytest.mark.parametrize("loss_type", ("grpo", "gspo"))
