@@ -66,7 +66,7 @@ class Record:
     @property
     def is_old(self) -> bool:
         """Have the kernels changed since? Not where `benchmarks.same_code` has found their machine code the same."""
-        return environment.kernels_digest() not in (self.where.get("kernels"), *self.where.get("same_code", ()))
+        return environment.kernels_digest() not in (self.where.get("kernels"), self.where.get("same_code"))
 
 
 @dataclass
@@ -232,7 +232,7 @@ def section(record: Record, brief: bool = False) -> str:
             f"## {title}",
             f"![× a copy, all lines]({folder}/{PLOT})",
             f"{old} " * record.is_old + f'{unit} ({tokens(first)} rows, {size}), {heads}. "At least": '
-            f"the bytes that must move. Every result was checked against float64. {NOT_MEASURED}: not measured.",
+            f"the time of the bytes that must move. All were checked against float64. {NOT_MEASURED}: not measured.",
             _table([line for line in lines if is_main(line, first)]).replace(f", {size}", ""),
             *_lost(record),
             f"{made}. [All lines](docs/performance.md#the-record), [every row]({folder}/results.csv).",

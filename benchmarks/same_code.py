@@ -82,7 +82,7 @@ def note(name: str) -> Path:
 
     path = records.RESULTS / name / "record.json"
     more = json.loads(path.read_text(encoding="utf-8"))
-    more["same_code"] = sorted({*more.get("same_code", []), environment.kernels_digest()})
+    more["same_code"] = environment.kernels_digest()
     path.write_text(json.dumps(more, indent=2) + "\n", encoding="utf-8")
     return path
 

@@ -1,13 +1,14 @@
 """LossConfig: presets, their parts one by one, and how keywords are laid over a config."""
 
 import dataclasses
+import inspect
 
 import pytest
 
 import reference
-from grpo_kernels import LossConfig
+from grpo_kernels import LossConfig, fused_grpo_loss
 from grpo_kernels.objective.catalogue import LEVELS, LOSS_TYPES, TERMS
-from grpo_kernels.objective.config import resolve_config
+from grpo_kernels.objective.config import _ARGUMENTS, resolve_config
 from term_table import facts
 
 PRESETS = {name: tuple(parts) for name, parts in reference.LOSS_TYPES.items()}  # read from the papers, not from ours
@@ -121,3 +122,9 @@ def test_nothing_is_proposed_for_a_name_like_no_other_nor_for_a_name_by_itself()
         with pytest.raises(TypeError) as error:
             resolve_config(None, {name: None})
         assert f"mean {name}?" not in str(error.value) and ("xyzzy" not in name or "Did you" not in str(error.value))
+
+
+def test_the_keywords_that_are_proposed_are_the_loss_s():
+    """The list stands below the function that has them."""
+    assert set(_ARGUMENTS) <= set(inspect.signature(fused_grpo_loss).parameters)
+    assert not set(_ARGUMENTS) & set(LossConfig.__dataclass_fields__)
