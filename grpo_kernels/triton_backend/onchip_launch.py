@@ -23,8 +23,8 @@ def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
 
     Measured on an H200 in bf16, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.13 at V = 151936 and
     1.11 at 128256; three of 8 warps with 6 slots of 2 lines take 1.23 at V = 32000. fp32 rows, longer rows and
-    ``crowded`` calls would spill with these, on sm_90 or sm_100, with one of the Tritons from 3.6 to 3.9. Their constants
-    are some that do not spill; they were not timed. For the same reason programs draw no rows where bf16 rows are
+    ``crowded`` calls would spill with these, on sm_90 or sm_100, with one of the Tritons from 3.6 to 3.9. They have
+    constants that do not spill, which were not timed. For the same reason programs draw no rows where bf16 rows are
     longer, or ``crowded`` is 2.
     """
     if itemsize * V <= _SHORT:
