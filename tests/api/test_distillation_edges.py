@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cases import BACKENDS
+from cases import BACKENDS, DEVICE
 from distillation_cases import BETAS, TEACHERS, check, make_pair, ours, pair_of, wanted
 from grpo_kernels import TopK, distillation_loss
 from grpo_kernels.objective.divergence import rest
@@ -112,8 +112,9 @@ def test_a_token_that_the_student_cannot_say(backend, tail):
 @pytest.mark.parametrize("beta", BETAS)
 def test_a_student_that_bans_all_of_the_few(beta, backend):
     """Renormalised over them it is 0/0, which is NaN and no number; a row without a token is none of its business."""
-    logits = torch.tensor([[[-INF, -INF, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]]], requires_grad=True)
-    teacher = TopK(torch.tensor([[[0, 1], [-1, -1]]]), torch.tensor([[[-1.0, -2.0], [0.0, -1.0]]]))
+    logits = torch.tensor([[[-INF, -INF, 0.0, 1.0], [0.0, 1.0, 2.0, 3.0]]]).to(DEVICE).requires_grad_()
+    ids, logps = torch.tensor([[[0, 1], [-1, -1]]]), torch.tensor([[[-1.0, -2.0], [0.0, -1.0]]])
+    teacher = TopK(ids.to(DEVICE), logps.to(DEVICE))
     out = distillation_loss(logits, teacher, beta=beta, tail=False, reduction="none", backend=backend)
     out.loss.sum().backward()
     assert out.loss[0, 0].isnan() and out.loss[0, 1] == 0.0
