@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import os
 import re
@@ -65,9 +66,9 @@ VARIANTS: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 }
 DTYPE_NAMES = {"bf16": "bfloat16", "fp32": "float32"}
 FIELDS = (
-    "device", "capability", "torch", "triton", "commit", "vocab", "dtype", "rows", "masked", "mode", "implementation",
-    "status", "detail", "error_over_tolerance", "median_ms", "p20_ms", "p80_ms", "repetitions", "host_ms",
-    "copy_ms", "copy_multiple",
+    "device", "capability", "torch", "triton", "commit", "vocab", "dtype", "rows", "masked", "mode", "crowded",
+    "implementation", "status", "detail", "error_over_tolerance", "median_ms", "p20_ms", "p80_ms", "repetitions",
+    "host_ms", "copy_ms", "copy_multiple",
 )  # fmt: skip
 
 
@@ -98,10 +99,17 @@ def _reshape(long: dict[str, int], short: dict[str, int]):
     return lambda: setattr(module, "_shape", shape_of)
 
 
-def implementation(name: str) -> Implementation:
+def more_inputs(inputs: Inputs, crowded: int) -> dict:
+    """What makes a call so ``crowded``, see `ways.crowded`, and leaves its loss and its gradient as they are."""
+    ones = torch.ones_like(inputs.old_logps)
+    numbers = {"importance_weights": ones, "temperature": ones} if crowded == 2 else {}
+    return numbers | ({"return_entropy": True} if crowded else {})
+
+
+def implementation(name: str, crowded: int = 0) -> Implementation:
     def loss(inputs: Inputs, x: torch.Tensor, inplace: bool) -> Outcome:
         with way(name):
-            given = inputs.objective()
+            given = inputs.objective() | more_inputs(inputs, crowded)
             out = fused_grpo_loss(x, inputs.completion_ids, **given, inplace=inplace, backend="triton").loss
             return Outcome(out.detach(), torch.autograd.grad(out, x)[0])
 
@@ -117,24 +125,25 @@ def implementation(name: str) -> Implementation:
     return Implementation(name, {"loss": apart, "inplace": in_place}, missing)
 
 
-def compile_kernels(case: Case, name: str) -> str | None:
+def compile_kernels(case: Case, name: str, crowded: int) -> str | None:
     """In a worker process: what the case launches is in Triton's cache afterwards. Returns what went wrong."""
     hasten()
     device = torch.device("cuda")
     try:
         inputs = make_inputs(replace(case, batch=2, length=16), device)
-        implementation(name).calls["inplace"](inputs, inputs.logits.clone())
+        implementation(name, crowded).calls["inplace"](inputs, inputs.logits.clone())
         torch.cuda.synchronize()
     except Exception as error:  # the run itself will meet it again
         return f"{case.name}, {name}: {type(error).__name__}: {first_line(error)}"
     return None
 
 
-def warm_up(cases: Sequence[Case], names: Sequence[str], workers: int) -> str:
+def warm_up(cases: Sequence[Case], names: Sequence[str], levels: Sequence[int], workers: int) -> str:
     start = time.monotonic()
     kinds = list({case.vocab: case for case in cases}.values())
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-    futures = [pool.submit(compile_kernels, case, name) for name in names for case in kinds]
+    todo = itertools.product(kinds, names, levels)
+    futures = [pool.submit(compile_kernels, *each) for each in todo]
     done, late = wait(futures, timeout=WARM_UP_SECONDS)
     for worker in multiprocessing.active_children() if late else ():
         worker.kill()
@@ -144,22 +153,25 @@ def warm_up(cases: Sequence[Case], names: Sequence[str], workers: int) -> str:
     return "\n".join([f"{len(futures)} kernels compiled by {workers} processes: {spent}", *problems])
 
 
-def measure(cases: Sequence[Case], names: Sequence[str], device: torch.device, seconds: float) -> Iterator[list[Row]]:
-    """The rows of one case in one mode, as soon as they are there."""
-    who = [implementation(name) for name in names]
+def measure(
+    cases: Sequence[Case], names: Sequence[str], levels: Sequence[int], device: torch.device, seconds: float
+) -> Iterator[tuple[int, list[Row]]]:
+    """Of one case in one mode, as soon as they are there: how crowded the calls are (`ways.crowded`), and the rows."""
     for case in cases:
         prepared, status, problem = try_to_prepare(case, device, 0)
         if prepared is None:
             print(f"{case.name}: {status}: {problem}", flush=True)
             continue
-        for mode in ("inplace", "loss"):
-            yield run_mode(*prepared, mode, who, device, seconds)
+        for mode, crowded in itertools.product(("inplace", "loss"), levels):
+            who = [implementation(name, crowded) for name in names]
+            yield crowded, run_mode(*prepared, mode, who, device, seconds)
         prepared = None
         free_memory(device)
 
 
-def line(row: Row) -> str:
+def line(row: Row, crowded: int) -> str:
     what = f"{row.vocab:>7} {'half masked' if row.masked else '':11} {'in place' if row.mode == 'inplace' else '':8}"
+    what += ("", " entropies ", " all inputs")[crowded]
     if row.status != OK:
         return f"{what} {row.implementation:15} {row.status}: {row.detail}"
     return (
@@ -168,16 +180,17 @@ def line(row: Row) -> str:
     )
 
 
-def write(out: Path, where: dict, device: torch.device, rows: Iterable[Row]) -> Path:
+def write(out: Path, where: dict, device: torch.device, blocks: Iterable[tuple[int, list[Row]]]) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else ""
     path = out / "kernels.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        for row in rows:
-            own = {"capability": capability, "rows": row.batch * row.length, **vars(row)}
-            writer.writerow({**{name: where.get(name) for name in FIELDS}, **own})
+        for crowded, rows in blocks:
+            for row in rows:
+                own = {"capability": capability, "rows": row.batch * row.length, "crowded": crowded, **vars(row)}
+                writer.writerow({**{name: where.get(name) for name in FIELDS}, **own})
     return path
 
 
@@ -192,11 +205,12 @@ def table_of(records: Sequence[Path]) -> str:
             for row in csv.DictReader(file):
                 if row["masked"] != "0.0" or row["implementation"] not in ("triton", "onchip"):
                     continue
-                key = (int(row["vocab"]), DTYPE_NAMES.get(row["dtype"], row["dtype"]), row["capability"])
+                dtype, crowded = DTYPE_NAMES.get(row["dtype"], row["dtype"]), int(row.get("crowded") or 0)
+                key = (int(row["vocab"]), dtype, row["capability"], crowded)
                 multiple = float(row["copy_multiple"]) if row["status"] == OK else float("inf")
                 found.setdefault(key, {}).setdefault(record, {})[row["implementation"], row["mode"]] = multiple
     lines = []
-    for (V, dtype, capability), times in sorted(found.items()):
+    for (V, dtype, capability, crowded), times in sorted(found.items()):
         pairs = [
             [each.get((name, mode), float("inf")) for name in ("triton", "onchip")]
             for each in times.values()
@@ -204,10 +218,10 @@ def table_of(records: Sequence[Path]) -> str:
         ]
         if capability and all(onchip < triton < float("inf") for triton, onchip in pairs):
             place = tuple(map(int, capability.split(".")))
-            lines.append(f'    ({V}, "{dtype}", {place}): ({pairs[-1][0]:.3f}, {pairs[-1][1]:.3f}),\n')
+            lines.append(f'    ({V}, "{dtype}", {place}, {crowded}): ({pairs[-1][0]:.3f}, {pairs[-1][1]:.3f}),\n')
     start = TABLE.read_text(encoding="utf-8").split("FASTER", 1)[0]
     body = "{\n" + "".join(lines) + "}" if lines else "{}"
-    return f"{start}FASTER: dict[tuple[int, str, tuple[int, int]], tuple[float, float]] = {body}\n"
+    return f"{start}FASTER: dict[tuple[int, str, tuple[int, int], int], tuple[float, float]] = {body}\n"
 
 
 def records() -> list[Path]:
@@ -219,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="write DIR/kernels.csv")
     parser.add_argument("--variants", nargs="?", const="", metavar="REGEX", help="other on-chip shapes, too")
     parser.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches, as '262144|fp32'")
+    levels = "0: the usual call; 1: with entropies; 2: with all numbers per row, too"
+    parser.add_argument("--crowded", type=int, choices=(0, 1, 2), nargs="+", default=[0], help=levels)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for each row of the table")
     workers = max(1, min(12, (os.cpu_count() or 1) - 2))
     parser.add_argument("--workers", type=int, default=workers, help=f"processes that compile first ({workers})")
@@ -237,19 +253,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     where = environment.describe(device)
     print(f"{where['device']}, torch {where['torch']}, Triton {where['triton']}, commit {where['commit']}", flush=True)
     if device.type == "cuda" and arguments.workers:
-        print(warm_up(cases, names, arguments.workers), flush=True)
-    rows = []
-    for block in measure(cases, names, device, arguments.seconds):
-        rows += block
-        print("\n".join(map(line, block)), flush=True)
+        print(warm_up(cases, names, arguments.crowded, arguments.workers), flush=True)
+    blocks = []
+    for crowded, rows in measure(cases, names, arguments.crowded, device, arguments.seconds):
+        blocks.append((crowded, rows))
+        print("\n".join(line(row, crowded) for row in rows), flush=True)
         if arguments.out:
-            write(arguments.out, where, device, rows)
+            write(arguments.out, where, device, blocks)
     if arguments.ncu:
         for each in counters.report(cases, names[:2]):
             print(each, flush=True)
-    wrong = [row for row in rows if row.status not in (OK, "not run")]
+    wrong = [row for _, rows in blocks for row in rows if row.status not in (OK, "not run")]
     print(f"{time.monotonic() - start:.0f} s")
-    return int(bool(wrong) or not rows)
+    return int(bool(wrong) or not blocks)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def record_launches(V: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]
 
         @classmethod
         def launcher(cls, logits, batch, entropy):
-            shape = onchip_launch.onchip_shape(V, onchip_launch.crowded(batch, entropy), logits.element_size())
+            shape = onchip_launch.onchip_shape(V, ways.crowded(batch, entropy), logits.element_size())
             del shape["programs"]
             shape["tickets"] = torch.zeros(1, dtype=torch.int32) if shape["tickets"] else None
             return Recorder(onchip_launch.onchip_kernel, launches, cls.label)[(1,)], shape

@@ -108,7 +108,7 @@ def gradient(logits, out, batch: Batch, plan: Plan, entropy: bool) -> tuple[torc
     logps = logits.new_empty(batch.ids.shape, dtype=torch.float32)
     entropies = _entropy_like(logps, entropy)
     term = TERMS[plan.term]
-    chip = ways.on_chip(logits, out, batch)
+    chip = ways.on_chip(logits, out, batch, entropy)
     with _on(logits):
         if chip is None:
             run = _over(loss_kernel, B * rows)

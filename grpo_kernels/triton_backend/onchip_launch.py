@@ -9,6 +9,7 @@ from grpo_kernels.triton_backend.onchip import onchip_kernel
 from grpo_kernels.triton_backend.rewards import group_advantage
 from grpo_kernels.triton_backend.row_kernels import kernel
 from grpo_kernels.triton_backend.shapes import OPTIONS
+from grpo_kernels.triton_backend.ways import crowded
 
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 MOST_HELD = 12  # lines in registers: with more the kernel spills
@@ -21,11 +22,13 @@ _LONG_CROWDED = (28, 1, 4, 1, 1)
 def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
     """Slots, lines, lag and options for rows of V entries, and ``programs`` per multiprocessor.
 
+    ``crowded``: see `ways.crowded`.
+
     Measured on an H200 in bf16, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.13 at V = 151936 and
     1.11 at 128256; three of 8 warps with 6 slots of 2 lines take 1.23 at V = 32000. fp32 rows, longer rows and
     ``crowded`` calls would spill with these, on sm_90 or sm_100, with one of the Tritons from 3.6 to 3.9. They have
-    constants that do not spill, which were not timed. For the same reason programs draw no rows where bf16 rows are
-    longer, or ``crowded`` is 2.
+    constants that do not spill. These were not timed, so ``auto`` takes none of them. For the same reason programs draw
+    no rows where bf16 rows are longer, or ``crowded`` is 2.
     """
     if itemsize * V <= _SHORT:
         registers, programs = (128, 2) if crowded else (80, 3)
@@ -40,12 +43,6 @@ def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
         slots, lines, lag, width, held = _LONG_CROWDED if crowded else _LONG[itemsize]
     return _shape(V, itemsize=itemsize, slots=slots, lines=lines, warps=16, lag=lag, registers=128, programs=1,
                   held=held, width=width, tickets=itemsize == 4 or (fits and crowded < 2))  # fmt: skip
-
-
-def crowded(batch: Batch, entropy: bool) -> int:
-    """1 if a call has entropies, or more numbers per row than most; 2 if it has both."""
-    more = (batch.ref, batch.is_weight, batch.temperature, batch.segments)
-    return int(entropy) + (sum(x is not None for x in more) > 2)
 
 
 def _shape(V: int, *, slots: int, lines: int, warps: int, lag: int, registers: int, programs: int, itemsize: int = 2,

@@ -27,14 +27,14 @@ def setting() -> str:
     return found
 
 
-def on_chip(logits: torch.Tensor, out: torch.Tensor, batch: Batch):
+def on_chip(logits: torch.Tensor, out: torch.Tensor, batch: Batch, entropy: bool):
     """The module that launches the on-chip kernel, or None where the Triton kernel is to run.
 
     Raises:
         ValueError: GRPO_KERNELS_ROWS=onchip, and the on-chip kernel cannot run this call.
     """
     way = setting()
-    if way == "triton" or (way == "auto" and not _recorded(logits)):
+    if way == "triton" or (way == "auto" and not _recorded(logits, crowded(batch, entropy))):
         return None
     reason = obstacle(logits, out, batch) or device_obstacle(logits)
     if reason is None:
@@ -46,11 +46,17 @@ def on_chip(logits: torch.Tensor, out: torch.Tensor, batch: Batch):
     return None
 
 
-def _recorded(logits: torch.Tensor) -> bool:
+def crowded(batch: Batch, entropy: bool) -> int:
+    """1 if a call has entropies, or more numbers per row than most; 2 if it has both."""
+    more = (batch.ref, batch.is_weight, batch.temperature, batch.segments)
+    return int(entropy) + (sum(x is not None for x in more) > 2)
+
+
+def _recorded(logits: torch.Tensor, crowded: int) -> bool:
     if not FASTER or not logits.is_cuda:
         return False
     dtype = str(logits.dtype).removeprefix("torch.")
-    return (logits.shape[2], dtype, torch.cuda.get_device_capability(logits.device)) in FASTER
+    return (logits.shape[2], dtype, torch.cuda.get_device_capability(logits.device), crowded) in FASTER
 
 
 def obstacle(logits: torch.Tensor, out: torch.Tensor, batch: Batch) -> str | None:

@@ -90,11 +90,34 @@ def test_gpus(monkeypatch):
 
 def test_auto_goes_by_the_record(monkeypatch):
     Gpu(monkeypatch, 9, 0, 227)
-    assert not ways._recorded(Logits) or onchip_record.FASTER
-    monkeypatch.setattr(ways, "FASTER", {(151936, "bfloat16", (9, 0)): (1.3, 1.1)})
-    assert ways._recorded(Logits)
+    assert not ways._recorded(Logits, 0) or onchip_record.FASTER
+    monkeypatch.setattr(ways, "FASTER", {(151936, "bfloat16", (9, 0), 0): (1.3, 1.1)})
+    assert ways._recorded(Logits, 0) and not ways._recorded(Logits, 1)
     Gpu(monkeypatch, 10, 0, 227)
-    assert not ways._recorded(Logits)
+    assert not ways._recorded(Logits, 0)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "numbers", "crowded"),
+    (
+        (False, (), 0),
+        (False, ("ref", "temperature"), 0),
+        (True, ("ref", "temperature"), 1),
+        (False, ("ref", "temperature", "is_weight"), 1),
+        (True, ("ref", "segments", "is_weight"), 2),
+    ),
+)
+def test_auto_takes_no_shape_that_was_not_measured(monkeypatch, entropy, numbers, crowded):
+    Gpu(monkeypatch, 9, 0, 227)
+    monkeypatch.delenv(ways.VARIABLE, raising=False)
+    monkeypatch.setattr(ways, "obstacle", lambda *call: None)
+    batch = Batch(torch.zeros(1, 1), **dict.fromkeys(numbers, torch.zeros(1, 1)))
+    for level in range(3):
+        monkeypatch.setattr(ways, "FASTER", {(151936, "bfloat16", (9, 0), level): (1.3, 1.1)})
+        taken = ways.on_chip(Logits, Logits, batch, entropy) is not None
+        assert taken == (level == crowded), level
+    monkeypatch.setenv(ways.VARIABLE, "onchip")
+    assert ways.on_chip(Logits, Logits, batch, entropy) is not None
 
 
 def test_the_table_is_that_of_the_records():
@@ -102,13 +125,14 @@ def test_the_table_is_that_of_the_records():
 
 
 def record(path, *rows):
-    """Writes a record of (vocabulary, status, × copy of the on-chip kernel); the Triton kernel takes 1.3."""
+    """Writes a record of (vocabulary, status, × copy of the on-chip kernel[, crowded]); the Triton kernel takes 1.3."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, kernels.FIELDS)
         writer.writeheader()
-        for V, status, onchip in rows:
+        for V, status, onchip, *crowded in rows:
             for mode in ("inplace", "loss"):
                 row = {"capability": "9.0", "vocab": V, "dtype": "bf16", "masked": 0.0, "mode": mode}
+                row["crowded"] = crowded[0] if crowded else ""  # older records do not say
                 writer.writerow({**row, "implementation": "triton", "status": "ok", "copy_multiple": 1.3})
                 writer.writerow({**row, "implementation": "onchip", "status": status, "copy_multiple": onchip})
     return path
@@ -116,19 +140,20 @@ def record(path, *rows):
 
 def test_only_what_was_right_and_faster_in_both_modes_of_every_record_enters_the_table(tmp_path):
     one = record(tmp_path / "1.csv", (128256, "ok", 1.1), (32000, "wrong result", ""), (151936, "ok", 1.4))
-    other = record(tmp_path / "2.csv", (128256, "ok", 1.2), (32000, "ok", 1.1), (262144, "ok", 1.25))
+    other = record(tmp_path / "2.csv", (128256, "ok", 1.2), (32000, "ok", 1.1), (262144, "ok", 1.25, 2))
     names: dict = {}
     exec(kernels.table_of([one, other]), names)
     assert names["FASTER"] == {
-        (128256, "bfloat16", (9, 0)): (1.3, 1.2),
-        (262144, "bfloat16", (9, 0)): (1.3, 1.25),
+        (128256, "bfloat16", (9, 0), 0): (1.3, 1.2),
+        (262144, "bfloat16", (9, 0), 2): (1.3, 1.25),
     }
 
 
 @without_gpu
 def test_the_benchmark_runs_without_a_gpu(capsys, tmp_path):
-    assert kernels.main(["--seconds", "0.01", "--out", str(tmp_path)]) == 0
+    assert kernels.main(["--seconds", "0.01", "--only", "masked", "--crowded", "0", "2", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
+    assert "all inputs triton" in text
     assert "x copy" in text and "onchip          not run: needs an NVIDIA GPU" in text
     with (tmp_path / "kernels.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
