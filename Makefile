@@ -11,8 +11,9 @@ TORCH_VERSIONS  ?= 2.11.0 newest
 # Whatever may run a kernel: everything but the tests of other things.
 TRITON_TESTS    ?= tests \
     $(foreach f,reference benchmarks trainer explain from_scratch ppo_vs_grpo four_ways,--ignore-glob='*/test_$(f)*')
-# What a torch may break by what it traces or differentiates.
-TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/objective/test_config.py
+# What a torch may break by what it traces, differentiates or rounds.
+TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/objective/test_config.py \
+    tests/objective/test_quantile.py tests/reference
 
 # Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from reference.packed import layout_of
-from reference.tensors import as_mask, choose, compute_dtype, masked_mean, per_token
+from reference.tensors import as_mask, choose, clip, compute_dtype, masked_mean, per_token
 from reference.weights import NEED_LENGTH, WEIGHTS, Sizes
 
 TAIL_CLAMP = -1e-7  # log of the largest share that K tokens may have together, where the rest is an outcome
@@ -160,7 +160,7 @@ def outcomes_of(x: Tensor, teacher: Tensor | TopK, temperature: float | Tensor, 
 def rest(logps: Tensor) -> Tensor:
     """(B, T, 1): log of what the K tokens leave to all others."""
     together = logps.logsumexp(-1, keepdim=True)
-    return torch.log(-torch.expm1(together.clamp(max=TAIL_CLAMP)))
+    return torch.log(-torch.expm1(clip(together, -torch.inf, TAIL_CLAMP)))
 
 
 def divergence(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:

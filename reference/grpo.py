@@ -40,7 +40,7 @@ from reference.levels import LEVELS
 from reference.metrics import TERM_METRICS, ratio_metrics, reward_metrics, sampling_metrics
 from reference.packed import Layout, layout_of, sequence_of_token
 from reference.supports import Support, restrict
-from reference.tensors import as_column, as_mask, compute_dtype, masked_mean, per_token
+from reference.tensors import as_column, as_mask, clip, compute_dtype, masked_mean, per_token
 from reference.terms import Tokens, policy_term
 from reference.weights import NEED_LENGTH, WEIGHTS, Sizes
 
@@ -201,7 +201,7 @@ def policy_loss(
     undecided = mask if k.top_entropy_quantile == 1 else entropy_mask(H, mask, k.top_entropy_quantile)
 
     # The policy term.
-    r = LEVELS[k.level](lp, old, mask).clamp(*k.log_ratio_bounds)
+    r = clip(LEVELS[k.level](lp, old, mask), *k.log_ratio_bounds)
     tokens = Tokens(r, lp, old, A, mask, importance_weights)
     loss_t = policy_term(tokens, k, keep & undecided)
 

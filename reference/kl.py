@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from reference.tensors import choose, gradient_of
+from reference.tensors import choose, clip, gradient_of
 
 
 def kl_k1(u: Tensor) -> Tensor:
@@ -56,5 +56,5 @@ def estimate_kl(lp: Tensor, ref: Tensor, estimator: str, clamp: float | None = N
     if clamp is None:
         kl = chosen.value(u)
     else:
-        kl = chosen.value(u.clamp(-20, 20)).clamp(-clamp, clamp)
+        kl = clip(chosen.value(clip(u, -20, 20)), -clamp, clamp)
     return kl.detach() + gradient_of(kl_k2(u)) if chosen.k2_gradient else kl

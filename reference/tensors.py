@@ -45,6 +45,11 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x, 0).sum() / mask.sum().clamp(min=1)
 
 
+def clip(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
+    """x between bounds. On a bound x keeps its gradient, as in torch.clamp up to torch 2.13."""
+    return torch.where((x >= low) & (x <= high), x, x.detach().clamp(low, high))
+
+
 def gradient_of(x: Tensor) -> Tensor:
     """0 with the gradient of x: added to a value that is detached, it makes a straight-through estimator."""
     return torch.where(x.detach().isfinite(), x - x.detach(), 0)

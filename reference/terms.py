@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from reference.knobs import Knobs
-from reference.tensors import gradient_of, masked_sum, sequence_mean
+from reference.tensors import clip, gradient_of, masked_sum, sequence_mean
 
 
 class Tokens(NamedTuple):
@@ -228,7 +228,7 @@ def term_gmpo(x: Tokens, k: Knobs) -> Tensor:
     r = x.lp - x.old
     upper = torch.where(x.A > 0, r.new_tensor(high), torch.inf)
     lower = torch.where(x.A < 0, r.new_tensor(-low), -torch.inf)
-    delta = torch.where(x.A == 0, 0, r.clamp(lower, upper))
+    delta = torch.where(x.A == 0, 0, clip(r, lower, upper))
     log_mean = sequence_mean(delta, x.mask)
     if x.is_weights is not None:
         log_mean = log_mean + sequence_mean(x.is_weights.log().expand(r.shape), x.mask)

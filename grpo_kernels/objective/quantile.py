@@ -10,13 +10,17 @@ from torch import Tensor
 from grpo_kernels.objective.language import constant, jit, on_torch, tl
 from grpo_kernels.objective.ranks import gathered
 
-FP32_COUNT = 1 << 24  # beyond it fp32, which torch.quantile ranks in, skips whole numbers
+# Up to torch 2.13 torch.quantile ranks in fp32, which skips whole numbers from here on; since 2.14 in fp64.
+FP32_COUNT = 1 << 24 if torch.__version__ < (2, 14) else 0
 _FP32_COUNT = constant(FP32_COUNT)
 
 
 @jit
 def rank_of(last, single, double):
-    """The rank q·last, of the last one's number and of the product in fp32 and in fp64; 0 where there is none."""
+    """The rank q·last, of the last one's number and of the product in fp32 and in fp64; 0 where there is none.
+
+    A rank that is off by rounding lies above or below an entry, which then falls on the other side of the threshold.
+    """
     rank = tl.where(last < _FP32_COUNT, single, double)
     return tl.where(rank < 0.0, 0.0, rank)
 

@@ -88,7 +88,7 @@ def test_what_a_gpu_allows():
     x, y = torch.ones(3), on_gpu(3)
     y.copy_(x)
     x.copy_(y)
-    y[torch.tensor([0, 1])] = 2.0
+    y[torch.tensor([0, 1])] = 2 * on_gpu(2)
     assert y[torch.tensor([True, False, True])].is_cuda and (y * torch.tensor(2.0)).is_cuda
     torch.testing.assert_close(y.cpu(), torch.tensor([2.0, 2.0, 1.0]))
     assert y.sum().item() == 5.0 and y.tolist() == [2.0, 2.0, 1.0]
