@@ -298,7 +298,14 @@ def test_roll_shards_the_vocabulary_and_refuses(monkeypatch):
     for strategy in ("megatron_train", "fsdp2_train"):
         recipe.FusedActorWorker(SimpleNamespace(**ROLL), strategy).loss_func(data, logits)
     assert [group for _, group in calls] == ["TP", None]
-    for refused in ({"entropy_loss_coef": 0.1}, {"enable_old_logprobs_recompute": False}):
+    weighted, plain = (SimpleNamespace(is_weight=SimpleNamespace(enabled=on), filters=[]) for on in (True, False))
+    allowed = {"train_infer_correction": plain, "rl_loss_coef": 1.0, "ratio_type": "token", "max_len_mask": False}
+    recipe.FusedActorWorker(SimpleNamespace(**ROLL, **allowed)).loss_func(data, logits)
+    for refused in (
+        {"entropy_loss_coef": 0.1}, {"enable_old_logprobs_recompute": False}, {"train_infer_correction": weighted},
+        {"rl_loss_coef": 0.5}, {"ratio_type": "segment"}, {"importance_sampling": "seq"}, {"pg_variant": "cispo"},
+        {"max_len_mask": True},
+    ):  # fmt: skip
         with pytest.raises(NotImplementedError, match=next(iter(refused))):
             recipe.FusedActorWorker(SimpleNamespace(**{**ROLL, **refused})).loss_func(data, logits)
     with pytest.raises(NotImplementedError, match="context_parallel_size"):
