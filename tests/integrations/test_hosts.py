@@ -97,7 +97,7 @@ def test_slime(case, monkeypatch):
     calls = record(monkeypatch, recipe)
     compare(lambda x: slime_call(args, batch, x, recipe.fused_policy_loss),
             lambda x: slime_call(args, batch, x, host_maths.slime), logits)  # fmt: skip
-    two = args.kl_loss_coef or args.entropy_coef or args.use_tis and not batch.get("log_probs")
+    two = args.kl_loss_coef or args.entropy_coef or (args.use_tis and not batch.get("log_probs"))
     assert calls == [("token_logprobs" if two else "fused_grpo_loss", None)]
 
 
