@@ -35,6 +35,11 @@ class FusedPolicyLoss(nn.Module):
             raise NotImplementedError(
                 f"is_correction_gating={is_correction_gating!r}: not in FusedPolicyLoss. Use 'ratio', or PolicyLoss."
             )
+        if is_correction_level != "off" and (is_correction_level, is_correction_mode) not in CORRECTIONS:
+            raise ValueError(
+                f"is_correction_mode={is_correction_mode!r} with is_correction_level={is_correction_level!r}: OpenRLHF "
+                "masks tokens or sequences, and clips tokens alone."
+            )
         if policy_loss_type not in ("ppo", "gspo"):
             raise ValueError(f"policy_loss_type must be 'ppo' or 'gspo', got {policy_loss_type!r}.")
         self.gspo, self.level, self.mode = policy_loss_type == "gspo", is_correction_level, is_correction_mode

@@ -6,7 +6,7 @@
 Name a copy of this file fused_loss.py, and put it on the PYTHONPATH. See docs/hosts.md.
 
 Written against roll/pipeline/base_worker.py at 015a111, roll/utils/functionals.py at 090ac94,
-roll/distributed/strategy/strategy.py at 005acba.
+roll/distributed/strategy/strategy.py at 005acba, and read again at 8eb27cc: 0.3.0.
 """
 
 import torch
@@ -16,7 +16,9 @@ from grpo_kernels import fused_grpo_loss
 
 REFUSED = ("entropy_loss_coef", "postive_loss_coef", "use_topr_neg_loss_coef", "train_infer_ratio_mask",
            "train_infer_diff_mask", "difficulty_loss_weight", "length_loss_weight",
-           "use_rollout_importance_sampling_ratio", "use_sequence_packing")  # fmt: skip
+           "use_rollout_importance_sampling_ratio", "use_sequence_packing", "max_len_mask", "difficulty_mask",
+           "error_max_len_clip")  # fmt: skip
+SERVED = {"importance_sampling": "token", "ratio_type": "token", "pg_variant": "ppo", "rl_loss_coef": 1}
 
 
 class FusedActorWorker(ActorWorker):
@@ -91,8 +93,11 @@ class FusedActorWorker(ActorWorker):
     def _check(self, data, logits: torch.Tensor) -> None:
         cfg = self.pipeline_config
         refused = [name for name in REFUSED if getattr(cfg, name, 0) or getattr(self.worker_config, name, 0)]
-        if getattr(cfg, "importance_sampling", "token") != "token":
-            refused.append("importance_sampling: seq")
+        given = {name: getattr(cfg, name, served) for name, served in SERVED.items()}
+        refused += [f"{name}: {value}" for name, value in given.items() if value != SERVED[name]]
+        correction = getattr(cfg, "train_infer_correction", None)
+        if correction is not None and correction.is_weight.enabled:
+            refused.append("train_infer_correction.is_weight")
         if refused:
             raise NotImplementedError(f"{', '.join(refused)}: not in FusedActorWorker. Use ROLL's own ActorWorker.")
         if "old_log_probs" not in data.batch or not getattr(cfg, "enable_old_logprobs_recompute", True):

@@ -1,6 +1,7 @@
 """slime: its policy loss, from the logits, with slime's reduction and metric names.
 
-    --loss-type custom_loss --custom-loss-function-path fused_loss.fused_policy_loss
+    --custom-megatron-init-path fused_loss.install
+    --loss-type custom_loss --custom-loss-function-path fused_loss.fused_policy_loss    # another way, see docs/hosts.md
 
 Name a copy of this file fused_loss.py, and put it on the PYTHONPATH. See docs/hosts.md.
 
@@ -22,6 +23,13 @@ ESTIMATORS = ("grpo", "ppo", "gspo", "cispo", "reinforce_plus_plus", "reinforce_
 KL = {"k1": {}, "k2": {}, "k3": {}, "low_var_kl": {"kl_clamp": 10.0}}
 
 
+def install(args: Namespace) -> None:
+    """Puts `fused_policy_loss` in the place of slime's own, which ``--loss-type policy_loss`` calls."""
+    from slime.backends.megatron_utils import loss
+
+    loss.policy_loss_function = fused_policy_loss
+
+
 def fused_policy_loss(
     args: Namespace, batch: dict, logits: torch.Tensor, sum_of_sample_mean: Reducer
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -38,7 +46,7 @@ def fused_policy_loss(
     Returns:
         The loss and what slime logs.
     """
-    config = _config(args, batch)
+    config = _config(args)
     lengths = batch["response_lengths"]
     ends = list(accumulate(batch["total_lengths"]))
     rows = torch.cat([torch.arange(end - n - 1, end - 1) for end, n in zip(ends, lengths)]).to(logits.device)  # (R,)
@@ -56,13 +64,15 @@ def fused_policy_loss(
 
     advantages, own, rollout = joined("advantages"), joined("log_probs"), joined("rollout_log_probs")
     old = rollout if args.use_rollout_logprobs else own
-    mismatch = None
-    if args.use_tis:
-        mismatch = (own - rollout).exp().clamp(args.tis_clip_low, args.tis_clip)
     kl_coef = args.kl_loss_coef if args.use_kl_loss else 0.0
     row_inputs = {"temperature": float(args.rollout_temperature), "return_entropy": True, **_vocab_group()}
 
-    if kl_coef == 0.0 and args.entropy_coef == 0.0:  # a linear reduction is a weight: one pass over the logits
+    def tis() -> torch.Tensor | None:
+        return (own - rollout).exp().clamp(args.tis_clip_low, args.tis_clip) if args.use_tis else None
+
+    waits = args.use_tis and own is None  # for this pass's log-probabilities
+    if kl_coef == 0.0 and args.entropy_coef == 0.0 and not waits:  # a linear reduction is a weight: one pass
+        mismatch = tis()
         bounds = torch.tensor([0, *ends[:-1], T], device=logits.device)
         out = fused_grpo_loss(
             logits[0], spread(ids), spread(advantages), completion_mask=spread(kept), cu_seqlens=bounds,
@@ -74,6 +84,8 @@ def fused_policy_loss(
     else:
         new = token_logprobs(logits[0], spread(ids), mask=spread(kept), **row_inputs)
         logps, entropy = new.logps[rows], new.entropy[rows]
+        own = logps.detach() if own is None else own
+        mismatch = tis()
         bounds = torch.tensor([0, *accumulate(lengths)], device=logits.device)
         out = policy_loss(logps, advantages, old_logps=old, completion_mask=kept, cu_seqlens=bounds,
                           importance_weights=mismatch, reduction="none", **config)  # fmt: skip
@@ -97,15 +109,15 @@ def fused_policy_loss(
     if rollout is not None:
         values["train_rollout_logprob_abs_diff"] = ((logps if args.use_rollout_logprobs else old) - rollout).abs()
     if mismatch is not None:
-        tis = (own - rollout).exp()
-        values |= {"ois": ratio, "tis": tis, "tis_abs": (tis - 1).abs(), "tis_clipfrac": (tis != mismatch).float()}
+        full = (own - rollout).exp()
+        values |= {"ois": ratio, "tis": full, "tis_abs": (full - 1).abs(), "tis_clipfrac": (full != mismatch).float()}
     if batch.get("opd_reverse_kl"):  # its share of the advantages has been taken off by slime
         values["opd_reverse_kl"] = joined("opd_reverse_kl")
     log = {"loss": loss, **terms} | {name: sum_of_sample_mean(value) for name, value in values.items()}
     return loss, {name: value.detach() for name, value in log.items()}
 
 
-def _config(args: Namespace, batch: dict) -> dict:
+def _config(args: Namespace) -> dict:
     """slime's arguments in this package's words; an error for those that it has none for."""
     refused = {
         "--context-parallel-size above 1": mpu.get_context_parallel_world_size() > 1,
@@ -115,7 +127,6 @@ def _config(args: Namespace, batch: dict) -> dict:
         "--use-score-centering": getattr(args, "use_score_centering", False),
         "--use-unbiased-kl": getattr(args, "use_unbiased_kl", False),
         "--get-mismatch-metrics without --use-tis": getattr(args, "get_mismatch_metrics", False) and not args.use_tis,
-        "--use-tis without the trainer's own log-probabilities": args.use_tis and not batch.get("log_probs"),
         f"--advantage-estimator {args.advantage_estimator}": args.advantage_estimator not in ESTIMATORS,
         "--custom-tis-function-path": args.use_tis and getattr(args, "custom_tis_function_path", None),
         "--custom-pg-loss-reducer-function-path": getattr(args, "custom_pg_loss_reducer_function_path", None),

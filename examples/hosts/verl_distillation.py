@@ -13,7 +13,7 @@ from verl.trainer.distillation import losses
 
 from grpo_kernels import TopK, distillation_loss, token_logprobs
 
-STRATEGIES = ("fsdp", "veomni")
+STRATEGIES = ("fsdp", "fsdp2", "veomni")
 
 
 def fused_topk_loss(

@@ -12,7 +12,7 @@ PROBE = 8  # tokens that a model's own logits are compared on
 TOLERANCE = 0.02  # of the largest logit; bf16 rounds it by 0.004
 FINE = 0.05  # of that, for fp32: a softcap far above the logits of the probe bends them by little
 # As the configs of transformers name them; the first that is set counts.
-SCALES = ("logit_scale", "lm_head_multiplier")  # Cohere; Falcon-H1
+SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")  # Cohere; Muse; Falcon-H1
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")  # Gemma; RecurrentGemma; xLSTM
 
 
@@ -46,8 +46,9 @@ def body(model: PreTrainedModel) -> nn.Module:
 def named_head(model: PreTrainedModel) -> ModelHead:
     """The head of a causal model, by the names that transformers has for scales and caps."""
     config = model.config.get_text_config()
-    scale = (_first(config, SCALES) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)  # Granite divides
-    return ModelHead(float(scale), _first(config, SOFTCAPS))
+    scaling = getattr(config, "logits_scaling", None) or 1.0
+    scaling = scaling if config.model_type == "hyperclovax" else 1 / scaling  # HyperCLOVA X multiplies, Granite divides
+    return ModelHead(float((_first(config, SCALES) or 1.0) * scaling), _first(config, SOFTCAPS))
 
 
 def find_head(model: PreTrainedModel) -> ModelHead:

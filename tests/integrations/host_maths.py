@@ -54,7 +54,8 @@ def slime(args, batch, logits, reduce):
     log = {}
     if args.use_tis:
         rollout = torch.cat(batch["rollout_log_probs"]).double()
-        tis = (torch.cat(batch["log_probs"]).double() - rollout).exp()
+        own = torch.cat(batch["log_probs"]).double() if batch.get("log_probs") else logps.detach()
+        tis = (own - rollout).exp()
         weight = tis.clamp(args.tis_clip_low, args.tis_clip)
         pg = pg * weight
         log = {"ois": ratio, "tis": tis, "tis_abs": (tis - 1).abs(), "tis_clipfrac": (tis != weight).double()}

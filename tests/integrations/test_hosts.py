@@ -40,6 +40,8 @@ SLIME_CASES = {
     "the sampler's": {"use_rollout_logprobs": True},
     "on-policy": {"log_probs": None},
     "on-policy, kl": {"log_probs": None, "use_kl_loss": True, "kl_loss_coef": 0.1},
+    "on-policy, tis": {"log_probs": None, "use_tis": True},
+    "the sampler's, tis": {"log_probs": None, "use_tis": True, "use_rollout_logprobs": True},
 }
 
 
@@ -78,12 +80,12 @@ def slime_call(args, batch, logits, function):
     return loss, log
 
 
-def slime_recipe(monkeypatch, tp=1, cp=1):
+def slime_recipe(monkeypatch, tp=1, cp=1, **more):
     mpu = SimpleNamespace(
         get_tensor_model_parallel_world_size=lambda: tp, get_tensor_model_parallel_group=lambda: "the TP group",
         get_context_parallel_world_size=lambda: cp,
     )  # fmt: skip
-    return load(monkeypatch, "slime", megatron__core={"mpu": mpu})
+    return load(monkeypatch, "slime", megatron__core={"mpu": mpu}, **more)
 
 
 @pytest.mark.parametrize("case", SLIME_CASES)
@@ -95,7 +97,17 @@ def test_slime(case, monkeypatch):
     calls = record(monkeypatch, recipe)
     compare(lambda x: slime_call(args, batch, x, recipe.fused_policy_loss),
             lambda x: slime_call(args, batch, x, host_maths.slime), logits)  # fmt: skip
-    assert calls == [("token_logprobs" if args.kl_loss_coef or args.entropy_coef else "fused_grpo_loss", None)]
+    two = args.kl_loss_coef or args.entropy_coef or (args.use_tis and not batch.get("log_probs"))
+    assert calls == [("token_logprobs" if two else "fused_grpo_loss", None)]
+
+
+def test_slime_takes_it_over(monkeypatch):
+    """slime's `loss_function` finds `policy_loss_function` among the globals of its module when it is called."""
+    recipe = slime_recipe(monkeypatch, slime__backends__megatron_utils={"loss": SimpleNamespace()})
+    recipe.install(SimpleNamespace(**SLIME))
+    from slime.backends.megatron_utils import loss
+
+    assert loss.policy_loss_function is recipe.fused_policy_loss
 
 
 @pytest.mark.parametrize("case", ("grpo", "kl"))
@@ -116,9 +128,6 @@ def test_slime_refuses(refused, monkeypatch):
     args, (batch, logits) = SimpleNamespace(**{**SLIME, **refused}), slime_batch()
     with pytest.raises(NotImplementedError, match=next(iter(refused)).replace("_", "-")):
         slime_call(args, batch, logits, slime_recipe(monkeypatch).fused_policy_loss)
-    args = SimpleNamespace(**{**SLIME, "use_tis": True})
-    with pytest.raises(NotImplementedError, match="--use-tis"):
-        slime_call(args, {**batch, "log_probs": None}, logits, slime_recipe(monkeypatch).fused_policy_loss)
     with pytest.raises(NotImplementedError, match="--context-parallel-size"):
         slime_call(args, batch, logits, slime_recipe(monkeypatch, cp=2).fused_policy_loss)
 
@@ -298,7 +307,14 @@ def test_roll_shards_the_vocabulary_and_refuses(monkeypatch):
     for strategy in ("megatron_train", "fsdp2_train"):
         recipe.FusedActorWorker(SimpleNamespace(**ROLL), strategy).loss_func(data, logits)
     assert [group for _, group in calls] == ["TP", None]
-    for refused in ({"entropy_loss_coef": 0.1}, {"enable_old_logprobs_recompute": False}):
+    weighted, plain = (SimpleNamespace(is_weight=SimpleNamespace(enabled=on), filters=[]) for on in (True, False))
+    allowed = {"train_infer_correction": plain, "rl_loss_coef": 1.0, "ratio_type": "token", "max_len_mask": False}
+    recipe.FusedActorWorker(SimpleNamespace(**ROLL, **allowed)).loss_func(data, logits)
+    for refused in (
+        {"entropy_loss_coef": 0.1}, {"enable_old_logprobs_recompute": False}, {"train_infer_correction": weighted},
+        {"rl_loss_coef": 0.5}, {"ratio_type": "segment"}, {"importance_sampling": "seq"}, {"pg_variant": "cispo"},
+        {"max_len_mask": True},
+    ):  # fmt: skip
         with pytest.raises(NotImplementedError, match=next(iter(refused))):
             recipe.FusedActorWorker(SimpleNamespace(**{**ROLL, **refused})).loss_func(data, logits)
     with pytest.raises(NotImplementedError, match="context_parallel_size"):

@@ -94,6 +94,18 @@ def test_verl(case, padded, monkeypatch):
     compare(run, lambda x: whole(host_maths.verl_topk(settings, data, x)), logits)
 
 
+@pytest.mark.parametrize("strategy", ("fsdp2", "veomni"))
+def test_verl_of_each_strategy(strategy, monkeypatch):
+    """verl 0.9.1 computes one loss for the three of them."""
+    recipe, (data, _, _, _, logits) = verl_recipe(monkeypatch), verl_batch()
+    settings = SimpleNamespace(distillation_loss=SimpleNamespace(**VERL_CASES["default"]))
+    want, got = (
+        recipe.fused_topk_loss(SimpleNamespace(strategy=name), settings, data, logits, "thd")["distillation_losses"]
+        for name in ("fsdp", strategy)
+    )
+    assert torch.equal(got, want)
+
+
 def test_verl_refuses(monkeypatch):
     recipe, (data, _, _, _, logits) = verl_recipe(monkeypatch), verl_batch()
     settings = SimpleNamespace(distillation_loss=SimpleNamespace(**VERL_CASES["default"]))

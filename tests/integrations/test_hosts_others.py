@@ -158,3 +158,8 @@ def test_openrlhf_refuses(monkeypatch):
     recipe = load(monkeypatch, "openrlhf")
     with pytest.raises(NotImplementedError, match="is_correction_gating"):
         recipe.FusedPolicyLoss(is_correction_level="token", is_correction_gating="tv")
+    for policy_loss_type in ("ppo", "gspo"):  # as OpenRLHF
+        with pytest.raises(ValueError, match="clips tokens alone"):
+            recipe.FusedPolicyLoss(
+                is_correction_level="seq", is_correction_mode="clip", policy_loss_type=policy_loss_type
+            )

@@ -19,6 +19,7 @@ from transformers import (
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    HyperCLOVAXConfig,
     LlamaConfig,
     MambaConfig,
     PhiConfig,
@@ -141,6 +142,7 @@ def test_the_budget_is_of_logits_and_gradient():
         (GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2), ModelHead()),
         (CohereConfig(**SIZES, logit_scale=0.25), ModelHead(0.25)),
         (GraniteConfig(**SIZES, logits_scaling=4.0), ModelHead(0.25)),
+        (HyperCLOVAXConfig(**SIZES, logits_scaling=4.0), ModelHead(4.0)),
         (Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=0.5), ModelHead(1.0, 0.5)),
         (RecurrentGemmaConfig(**SIZES, lru_width=32, block_types=["attention"], logits_soft_cap=3.0),
          ModelHead(1.0, 3.0)),
@@ -155,6 +157,13 @@ def test_heads_of_transformers(config, wanted):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).train()
     assert find_head(model) == wanted and model.training
+
+
+def test_a_multiplier_of_the_output(policy):
+    """As Muse's configs name their scale."""
+    policy.config.output_multiplier = 0.2
+    with_another_scale(policy, 0.2)
+    assert find_head(policy) == ModelHead(0.2)
 
 
 @pytest.fixture
