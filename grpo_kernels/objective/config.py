@@ -259,6 +259,12 @@ _TRL_ESTIMATORS = {"sum_then_normalize": "group", "normalize_then_sum": "gdpo"}
 
 
 def _trl_fields(args: object) -> dict:
+    kind = type(args)
+    if kind.__module__.startswith("trl.") and kind.__name__ != "GRPOConfig":
+        raise ValueError(
+            f"from_trl takes the GRPOConfig of a GRPOTrainer, got TRL's {kind.__name__}, whose trainer has another "
+            "loss. The keywords for the losses of TRL's other trainers are in docs/trl-and-verl.md."
+        )
     if getattr(args, "use_adaptive_entropy", False):
         raise ValueError(
             "use_adaptive_entropy changes entropy_coef while training: build the config without it, and pass each "

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from cases import BACKENDS, make_case, ours
+from grpo_kernels import LossConfig
 from tolerance import assert_within, bounds
 
 pytest.importorskip("trl", reason="parity needs TRL 1.16, which needs Python 3.11")
@@ -116,3 +117,17 @@ def test_iw_opd():
     before = gap.abs().cumsum(1) - gap.abs()
     advantages = (1 + gamma * (1 - before / gap.abs().sum(1, keepdim=True))) * gap
     check(case, loss, x, advantages=advantages.float(), loss_type="reinforce")
+
+
+def test_from_trl_takes_the_arguments_of_no_other_trainer(tmp_path):
+    from trl import GRPOConfig, RLOOConfig
+    from trl.experimental.gmpo import GMPOConfig
+
+    class Own(GRPOConfig):
+        pass
+
+    given = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "temperature": 1.0}
+    assert LossConfig.from_trl(Own(**given)).loss_type == "dapo"
+    for other in (GMPOConfig, RLOOConfig):
+        with pytest.raises(ValueError, match=f"TRL's {other.__name__}, whose trainer.*docs/trl-and-verl.md"):
+            LossConfig.from_trl(other(**given))
