@@ -363,7 +363,7 @@ def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int
     low, high = completion_ids.aminmax()
     if low.item() >= 0 and high.item() < V:
         return
-    outside = (completion_ids < 0) | (completion_ids >= V)
+    outside = (completion_ids < 0) | (completion_ids.long() >= V)  # V may lie beyond a narrow dtype's numbers
     if mask is not None:
         outside &= mask != 0
     if bool(outside.any()):

@@ -132,6 +132,7 @@ def check_teacher(teacher: torch.Tensor | TopK, student: torch.Tensor) -> None:
 
 def check_told(ids: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Values of a `TopK`: ids inside the vocabulary, none twice in a row, log-probabilities of at most 0."""
+    ids = ids.long()  # V may lie beyond the numbers of a narrow dtype
     here = (ids >= 0) & (logps != -math.inf)
     if mask is not None:
         here = here & (mask != 0)[..., None]
@@ -142,7 +143,7 @@ def check_told(ids: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor | None
             f"teacher.token_ids[{', '.join(map(str, where))}] = {ids[tuple(where)].item()} is outside the student's "
             f"vocabulary of {V}. Check that both models share their tokens."
         )
-    ordered = torch.where(here, ids.long(), torch.arange(-ids.shape[-1], 0, device=ids.device)).sort(-1)[0]
+    ordered = torch.where(here, ids, torch.arange(-ids.shape[-1], 0, device=ids.device)).sort(-1)[0]
     twice = (ordered.diff(dim=-1) == 0).any(-1)
     if bool(twice.any()):
         where = twice.nonzero()[0].tolist()

@@ -68,6 +68,11 @@ def _where(condition, a, b):
     return torch.where(condition, a, b)
 
 
+def _max(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """The largest along an axis, −∞ where it has no entry."""
+    return x.amax(axis) if x.shape[axis] else x.sum(axis) - torch.inf
+
+
 _TORCH_LANGUAGE = types.SimpleNamespace(
     exp=torch.exp,
     exp2=torch.exp2,
@@ -77,7 +82,7 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
     abs=torch.abs,
     where=_where,
     sum=lambda x, axis: x.sum(axis),
-    max=lambda x, axis: x.amax(axis),
+    max=_max,
     constexpr=None,
 )
 
