@@ -48,7 +48,7 @@ class Pairs:
         """(n, K) of (B, T, K)."""
         if x is None:
             return None
-        x = x.reshape(-1, x.shape[-1])
+        x = x.flatten(0, 1)
         return x if self.rows.index is None else x.index_select(0, self.rows.index)
 
     def __iter__(self):

@@ -5,7 +5,7 @@ import torch
 
 from cases import BACKENDS, DEVICE
 from distillation_cases import BETAS, TEACHERS, make_pair, ours, wanted
-from grpo_kernels import TopK, distillation_loss, token_logprobs
+from grpo_kernels import TopK, distillation_loss, fused_linear_distillation_loss, token_logprobs
 from tolerance import U, assert_within
 
 
@@ -44,6 +44,21 @@ def test_a_teacher_that_tells_no_token(tail, beta, backend):
     out, grad = ours(pair, backend, beta=beta)
     assert torch.equal(out.loss, want.loss) and torch.equal(grad, want_grad)
     assert torch.equal(out.entropy, want.entropy)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", ((2, 3), (2, 0)), ids=str)
+@pytest.mark.parametrize("tail", (True, False, None), ids=str)
+def test_hidden_states_and_a_teacher_that_tells_no_token(tail, shape, backend):
+    leaves = [torch.randn(*size, device=DEVICE, requires_grad=True) for size in ((*shape, 4), (7, 4))]
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]], device=DEVICE)[:, : shape[1]]
+    found = []
+    for K in (0, 2):
+        told = TopK(torch.full((*shape, K), -1, device=DEVICE), torch.zeros(*shape, K, device=DEVICE))
+        for kept in (None, mask):
+            out = fused_linear_distillation_loss(*leaves, told, tail=tail, completion_mask=kept, backend=backend)
+            found.append((out.loss.detach(), *torch.autograd.grad(out.loss, leaves)))
+    assert all(map(torch.equal, [*found[0], *found[1]], [*found[2], *found[3]]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
