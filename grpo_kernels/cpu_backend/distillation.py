@@ -67,7 +67,7 @@ def _weights(like: Batch, batch: DistillationBatch) -> Tensor:
 
 def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T: int, up: Tensor | None) -> Tensor:
     B, _, V = logits.shape
-    values = torch.zeros(3, B, T, device=logits.device)
+    values = torch.zeros(3, B, T, dtype=torch.float32, device=logits.device)
     like, flat = _like(values[0], batch), values.view(3, B * T)
     read = None if batch.mask is None else batch.mask != 0
     if batch.cu is not None:
