@@ -62,12 +62,13 @@ def split_targets(
 
 def _is_several(ids: object, scored: object) -> bool:
     """Whether ids are (B, T, K), or (N, K). Shapes that fit nothing go to the checks of ids (B, T) and (N,)."""
-    if not (isinstance(ids, Tensor) and isinstance(scored, Tensor) and ids.dim() == scored.dim() in (2, 3)):
+    if not (isinstance(ids, Tensor) and isinstance(scored, Tensor)) or ids.dim() not in (2, 3):
         return False
+    checks.check_tensor("completion_ids", ids)
     if ids.dim() == 2:
-        return ids.shape[0] == scored.shape[0]
+        return scored.dim() == 2 and ids.shape[0] == scored.shape[0]
     B, T = ids.shape[:2]
-    if tuple(scored.shape[:2]) not in ((B, T), (B, T + 1)):
+    if scored.dim() != 3 or tuple(scored.shape[:2]) not in ((B, T), (B, T + 1)):
         raise ValueError(
             "completion_ids must be (B, T), or packed (N,), or of several targets per row (B, T, K), packed (N, K); "
             f"got {tuple(ids.shape)} for {tuple(scored.shape)}. [b, t, k] is scored by what stands in [b, t]."
