@@ -188,7 +188,7 @@ def linear_token_logprobs(
         return_entropy=return_entropy, accumulate_in_fp32=accumulate_in_fp32, gather_head=gather_head
     )
     weight, bias = head_tensors(weight, bias)
-    completion_ids, targets = split_targets(completion_ids, hidden, support)
+    completion_ids, targets = split_targets(completion_ids, hidden, support, of_tokens=(mask, temperature))
     layout = check_hidden(hidden, weight, bias, completion_ids, None)
     fp32_logits = check_logits_dtype(logits_dtype, hidden)
     checks.check_mask("mask", mask, hidden, layout)
