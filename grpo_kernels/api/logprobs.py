@@ -64,8 +64,9 @@ def token_logprobs(
         ValueError: wrong shape, stride, device, value or combination. TypeError: wrong dtype.
         IndexError: on the CPU, an unmasked id, or one of a support, outside the vocabulary (on a GPU its row is NaN).
     """
+    checks.check_flags(return_entropy=return_entropy)
     vocab_group = checks.check_vocab_group(vocab_group)
-    completion_ids, targets = split_targets(completion_ids, logits, support, vocab_group)
+    completion_ids, targets = split_targets(completion_ids, logits, support, vocab_group, (mask, temperature))
     layout = checks.check_logits(logits, completion_ids, part=vocab_group is not None)
     checks.check_mask("mask", mask, logits, layout)
     temperature = checks.check_temperature(temperature, logits, layout)

@@ -120,6 +120,7 @@ def fused_grpo_loss(
         RuntimeError: double backward.
     """
     config = resolve_config(config, overrides)
+    checks.check_flags(inplace=inplace, skip_zero_advantage=skip_zero_advantage, return_entropy=return_entropy)
     vocab_group = checks.check_vocab_group(vocab_group)
     layout = checks.check_logits(logits, completion_ids, cu_seqlens, part=vocab_group is not None)
     temperature = checks.check_temperature(temperature, logits, layout)

@@ -185,7 +185,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
 
 def given_slopes(g: Tensor | None, h: Tensor | None, ids: Tensor) -> tuple[Tensor, Tensor | None]:
     """∂L/∂lp and ∂L/∂H as the kernels read them."""
-    g = torch.zeros(ids.shape, device=ids.device) if g is None else g.contiguous()
+    g = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device) if g is None else g.contiguous()
     return g, None if h is None else h.contiguous()
 
 

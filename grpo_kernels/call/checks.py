@@ -18,6 +18,16 @@ _MASKS = (torch.bool, *_INTEGERS, *LOGITS_DTYPES, torch.float64)
 def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
+    if value.is_nested or value.layout is not torch.strided:
+        kind = "nested" if value.is_nested else value.layout
+        raise TypeError(f"{name} must be a dense tensor, got a {kind} one. Pad it, or pass {name}.to_dense().")
+
+
+def check_flags(**flags: object) -> None:
+    """Each True or False."""
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
 
 
 def is_integer(x: torch.Tensor) -> bool:
@@ -276,7 +286,7 @@ def check_temperature(
         temperature = temperature.float().reshape(1, 1)
     else:
         check_float("temperature", temperature, logits, {**layout.per_token, **layout.per_sequence})
-    if validates(logits.device) and not torch.compiler.is_compiling() and not bool((temperature > 0).all()):
+    if validates(logits.device) and not torch.compiler.is_compiling() and not bool((temperature.float() > 0).all()):
         raise ValueError("temperature must be above 0 everywhere, masked tokens included (1 will do there).")
     return temperature
 
@@ -343,16 +353,20 @@ def check_parts(tokens: list[int]) -> None:
         )
 
 
-def check_vocab_group(group: object) -> object | None:
-    """A process group of more than one rank, or None."""
+def check_group(name: str, group: object) -> None:
     if group is None:
-        return None
+        return
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
-            f"vocab_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}. From a device mesh: "
+            f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}. From a device mesh: "
             'mesh.get_group("tp").'
         )
-    return group if group.size() > 1 else None
+
+
+def check_vocab_group(group: object) -> object | None:
+    """A process group of more than one rank, or None."""
+    check_group("vocab_group", group)
+    return None if group is None or group.size() == 1 else group
 
 
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
@@ -363,7 +377,7 @@ def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int
     low, high = completion_ids.aminmax()
     if low.item() >= 0 and high.item() < V:
         return
-    outside = (completion_ids < 0) | (completion_ids >= V)
+    outside = (completion_ids < 0) | (completion_ids.long() >= V)  # V may lie beyond a narrow dtype's numbers
     if mask is not None:
         outside &= mask != 0
     if bool(outside.any()):

@@ -55,7 +55,7 @@ def _reward_shapes(rewards: object, layout: Layout) -> dict[str, tuple]:
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in ("mean", "none"):
+    if not isinstance(reduction, str) or reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
 
 

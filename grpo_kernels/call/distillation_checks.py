@@ -35,7 +35,7 @@ def check_beta(beta: float) -> float:
 def check_choices(tail: object, loss_agg_mode: str) -> None:
     if not (tail is None or isinstance(tail, bool)):
         raise ValueError(f"tail must be True, False or None, got {tail!r}.")
-    if loss_agg_mode not in AGGREGATIONS:
+    if not isinstance(loss_agg_mode, str) or loss_agg_mode not in AGGREGATIONS:
         raise ValueError(f"loss_agg_mode must be one of {', '.join(map(repr, AGGREGATIONS))}, got {loss_agg_mode!r}.")
 
 
@@ -75,14 +75,15 @@ def check_rows(
         if cu_seqlens is None:
             raise ValueError("packed input needs cu_seqlens, (S+1,): the bounds of its sequences, from 0 to N.")
         return checks.check_layout((student.shape[0],), cu_seqlens, student)
-    if mask is not None and isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        T = mask.shape[1]
+    asked = ""
+    if isinstance(mask, torch.Tensor) and not mask.is_nested and mask.dim() == 2:
+        T, asked = mask.shape[1], f" of completion_mask {tuple(mask.shape)}"
     else:
         T = told.shape[1] if few else min(student.shape[1], told.shape[1])
     rows = (T,) if few else (T, T + 1)
     if student.shape[1] not in (T, T + 1) or told.shape[0] != student.shape[0] or told.shape[1] not in rows:
         raise ValueError(
-            f"the teacher must have a row for each of the {student.shape[0]}×{T} tokens, and {name} too, or one "
+            f"the teacher must have a row for each of the {student.shape[0]}×{T} tokens{asked}, and {name} too, or one "
             f"position more per sequence; got {tuple(told.shape)} and {tuple(student.shape)}."
         )
     return checks.check_layout((student.shape[0], T), cu_seqlens, student)
@@ -132,6 +133,7 @@ def check_teacher(teacher: torch.Tensor | TopK, student: torch.Tensor) -> None:
 
 def check_told(ids: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:
     """Values of a `TopK`: ids inside the vocabulary, none twice in a row, log-probabilities of at most 0."""
+    ids = ids.long()  # V may lie beyond the numbers of a narrow dtype
     here = (ids >= 0) & (logps != -math.inf)
     if mask is not None:
         here = here & (mask != 0)[..., None]
@@ -142,7 +144,7 @@ def check_told(ids: torch.Tensor, logps: torch.Tensor, mask: torch.Tensor | None
             f"teacher.token_ids[{', '.join(map(str, where))}] = {ids[tuple(where)].item()} is outside the student's "
             f"vocabulary of {V}. Check that both models share their tokens."
         )
-    ordered = torch.where(here, ids.long(), torch.arange(-ids.shape[-1], 0, device=ids.device)).sort(-1)[0]
+    ordered = torch.where(here, ids, torch.arange(-ids.shape[-1], 0, device=ids.device)).sort(-1)[0]
     twice = (ordered.diff(dim=-1) == 0).any(-1)
     if bool(twice.any()):
         where = twice.nonzero()[0].tolist()

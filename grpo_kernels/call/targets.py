@@ -25,11 +25,13 @@ class Flat(NamedTuple):
 
 
 def split_targets(
-    completion_ids: Tensor | Targets, scored: Tensor, support: object, vocab_group: object = None
-) -> tuple[Tensor, Flat | None]:
+    completion_ids: Tensor | Targets, scored: Tensor, support: object, vocab_group: object = None,
+    of_tokens: Sequence[object] = (),
+) -> tuple[Tensor, Flat | None]:  # fmt: skip
     """(ids (B, T) or (N,), None); or of several targets per row something of that shape, and the targets.
 
     ``scored``: the logits, or the hidden states that they are made of, whose dimensions tell (B, T) from (N, K).
+    ``of_tokens``: what may be (B, T), which tells T of lists where there is no sequence.
 
     Raises:
         ValueError: several targets, with ``support`` or ``vocab_group``; `Targets` of a wrong number of rows.
@@ -38,7 +40,7 @@ def split_targets(
     if isinstance(completion_ids, Targets):
         shape = (len(completion_ids),)
         if dim == 3:
-            shape = _padded_shape(len(completion_ids), scored)
+            shape = _padded_shape(len(completion_ids), scored, of_tokens)
         ids, offsets = completion_ids.token_ids, completion_ids.offsets
         tokens, flat = offsets[1:].reshape(shape), Flat(ids, offsets, ids.shape)
     elif _is_several(completion_ids, scored):
@@ -62,12 +64,13 @@ def split_targets(
 
 def _is_several(ids: object, scored: object) -> bool:
     """Whether ids are (B, T, K), or (N, K). Shapes that fit nothing go to the checks of ids (B, T) and (N,)."""
-    if not (isinstance(ids, Tensor) and isinstance(scored, Tensor) and ids.dim() == scored.dim() in (2, 3)):
+    if not (isinstance(ids, Tensor) and isinstance(scored, Tensor)) or ids.dim() not in (2, 3):
         return False
+    checks.check_tensor("completion_ids", ids)
     if ids.dim() == 2:
-        return ids.shape[0] == scored.shape[0]
+        return scored.dim() == 2 and ids.shape[0] == scored.shape[0]
     B, T = ids.shape[:2]
-    if tuple(scored.shape[:2]) not in ((B, T), (B, T + 1)):
+    if scored.dim() != 3 or tuple(scored.shape[:2]) not in ((B, T), (B, T + 1)):
         raise ValueError(
             "completion_ids must be (B, T), or packed (N,), or of several targets per row (B, T, K), packed (N, K); "
             f"got {tuple(ids.shape)} for {tuple(scored.shape)}. [b, t, k] is scored by what stands in [b, t]."
@@ -75,9 +78,10 @@ def _is_several(ids: object, scored: object) -> bool:
     return True
 
 
-def _padded_shape(N: int, scored: Tensor) -> tuple[int, int]:
+def _padded_shape(N: int, scored: Tensor, of_tokens: Sequence[object]) -> tuple[int, int]:
     B, rows = scored.shape[:2]
-    T = N // B if B else rows
+    told = [x.shape[1] for x in of_tokens if isinstance(x, Tensor) and tuple(x.shape) in ((B, rows), (B, rows - 1))]
+    T = N // B if B else [*told, rows][0]
     if B * T != N or T not in (rows, rows - 1):
         raise ValueError(
             f"Targets must have a row per token, B·T = {B * rows}, or {B * (rows - 1)} without the last position of "

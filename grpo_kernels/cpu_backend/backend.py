@@ -99,6 +99,6 @@ def scale(grad: torch.Tensor, out: torch.Tensor, up: torch.Tensor) -> None:
 
 def _zeros(batch: Batch, entropy: bool, unread: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """For log-probabilities and entropies (B, T), NaN where an unmasked row is not read; empty if not asked for."""
-    logps = torch.zeros(batch.ids.shape, device=batch.ids.device)
+    logps = torch.zeros(batch.ids.shape, dtype=torch.float32, device=batch.ids.device)
     logps = logps if unread is None else logps.masked_fill_(unread, torch.nan)
     return logps, logps.clone() if entropy else logps.new_empty(0)

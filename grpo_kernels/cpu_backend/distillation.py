@@ -67,7 +67,7 @@ def _weights(like: Batch, batch: DistillationBatch) -> Tensor:
 
 def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan, T: int, up: Tensor | None) -> Tensor:
     B, _, V = logits.shape
-    values = torch.zeros(3, B, T, device=logits.device)
+    values = torch.zeros(3, B, T, dtype=torch.float32, device=logits.device)
     like, flat = _like(values[0], batch), values.view(3, B * T)
     read = None if batch.mask is None else batch.mask != 0
     if batch.cu is not None:
@@ -82,6 +82,8 @@ def _rows(logits, teacher, out, batch: DistillationBatch, plan: DistillationPlan
         g = g.reshape(-1, 1)
     read = None if read is None or bool(read.all()) else read
     if B * T == 0:
+        if out is not None:
+            out.zero_()  # without a token there is the last position still
         return values
     heat = batch.temperature
     heat = batch.one_temperature if heat is None else expand(heat.float(), like).reshape(-1, 1)
@@ -159,16 +161,17 @@ def _few(source, at, ids, logps, inverse, batch: DistillationBatch, plan: Distil
     """`_whole` of a teacher that has told K tokens (n, K); without the rest only their logits are read."""
     V = source.shape[1]
     scale, cap = inverse * batch.student.factor, batch.student.cap
-    log_q = logps.float() / LN2
+    ids, log_q = ids.long(), logps.float() / LN2
     here = (ids >= 0) & (log_q != -torch.inf)
     known = here & (ids < V)
     rows = torch.arange(at.start, at.stop, device=ids.device) if isinstance(at, slice) else at
-    rows, ids = rows[:, None].expand(ids.shape), torch.where(known, ids, 0).long()
+    rows, ids = rows[:, None].expand(ids.shape), torch.where(known, ids, 0)
     x = _capped(source[rows, ids].float().masked_fill_(here & ~known, torch.nan), cap)
-    student, log_p = None, x * scale
     if plan.whole_student:
         student = _row(source[at], scale, cap)
         log_p = (x - student.top) * scale - student.log_total
+    else:
+        student, log_p = None, (x - on_torch(divergence.highest)(x.T, here.T)[:, None]) * scale
     log_p, log_q = (torch.where(here, y, -torch.inf).T for y in (log_p, log_q))
     value, d, others, entropy, teacher_entropy = on_torch(divergence.compare)(
         log_p, log_q, here.T, batch.beta, plan.mixed, plan.by_teacher, plan.outcomes == "rest", plan.outcomes == "few"

@@ -52,11 +52,11 @@ def read_rows(
     V, T, part, whole = logits.shape[2], batch.ids.shape[1], stats is not None, stats if out is not None else None
     pieces = row_pieces(logits, out, read, T, height := max(1, min(CHUNK_ELEMENTS // V, batch.ids.numel())))
     cap = batch.cap
-    buffers = torch.empty(1 + entropy + (cap is not None), height, V, device=logits.device)
+    buffers = torch.empty(1 + entropy + (cap is not None), height, V, dtype=torch.float32, device=logits.device)
     every_id = batch.ids.reshape(-1, 1).long()
     temperatures, number = None, batch.one_temperature
     if number != 1.0:
-        temperatures = torch.full(every_id.shape, number, device=logits.device)
+        temperatures = torch.full(every_id.shape, number, dtype=torch.float32, device=logits.device)
     if batch.temperature is not None:
         temperatures = expand(batch.temperature.float(), batch).reshape(-1, 1)
     shifted = part or entropy or temperatures is not None
@@ -167,7 +167,7 @@ def row_pieces(logits: Tensor, out: Tensor | None, read: Tensor | None, T: int, 
                 end = min(start + height, step * T)
                 pieces.append((*blocks, slice(start, end), slice(first * T + start, first * T + end)))
             continue
-        block = torch.ones(step, T, device=logits.device) if read is None else read[first : first + step]
+        block = logits.new_ones(step, T, dtype=torch.bool) if read is None else read[first : first + step]
         seq, tok = block.nonzero(as_tuple=True)
         for place, tokens in zip((seq * rows + tok).split(height), ((seq + first) * T + tok).split(height)):
             if len(place):

@@ -114,7 +114,8 @@ def objective(
         chosen = (batch.threshold <= entropies) & (True if live is None else live)
         keep = chosen if keep is None else keep & chosen
     if keep is not None:
-        tokens = tokens._replace(trust=torch.where(keep, 1.0 if tokens.trust is None else tokens.trust, 0.0))
+        trust = keep.float() if tokens.trust is None else torch.where(keep, tokens.trust, 0.0)
+        tokens = tokens._replace(trust=trust)
     r_shared, own_shared = (None if x is None else expand(x, batch) for x in (r_seq, statistic))
     loss, kl, d_term, d_ratio, d_lp, r = token_loss(tokens, lp, batch, plan, r_shared, own_shared)
 

@@ -238,7 +238,7 @@ def _tokens_of(part: Batch, start: int, end: int) -> Batch:
 
 
 def _empty(head: ChunkedHead, entropy: bool) -> tuple[Tensor, Tensor]:
-    logps = torch.empty(head.count, device=head.weight.device)
+    logps = torch.empty(head.count, dtype=torch.float32, device=head.weight.device)
     return logps, torch.empty_like(logps) if entropy else logps.new_empty(0)
 
 

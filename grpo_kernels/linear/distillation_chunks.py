@@ -48,7 +48,7 @@ class Pairs:
         """(n, K) of (B, T, K)."""
         if x is None:
             return None
-        x = x.reshape(-1, x.shape[-1])
+        x = x.flatten(0, 1)
         return x if self.rows.index is None else x.index_select(0, self.rows.index)
 
     def __iter__(self):
@@ -74,7 +74,7 @@ class Pairs:
 
 def write_gradients(run: ModuleType, pairs: Pairs, plan: DistillationPlan, into: Gradients) -> Tensor:
     """Values (3, B, T); the student's gradients go ``into``."""
-    values = torch.empty(3, pairs.student.count, device=pairs.student.weight.device)
+    values = torch.empty(3, pairs.student.count, dtype=torch.float32, device=pairs.student.weight.device)
     for start, end, h, z, dz, u, part in pairs:
         values[:, start:end] = run.gradient(z, u, dz[:, None], part, plan, 1)[..., 0]
         pairs.student.add(into, start, end, h, dz, start == 0)
@@ -84,7 +84,7 @@ def write_gradients(run: ModuleType, pairs: Pairs, plan: DistillationPlan, into:
 
 def score(run: ModuleType, pairs: Pairs, plan: DistillationPlan, stats: Tensor) -> Tensor:
     """Values (3, B, T) without a gradient; ``stats`` takes what `pull_back` needs of each row."""
-    values = torch.empty(3, pairs.student.count, device=pairs.student.weight.device)
+    values = torch.empty(3, pairs.student.count, dtype=torch.float32, device=pairs.student.weight.device)
     for start, end, _, z, _, u, part in pairs:
         said, stat = run.compare(z, u, part, plan, 1)
         values[:, start:end] = said[..., 0]

@@ -9,21 +9,25 @@ from grpo_kernels.objective.scalars import is_number, is_whole, plain
 
 
 def head_tensors(
-    head: torch.Tensor | torch.nn.Module, bias: torch.Tensor | None
+    head: torch.Tensor | torch.nn.Module, bias: torch.Tensor | None, prefix: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a head, as plain tensors."""
+    """Weight and bias of a head, as plain tensors; ``prefix``: of the arguments' names."""
     if isinstance(head, torch.nn.Module):
         if bias is not None:
-            raise ValueError("bias comes with the head: pass the module alone, or its weight and bias as tensors.")
-        _check_module(head)
+            raise ValueError(
+                f"{prefix}bias comes with the head: pass the module alone, or its weight and bias as tensors."
+            )
+        _check_module(f"{prefix}weight", head)
         head, bias = head.weight, head.bias
-    check_tensor("weight", head)
+    check_tensor(f"{prefix}weight", head)
+    if bias is not None:
+        check_tensor(f"{prefix}bias", bias)
     if head.numel() == 0 and hasattr(head, "ds_id"):
         raise ValueError(
-            "weight is partitioned by DeepSpeed ZeRO-3 and empty here. Keep the head out of the partitioning, or call "
-            "the head and fused_grpo_loss on its logits, which ZeRO-3's hooks can follow."
+            f"{prefix}weight is partitioned by DeepSpeed ZeRO-3 and empty here. Keep the head out of the partitioning, "
+            "or call the head and fused_grpo_loss on its logits, which ZeRO-3's hooks can follow."
         )
-    return _gathered("weight", head), None if bias is None else _gathered("bias", bias)
+    return _gathered(f"{prefix}weight", head), None if bias is None else _gathered(f"{prefix}bias", bias)
 
 
 def has_adapter(head: torch.nn.Module) -> bool:
@@ -31,7 +35,7 @@ def has_adapter(head: torch.nn.Module) -> bool:
     return hasattr(head, "lora_A") or hasattr(head, "base_layer")
 
 
-def _check_module(head: torch.nn.Module) -> None:
+def _check_module(name: str, head: torch.nn.Module) -> None:
     kind = type(head).__name__
     if has_adapter(head):
         raise ValueError(
@@ -39,7 +43,9 @@ def _check_module(head: torch.nn.Module) -> None:
             "the adapter's target_modules, merge the adapter (merge_and_unload()), or use fused_grpo_loss on logits."
         )
     if not isinstance(head, torch.nn.Linear):
-        raise TypeError(f"a head given as a module must be a torch.nn.Linear, got {kind}. Pass weight (V, H) and bias.")
+        raise TypeError(
+            f"{name}, a head given as a module, must be a torch.nn.Linear, got {kind}. Pass weight (V, H) and bias."
+        )
 
 
 def _gathered(name: str, x: torch.Tensor) -> torch.Tensor:

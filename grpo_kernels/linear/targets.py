@@ -60,7 +60,7 @@ class _Read:
         if self.K is None or self.index is None:
             return x
         full = x.new_zeros(self.N, self.K)
-        return full.index_copy_(0, self.index, x.view(-1, self.K)).view(-1)
+        return full.index_copy_(0, self.index, x.view(self.index.numel(), self.K)).view(-1)
 
 
 def _batches(head: ChunkedHead, batch: Batch, rows: Rows, anchors: Tensor) -> Iterator[tuple[int, int, Batch]]:

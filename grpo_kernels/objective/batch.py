@@ -114,7 +114,7 @@ def one_tensor(values: tuple[float, ...]) -> torch.Tensor:
     Under torch.compile the values stay tensors: numbers would be constants of it.
     """
     if torch.compiler.is_compiling():
-        one = torch.ones((), device="cpu")
+        one = torch.ones((), dtype=torch.float32, device="cpu")
         return torch.stack([one * value for value in values])
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 

@@ -11,7 +11,7 @@ def traced(value: float) -> torch.Tensor | float:
 
     Of a sum or product of numbers torch 2.11 would make a constant, and compile anew for every value.
     """
-    return torch.ones((), device="cpu") * value if torch.compiler.is_compiling() else value
+    return torch.ones((), dtype=torch.float32, device="cpu") * value if torch.compiler.is_compiling() else value
 
 
 def log2(value: float) -> torch.Tensor | float:

@@ -85,11 +85,17 @@ def unclosed(pull, p, MIXED: tl.constexpr, BY_TEACHER: tl.constexpr):
 
 
 @jit
+def highest(x, here):
+    """The largest of K numbers [K], where they are here; finite where there is none."""
+    top = tl.max(tl.where(here, x, float("-inf")), axis=0)
+    return tl.where(top < LOWEST, LOWEST, top)
+
+
+@jit
 def log_shares(x, here):
     """(log2, as they are) of 2^x of K outcomes [K], renormalised; what is not here has no share."""
+    top = highest(x, here)
     x = tl.where(here, x, float("-inf"))
-    top = tl.max(x, axis=0)
-    top = tl.where(top < LOWEST, LOWEST, top)
     return x - top - tl.log2(tl.sum(tl.exp2(x - top), axis=0))
 
 

@@ -59,13 +59,23 @@ def is_interpreted(kernel: object) -> bool:
 
 # The part of triton.language that shared functions may use, on torch tensors. tl.minimum and
 # tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
+NUMBERS = torch.float32  # what a condition makes of two numbers
+
+
 def _where(condition, a, b):
     """``torch.where``; a condition on coefficients, which are numbers here, costs no operation."""
     if condition is True or condition is False:
         return a if condition else b
     if type(a) is float and isinstance(b, torch.Tensor) and b.is_floating_point():
         return b.masked_fill(condition, a)  # one operation; torch.where first makes a tensor of the number
+    if type(a) is float and type(b) is float:  # torch.where would make them of the default dtype
+        return torch.full_like(condition, b, dtype=NUMBERS).masked_fill_(condition, a)
     return torch.where(condition, a, b)
+
+
+def _max(x: torch.Tensor, axis: int) -> torch.Tensor:
+    """The largest along an axis, −∞ where it has no entry."""
+    return x.amax(axis) if x.shape[axis] else x.sum(axis) - torch.inf
 
 
 _TORCH_LANGUAGE = types.SimpleNamespace(
@@ -77,7 +87,7 @@ _TORCH_LANGUAGE = types.SimpleNamespace(
     abs=torch.abs,
     where=_where,
     sum=lambda x, axis: x.sum(axis),
-    max=lambda x, axis: x.amax(axis),
+    max=_max,
     constexpr=None,
 )
 

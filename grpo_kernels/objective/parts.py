@@ -18,7 +18,7 @@ def absent_part(batch: Batch, plan: Plan) -> Tensor:
     """What a rank without an entry of the vocabulary has to say, [4·B·T], as ``shard`` of the backends."""
     read, unread = counted_rows(batch, plan)
     read = torch.ones_like(batch.ids, dtype=torch.bool) if read is None else read
-    zeros = torch.zeros(read.shape, device=read.device)
+    zeros = torch.zeros(read.shape, dtype=torch.float32, device=read.device)
     top, total = torch.where(read, LOWEST, zeros), torch.where(read, zeros, -1.0)
     depths = torch.where(read if unread is None else read | unread, torch.nan, zeros)
     return torch.cat([torch.stack([top, total, zeros], dim=-1).view(-1), depths.view(-1)])

@@ -24,6 +24,8 @@ def plain(value: float) -> float:
 
 def check_scalar_tensor(name: str, value: torch.Tensor) -> None:
     """A tensor of one number, without dimensions and without a gradient; its value is not looked at."""
+    if value.is_nested:
+        raise TypeError(f"{name} must be a number or a 0-d tensor, got a nested one.")
     if value.dim() != 0:
         raise ValueError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}.")
     if value.dtype == torch.bool or value.is_complex():

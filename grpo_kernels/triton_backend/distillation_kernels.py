@@ -8,7 +8,7 @@ Whether there is a mixture, and whose probabilities weigh, is MIXED and BY_TEACH
 `grpo_kernels.objective.divergence`.
 """
 
-from grpo_kernels.objective.divergence import centre, compare
+from grpo_kernels.objective.divergence import centre, compare, highest
 from grpo_kernels.objective.language import constant, jit, tl
 from grpo_kernels.objective.metrics import DISTILLATION_METRICS, DISTILLATION_SUMS, mean_of
 from grpo_kernels.objective.softmax import LN2, LOG2E, entropy_of
@@ -158,7 +158,9 @@ def few_tokens_kernel(
     top = 0.0
     total = 1.0
     mean = 0.0
-    if not FEW:
+    if FEW:
+        top = highest(x, here)  # logits far from 0 lose nothing to the temperature
+    else:
         if VALUES:
             top, total, mean = read_row(row, V, scale, cap, None, ALIGNED, K, N, W, EDGE, True, "evict_last")
             if not GRADIENT:

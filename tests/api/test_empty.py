@@ -7,6 +7,7 @@ import triton
 from cases import BACKENDS, DEVICE, make_case, on_device
 from counting import interpreted
 from grpo_kernels import (
+    Targets,
     fused_grpo_loss,
     fused_linear_grpo_loss,
     group_advantages,
@@ -166,3 +167,32 @@ def test_no_launch_over_nothing(shape, monkeypatch):
             fused_grpo_loss(x, **inputs, loss_type=loss_type, backend="triton").loss.backward()
             fused_linear_grpo_loss(hidden, torch.randn(V, H, device=DEVICE), **inputs, backend="triton")
     assert grids and all(size > 0 for grid in grids for size in grid)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ("several", "lists"))
+def test_several_targets_of_no_row(form, shape, backend):
+    """With logits (B, T+1, V) of no sequence the mask alone says what T is."""
+    B, T = SHAPES[shape]
+    ids = Targets.from_lists([], DEVICE) if form == "lists" else torch.zeros(B, T, 4, dtype=torch.int64, device=DEVICE)
+    weight = torch.randn(V, H, device=DEVICE, requires_grad=True)
+    for extra in (0, 1):
+        x, h = (torch.randn(B, T + extra, size, device=DEVICE, requires_grad=True) for size in (V, H))
+        kwargs = {"mask": torch.ones(B, T, device=DEVICE), "return_entropy": True, "backend": backend}
+        for out in (token_logprobs(x, ids, **kwargs), linear_token_logprobs(h, weight, ids, **kwargs)):
+            assert out.logps.numel() == 0 and out.entropy.shape == (B, T)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("masked", (False, True))
+def test_several_targets_of_which_there_are_none(masked, backend):
+    """K = 0 beside rows that are read, and rows that are not: the entropies are there all the same."""
+    mask = torch.tensor([[1, 0, 1]], device=DEVICE) if masked else None
+    leaves = [torch.randn(*size, device=DEVICE, requires_grad=True) for size in ((1, 3, H), (V, H))]
+    found = []
+    for ids in (torch.zeros(1, 3, 0, dtype=torch.int64), torch.full((1, 3, 2), -1)):
+        out = linear_token_logprobs(*leaves, ids.to(DEVICE), mask=mask, return_entropy=True, backend=backend)
+        assert out.logps.shape == ids.shape and not out.logps.any()
+        found.append((out.entropy.detach(), *torch.autograd.grad(out.entropy.sum(), leaves)))
+    assert all(map(torch.equal, *found))

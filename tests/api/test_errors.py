@@ -107,6 +107,10 @@ BAD = [
     ("delta", lambda c: dict(delta=0.0), ValueError, "delta must be"),
     ("length", lambda c: dict(max_completion_length=-1), ValueError, "max_completion_length must be at least 0"),
     ("skip with bonus", lambda c: dict(skip_zero_advantage=True, entropy_coef=0.1), ValueError, "skip_zero_advantage"),
+    ("flag", lambda c: dict(skip_zero_advantage="no"), TypeError, "skip_zero_advantage must be True or False, got str"),
+    ("flag of 1", lambda c: dict(return_entropy=1), TypeError, "return_entropy must be True or False, got int"),
+    ("group", lambda c: dict(data_group="data"), TypeError, "data_group must be a torch.distributed.ProcessGroup"),
+    ("sparse", lambda c: dict(old_logps=c.old_logps.to_sparse()), TypeError, "old_logps must be a dense tensor"),
     ("id", lambda c: dict(completion_ids=c.completion_ids.masked_fill(c.completion_mask, 131)), IndexError, "131"),
 ]  # fmt: skip
 

@@ -252,6 +252,8 @@ LISTS = Targets.from_lists([[0]] * 6)
 FIVE = Targets.from_lists([[0]] * 5)
 ERRORS = {
     "shape": (lambda call: call(IDS[:, :1]), ValueError, r"several targets.*\(B, T, K\).*got \(2, 1, 4\)"),
+    "sparse": (lambda call: call(IDS.to_sparse()), TypeError, "completion_ids must be a dense tensor"),
+    "entropy": (lambda call: call(IDS, return_entropy=1.0), TypeError, "return_entropy must be True or False, got fl"),
     "float": (lambda call: call(IDS.float()), TypeError, "completion_ids must be integers"),
     "rows": (lambda call: call(FIVE), ValueError, r"a row per token, B·T = 6, or 4 without.*got 5"),
     "4-D": (lambda call: call(IDS[None]), ValueError, r"completion_ids must be \(B, T\), or packed"),
@@ -282,6 +284,8 @@ def test_packed_errors():
         token_logprobs(torch.zeros(6, 4), FIVE)
     with pytest.raises(ValueError, match=r"\(B, T\) = \(2, 3\) from completion_ids"):
         token_logprobs(torch.zeros(6, 4), torch.zeros(2, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"\(B, T, K\), packed \(N, K\); got \(2, 3, 4\) for \(6, 4\)"):
+        token_logprobs(torch.zeros(6, 4), IDS)
 
 
 def test_a_vocabulary_over_ranks_says_what_to_do(monkeypatch):

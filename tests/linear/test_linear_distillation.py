@@ -310,6 +310,9 @@ HEAD, TOLD, KWARGS = batch()
 FEW = batch("rest")[1]
 BAD = {
     "vocabularies": (dict(teacher_weight=TOLD["weight"][:30], teacher_bias=None), ValueError, "of 30, but"),
+    "head no tensor": (dict(teacher_weight=[1.0], teacher_bias=None), TypeError, "teacher_weight must be a torch.Tens"),
+    "head a list": (dict(teacher_weight=torch.nn.ReLU(), teacher_bias=None), TypeError, "teacher_weight, .* got ReLU"),
+    "bias no tensor": (dict(teacher_bias=0.0), TypeError, "teacher_bias must be a torch.Tensor, got float"),
     "no head": (dict(teacher_weight=None, teacher_bias=None), ValueError, "teacher_hidden needs teacher_weight"),
     "TopK and a head": (dict(teacher_hidden=FEW), ValueError, "a TopK needs no head"),
     "teacher a list": (dict(teacher_hidden=[1]), TypeError, "teacher_hidden must be a torch.Tensor or a TopK"),

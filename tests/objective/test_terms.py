@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cases import DEVICE
 from grpo_kernels import LossConfig
+from grpo_kernels.objective import language
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import KL_ESTIMATORS, TERMS
 from grpo_kernels.objective.language import jit, on_torch, tl
@@ -34,11 +35,9 @@ OWN = tuple(name for name, term in TERMS.items() if term.statistic is not None)
 
 
 @pytest.fixture(autouse=True)
-def double_precision():
-    """A choice between two coefficients has torch's default dtype."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+def double_precision(monkeypatch):
+    """A choice between two coefficients is in fp32 otherwise."""
+    monkeypatch.setattr(language, "NUMBERS", torch.float64)
 
 
 def f64(*values: float) -> torch.Tensor:
