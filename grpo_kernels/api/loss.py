@@ -90,7 +90,8 @@ def fused_grpo_loss(
         inplace: write the gradient over the logits' own memory. The logits are gone afterwards. A graph built on them
             before this call raises in its backward, if it needs them. One built afterwards (an auxiliary loss)
             silently computes with the gradient's numbers; GRPO_KERNELS_VALIDATE=1 makes it raise (and takes memory
-            for the gradient). Has no effect when no gradient is needed.
+            for the gradient). Has no effect when no gradient is needed. If this call is inside of
+            ``torch.utils.checkpoint``, make the logits inside, too: it runs twice, and they are gone the second time.
         skip_zero_advantage: do not even read rows whose gradient is known to be 0 (β = 0, and A = 0: of the
             token, or of its whole sequence where tokens of a sequence depend on each other). Their
             log-probabilities are NaN, and metrics are over the rows that were read.
