@@ -318,7 +318,7 @@ def check_inplace(logits: torch.Tensor) -> None:
         return
     if logits._base is not None and logits._base.is_leaf and logits._base.requires_grad:
         raise ValueError("inplace=True would overwrite a view of a leaf tensor that requires grad. Use inplace=False.")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
+    if logits.numel() and any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
         raise ValueError("inplace=True needs logits whose entries do not share memory, got an expanded tensor.")
 
 

@@ -166,3 +166,17 @@ def test_no_launch_over_nothing(shape, monkeypatch):
             fused_grpo_loss(x, **inputs, loss_type=loss_type, backend="triton").loss.backward()
             fused_linear_grpo_loss(hidden, torch.randn(V, H, device=DEVICE), **inputs, backend="triton")
     assert grids and all(size > 0 for grid in grids for size in grid)
+
+
+def test_in_place_without_a_token():
+    """A tensor without an entry may have strides of 0, and yet shares no memory; an expanded one does."""
+    for T in (0, 3):
+        leaf = torch.zeros(2, T, 1, device=DEVICE, requires_grad=True)
+        logits = (leaf[:1] * 1).expand(2, T, 1)
+        given = logits, torch.zeros(2, T, dtype=torch.int64, device=DEVICE), torch.ones(2, device=DEVICE)
+        if T:
+            with pytest.raises(ValueError, match="an expanded tensor"):
+                fused_grpo_loss(*given, inplace=True)
+            continue
+        out = fused_grpo_loss(*given, inplace=True)
+        assert_nothing(out, (torch.autograd.grad(out.loss, leaf)[0], leaf))
