@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import DEVICE
-from grpo_kernels import Support
+from grpo_kernels import Support, token_logprobs
 from grpo_kernels.objective import supports
 from grpo_kernels.objective.supports import REPEATED
 
@@ -138,3 +138,22 @@ def test_errors(name):
 
 def test_to_another_device():
     assert Support.from_lists(ROWS).to(DEVICE).ids.device.type == DEVICE
+
+
+COMPILED = {
+    "offsets": (Support, ints(3, 1, 7, 2, 5, 4), ints(0, 2, 2, 3, 6)),
+    "counts": (Support.from_counts, ints(3, 1, 7, 2, 5, 4), ints(2, 0, 1, 3)),
+    "sizes": (Support.from_padded, torch.tensor([[3, 1, 8], [8, 8, 8], [7, 0, 0], [2, 5, 4]]), ints(2, 0, 1, 3)),
+}
+
+
+@pytest.mark.unshifted
+@pytest.mark.parametrize("name", COMPILED)
+def test_made_inside_of_a_compiled_function(name):
+    """Its values are not known while it is traced."""
+    make, *given = COMPILED[name]
+    logits, ids = torch.randn(4, 9), ints(3, 2, 8, 5)
+    run = lambda x, *given: token_logprobs(x, ids, support=make(*given), backend="torch").logps  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, *given), run(logits, *given))
+    torch._dynamo.reset()
