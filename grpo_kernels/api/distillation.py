@@ -80,6 +80,7 @@ def distillation_loss(
             become NaN; GRPO_KERNELS_VALIDATE=1 makes both raise).
         RuntimeError: double backward.
     """
+    checks.check_switches(inplace=inplace)
     layout = check_pair(logits, teacher, completion_mask, cu_seqlens)
     few = teacher if isinstance(teacher, TopK) else None
     if inplace and torch.is_grad_enabled() and logits.requires_grad:

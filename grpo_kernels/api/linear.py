@@ -115,6 +115,9 @@ def fused_linear_grpo_loss(
         IndexError, RuntimeError: as `fused_grpo_loss`.
     """
     config = resolve_config(config, overrides)
+    checks.check_switches(
+        return_entropy=return_entropy, accumulate_in_fp32=accumulate_in_fp32, gather_head=gather_head
+    )
     weight, bias = head_tensors(weight, bias)
     layout = check_hidden(hidden, weight, bias, completion_ids, cu_seqlens)
     fp32_logits = check_logits_dtype(logits_dtype, hidden)
@@ -180,6 +183,9 @@ def linear_token_logprobs(
     Raises:
         ValueError, TypeError, IndexError: as `fused_linear_grpo_loss`.
     """
+    checks.check_switches(
+        return_entropy=return_entropy, accumulate_in_fp32=accumulate_in_fp32, gather_head=gather_head
+    )
     weight, bias = head_tensors(weight, bias)
     completion_ids, targets = split_targets(completion_ids, hidden, support)
     layout = check_hidden(hidden, weight, bias, completion_ids, None)
@@ -224,4 +230,4 @@ def _options(
         )
     itemsize = logit_bytes(weight, fp32_logits and not gather)  # what is gathered are rows of the head
     height = chunk_rows(chunk_bytes, weight, itemsize)
-    return ChunkOptions(height, check_count(num_rows), bool(in_fp32), backend, bool(gather), fp32_logits)
+    return ChunkOptions(height, check_count(num_rows), in_fp32, backend, gather, fp32_logits)

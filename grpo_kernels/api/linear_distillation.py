@@ -5,6 +5,7 @@ import math
 import torch
 
 from grpo_kernels.call import ops
+from grpo_kernels.call.checks import check_switches
 from grpo_kernels.call.distillation_checks import TopK
 from grpo_kernels.call.distillation_prepare import output, prepare
 from grpo_kernels.call.output import LossOutput
@@ -82,6 +83,7 @@ def fused_linear_distillation_loss(
             that requires grad; a head with an adapter on it.
         TypeError, IndexError, RuntimeError: as `distillation_loss`.
     """
+    check_switches(accumulate_in_fp32=accumulate_in_fp32)
     student = student_head(hidden, weight, bias)
     told = teacher_head(teacher_hidden, teacher_weight, teacher_bias, student)
     layout = check_layout(hidden, teacher_hidden, completion_mask, cu_seqlens)
@@ -100,7 +102,7 @@ def fused_linear_distillation_loss(
     itemsize = logit_bytes(student[1], fp32_logits)
     itemsize += 0 if told[1] is None else logit_bytes(told[1], fp32_logits, gradient=False)
     height = chunk_rows(chunk_bytes, student[1], itemsize)
-    options = ChunkOptions(height, check_count(num_rows), bool(accumulate_in_fp32), backend, fp32_logits=fp32_logits)
+    options = ChunkOptions(height, check_count(num_rows), accumulate_in_fp32, backend, fp32_logits=fp32_logits)
     student, told = ((layout.tokens(states), *rest) for states, *rest in (student, told))
     loss, values, sums, metrics = distillation_autograd.run(student, told, batch, plan, layout.T, options)
     return output(layout, loss, values, sums, metrics)

@@ -65,6 +65,7 @@ def token_logprobs(
         IndexError: on the CPU, an unmasked id, or one of a support, outside the vocabulary (on a GPU its row is NaN).
     """
     vocab_group = checks.check_vocab_group(vocab_group)
+    checks.check_switches(return_entropy=return_entropy)
     completion_ids, targets = split_targets(completion_ids, logits, support, vocab_group)
     layout = checks.check_logits(logits, completion_ids, part=vocab_group is not None)
     checks.check_mask("mask", mask, logits, layout)

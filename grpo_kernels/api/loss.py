@@ -121,6 +121,7 @@ def fused_grpo_loss(
     """
     config = resolve_config(config, overrides)
     vocab_group = checks.check_vocab_group(vocab_group)
+    checks.check_switches(inplace=inplace, return_entropy=return_entropy)
     layout = checks.check_logits(logits, completion_ids, cu_seqlens, part=vocab_group is not None)
     temperature = checks.check_temperature(temperature, logits, layout)
     if inplace and torch.is_grad_enabled() and logits.requires_grad:

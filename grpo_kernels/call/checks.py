@@ -209,7 +209,7 @@ def check_rewards(
             f"reward_weights are {len(weights)} and go with rewards (B, {len(weights)}), got {tuple(rewards.shape)}. "
             "Rewards that are summed already need none."
         )
-    if estimator not in ESTIMATORS:
+    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise ValueError(f"advantage_estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}.")
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
@@ -343,16 +343,28 @@ def check_parts(tokens: list[int]) -> None:
         )
 
 
-def check_vocab_group(group: object) -> object | None:
-    """A process group of more than one rank, or None."""
+def check_group(name: str, group: object, axis: str) -> None:
+    """A process group or None; ``axis``: what a device mesh may call its own."""
     if group is None:
-        return None
+        return
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
-            f"vocab_group must be a torch.distributed.ProcessGroup, got {type(group).__name__}. From a device mesh: "
-            'mesh.get_group("tp").'
+            f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}. From a device mesh: "
+            f'mesh.get_group("{axis}").'
         )
-    return group if group.size() > 1 else None
+
+
+def check_vocab_group(group: object) -> object | None:
+    """A process group of more than one rank, or None."""
+    check_group("vocab_group", group, "tp")
+    return None if group is None or group.size() == 1 else group
+
+
+def check_switches(**switches: object) -> None:
+    """Arguments that are True or False."""
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
 
 
 def check_values(completion_ids: torch.Tensor, mask: torch.Tensor | None, V: int) -> None:

@@ -35,7 +35,7 @@ def check_beta(beta: float) -> float:
 def check_choices(tail: object, loss_agg_mode: str) -> None:
     if not (tail is None or isinstance(tail, bool)):
         raise ValueError(f"tail must be True, False or None, got {tail!r}.")
-    if loss_agg_mode not in AGGREGATIONS:
+    if not isinstance(loss_agg_mode, str) or loss_agg_mode not in AGGREGATIONS:
         raise ValueError(f"loss_agg_mode must be one of {', '.join(map(repr, AGGREGATIONS))}, got {loss_agg_mode!r}.")
 
 

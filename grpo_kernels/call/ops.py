@@ -33,7 +33,7 @@ def choose_backend(backend: str | None, x: Tensor) -> str:
     """``"triton"`` on CUDA (and ROCm) tensors, else ``"torch"``, unless the caller says which."""
     if backend is None:
         return "triton" if x.is_cuda else "torch"
-    if backend not in _BACKENDS:
+    if not isinstance(backend, str) or backend not in _BACKENDS:
         raise ValueError(f"backend must be None, 'triton' or 'torch', got {backend!r}.")
     if backend == "triton" and not torch.compiler.is_compiling():
         backend_of(backend).require_available(x.device)

@@ -46,6 +46,8 @@ def prepare(
 
     ``ids`` are token ids, or anything of their shape and device; ``backend`` is ``"triton"`` or ``"torch"``.
     """
+    checks.check_group("data_group", data_group, "dp")
+    checks.check_switches(skip_zero_advantage=skip_zero_advantage)
     check_arguments(
         config, layout, ids, advantages=advantages, rewards=rewards, num_generations=num_generations,
         old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,

@@ -28,7 +28,7 @@ def teacher_head(
         raise TypeError(f"teacher_hidden must be a torch.Tensor or a TopK, got {type(hidden).__name__}.")
     if weight is None:
         raise ValueError("teacher_hidden needs teacher_weight, the teacher's head (V, H), unless it is a TopK.")
-    head = (hidden, *head_tensors(weight, bias))
+    head = (hidden, *head_tensors(weight, bias, "teacher_"))
     _check_head("teacher_", head, student[0])
     for name, x in zip(("teacher_hidden", "teacher_weight", "teacher_bias"), head):
         if x is not None and x.requires_grad:

@@ -9,15 +9,17 @@ from grpo_kernels.objective.scalars import is_number, is_whole, plain
 
 
 def head_tensors(
-    head: torch.Tensor | torch.nn.Module, bias: torch.Tensor | None
+    head: torch.Tensor | torch.nn.Module, bias: torch.Tensor | None, prefix: str = ""
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a head, as plain tensors."""
+    """Weight and bias of a head, as plain tensors; their names begin with ``prefix``."""
     if isinstance(head, torch.nn.Module):
         if bias is not None:
             raise ValueError("bias comes with the head: pass the module alone, or its weight and bias as tensors.")
         _check_module(head)
         head, bias = head.weight, head.bias
-    check_tensor("weight", head)
+    check_tensor(f"{prefix}weight", head)
+    if bias is not None:
+        check_tensor(f"{prefix}bias", bias)
     if head.numel() == 0 and hasattr(head, "ds_id"):
         raise ValueError(
             "weight is partitioned by DeepSpeed ZeRO-3 and empty here. Keep the head out of the partitioning, or call "
