@@ -1,8 +1,11 @@
 """`python -m grpo_kernels.env`: what a bug report needs to know of a machine."""
 
+import argparse
 import importlib.metadata
 import os
 import platform
+import sys
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -44,6 +47,23 @@ def _backend(has_gpu: bool) -> str:
     return "triton on GPU tensors, torch on CPU tensors" if has_gpu else "torch (no GPU is seen)"
 
 
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints them, and stops without a word where nobody reads on, as ``| head`` does."""
+    try:
+        for line in lines:
+            print(line)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m grpo_kernels.env", description="Versions and devices, by name.")
+    parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+    print_lines(f"{name:22} {value}" for name, value in environment().items())
+
+
 if __name__ == "__main__":
-    for name, value in environment().items():
-        print(f"{name:22} {value}")
+    main()

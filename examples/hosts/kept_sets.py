@@ -29,11 +29,14 @@ def support_of_samples(
         y_may_be_outside: add a token that its record lacks, as in slime; if False, raise, as miles does.
 
     Raises:
-        ValueError: a sampled token was not kept, where y_may_be_outside is False; records of different lengths.
+        ValueError: a sampled token was not kept, where y_may_be_outside is False; records of different lengths;
+            offsets that fall, or go beyond the ids.
     """
     rows = []
     for ids, ends, sampled in zip(token_ids, offsets, responses, strict=True):
         ids, ends, sampled = (torch.as_tensor(x).tolist() for x in (ids, ends, sampled))
+        if ends != sorted(ends) or (ends and not 0 <= ends[0] <= ends[-1] <= len(ids)):
+            raise ValueError(f"offsets must rise from 0 or more to at most the {len(ids)} token_ids, got {ends}.")
         for y, first, last in zip(sampled, ends[:-1], ends[1:], strict=True):
             kept = ids[first:last]
             if not y_may_be_outside and kept and y not in kept:

@@ -4,7 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
-from grpo_kernels.call.checks import check_group_sizes, check_not_negative, check_rewards, validates
+from grpo_kernels.call.checks import (
+    check_flags,
+    check_group,
+    check_group_sizes,
+    check_not_negative,
+    check_rewards,
+    validates,
+)
 from grpo_kernels.objective.advantages import (
     batch_spread,
     divisor_name,
@@ -14,6 +21,7 @@ from grpo_kernels.objective.advantages import (
     relative_advantages,
     weighted_sum,
 )
+from grpo_kernels.objective.scalars import is_number
 
 
 def group_advantages(
@@ -66,8 +74,14 @@ def group_advantages(
         ValueError: wrong shape, B not a multiple of G, G < 2 with ``"group"`` by the group's std, unknown
             ``scale_rewards`` or ``advantage_estimator``, weights that are not K; sizes that are not positive or do not
             add up to B; a list while a CUDA graph is captured; on a CPU a negative reward with ``"maxrl"``.
-        TypeError: rewards that are not floating point, sizes that are not integers.
+        TypeError: rewards that are not floating point, sizes that are not integers; another argument of a wrong type.
     """
+    check_group("data_group", data_group, "dp")
+    check_flags(unbiased=unbiased)
+    if not is_number(eps):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}.")
+    if reward_weights is not None and not hasattr(reward_weights, "__len__"):
+        raise TypeError(f"reward_weights must be K numbers, got {type(reward_weights).__name__}.")
     check_rewards(rewards, num_generations, scale_rewards, advantage_estimator, reward_weights)
     sizes = group_sizes(num_generations, rewards)
     groups = None

@@ -219,7 +219,7 @@ def check_rewards(
             f"reward_weights are {len(weights)} and go with rewards (B, {len(weights)}), got {tuple(rewards.shape)}. "
             "Rewards that are summed already need none."
         )
-    if estimator not in ESTIMATORS:
+    if not isinstance(estimator, str) or estimator not in ESTIMATORS:
         raise ValueError(f"advantage_estimator must be one of {', '.join(map(repr, ESTIMATORS))}, got {estimator!r}.")
     if scale_rewards not in ("group", "batch", "none"):
         raise ValueError(f"scale_rewards must be 'group', 'batch' or 'none', got {scale_rewards!r}.")
@@ -328,7 +328,7 @@ def check_inplace(logits: torch.Tensor) -> None:
         return
     if logits._base is not None and logits._base.is_leaf and logits._base.requires_grad:
         raise ValueError("inplace=True would overwrite a view of a leaf tensor that requires grad. Use inplace=False.")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
+    if logits.numel() and any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride())):
         raise ValueError("inplace=True needs logits whose entries do not share memory, got an expanded tensor.")
 
 
@@ -353,19 +353,20 @@ def check_parts(tokens: list[int]) -> None:
         )
 
 
-def check_group(name: str, group: object) -> None:
+def check_group(name: str, group: object, axis: str) -> None:
+    """A process group or None; ``axis``: what a device mesh may call its own."""
     if group is None:
         return
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}. From a device mesh: "
-            'mesh.get_group("tp").'
+            f'mesh.get_group("{axis}").'
         )
 
 
 def check_vocab_group(group: object) -> object | None:
     """A process group of more than one rank, or None."""
-    check_group("vocab_group", group)
+    check_group("vocab_group", group, "tp")
     return None if group is None or group.size() == 1 else group
 
 

@@ -46,7 +46,7 @@ def prepare(
 
     ``ids`` are token ids, or anything of their shape and device; ``backend`` is ``"triton"`` or ``"torch"``.
     """
-    checks.check_group("data_group", data_group)
+    checks.check_group("data_group", data_group, "dp")
     check_arguments(
         config, layout, ids, advantages=advantages, rewards=rewards, num_generations=num_generations,
         old_logps=old_logps, ref_logps=ref_logps, completion_mask=completion_mask,

@@ -47,7 +47,10 @@ def _checked_mask(mask: torch.Tensor, layout: Layout, V: int, like: torch.Tensor
     checks.check_shape("support", mask, shapes)
     checks.check_device("support", mask, like)
     if mask.stride(-1) != 1 and V > 1:
-        raise ValueError(f"support must be contiguous in the vocabulary, got strides {mask.stride()}.")
+        raise ValueError(
+            f"support must be contiguous in the vocabulary, got strides {mask.stride()}. Make it so: "
+            "support.contiguous()."
+        )
     return mask
 
 

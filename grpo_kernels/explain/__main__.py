@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from grpo_kernels.env import print_lines
 from grpo_kernels.explain.by_hand import ANSWERS, QUESTION, by_hand
 from grpo_kernels.explain.distill_by_hand import distill_by_hand
 from grpo_kernels.explain.distill_text import distill_text
@@ -41,16 +42,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the step; returns the exit status, 1 if the kernel's numbers are not those by hand."""
+    """Prints the step; returns the exit status, 1 if the kernel's numbers are not those by hand.
+
+    A setting in the environment that the kernel refuses is one line on standard error, and status 2.
+    """
     arguments = parse(argv)
     colours = sys.stdout.isatty() and not arguments.no_color and not os.environ.get("NO_COLOR")
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # a terminal without Greek letters shows question marks
     work_out, through, printed = arguments.which
     numbers = work_out()
-    compared = through(numbers, arguments.device)
-    for line in printed(numbers, compared, Page(colours)):
-        print(line)
+    try:
+        compared = through(numbers, arguments.device)
+    except ValueError as error:  # the arguments are the step's own: only a setting can be wrong
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print_lines(printed(numbers, compared, Page(colours)))
     return 0 if all(c.equal for c in compared) else 1
 
 

@@ -1,6 +1,7 @@
 """Checks of lists of token ids, one per row, that lie behind each other: those of `Support` and of `Targets`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from operator import index
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ def check_lists(token_ids: Tensor, offsets: Tensor, kind: str) -> None:
     check_integers("offsets", offsets, "(N+1,)", kind)
     if offsets.shape[0] == 0:
         raise ValueError("offsets must be (N+1,), from 0 to the number of token_ids, got none: [0] for no row.")
-    if offsets.device != token_ids.device:
-        raise ValueError(f"offsets are on {offsets.device}, token_ids on {token_ids.device}. Move them together.")
+    check_together("offsets", offsets, token_ids)
     M = token_ids.shape[0]
     if validates(offsets.device) and not torch.compiler.is_compiling():
         falls = (offsets.diff() < 0).nonzero()
@@ -38,20 +38,43 @@ def check_integers(name: str, x: Tensor, shape: str | None, kind: str) -> None:
         raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}.")
 
 
-def joined(rows: Sequence[Sequence[int]], name: str) -> tuple[Tensor, Tensor]:
+def check_together(name: str, x: Tensor, token_ids: Tensor) -> None:
+    if x.device != token_ids.device:
+        raise ValueError(f"{name} are on {x.device}, token_ids on {token_ids.device}. Move them together.")
+
+
+def joined(rows: Iterable[Sequence[int]], name: str) -> tuple[Tensor, Tensor]:
     """(ids (M,), how many each row has (N,)) of a list of ids per row; ``name`` is what the rows are of.
 
     Raises:
         TypeError: a row is not a list of integers; TRL's and vLLM's lists per completion hold lists per token.
+        ValueError: an id that int64 does not hold.
     """
+    if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes)):
+        raise TypeError(f"{name} is made from a list of token ids per token, got {type(rows).__name__}.")
+    ids, counts = [], []
     for n, row in enumerate(rows):
-        if len(row) and (isinstance(row[0], (str, float)) or not hasattr(row[0], "__index__")):
+        try:
+            found = [index(j) for j in _entries(row)]
+        except TypeError as error:
             raise TypeError(
-                f"row {n} of {name} must be a list of token ids, got {type(row[0]).__name__} in it. Lists per "
-                "completion must be joined first: [row for completion in completions for row in completion]."
-            )
-    counts = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    return torch.tensor([int(j) for row in rows for j in row], dtype=torch.int64), counts
+                f"row {n} of {name} must be a list of token ids, integers, got {row!r:.60}. Lists per completion must "
+                "be joined first: [row for completion in completions for row in completion]."
+            ) from error
+        ids += found
+        counts.append(len(found))
+    try:
+        return torch.tensor(ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.int64)
+    except (OverflowError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{name} has an id of more than 64 bits, from {min(ids)} to {max(ids)}.") from error
+
+
+def _entries(row: Sequence[int]) -> Iterable[int]:
+    if isinstance(row, Tensor) and (row.numel() == 0 or not row.is_floating_point()):
+        return row.tolist()
+    if not hasattr(row, "__getitem__") or isinstance(row, (str, bytes, Mapping, Tensor)):
+        raise TypeError("not a list of integers")
+    return row
 
 
 def offsets_of(counts: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 """Supports: for each token, the ids that a truncating sampler (top-k, top-p, min-p) kept and drew from."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from grpo_kernels.objective.lists import check_integers, check_lists, joined, offsets_of, rows_of
+from grpo_kernels.objective.lists import check_integers, check_lists, check_together, joined, offsets_of, rows_of
+from grpo_kernels.objective.scalars import is_whole
 from grpo_kernels.objective.validation import validates
 
 REPEATED = -(2**31)  # in place of an id that its row has already
 _MOST = 2**31 - 1
+_ROW_NUMBERS = (torch.int64, torch.int32, torch.bool)
 
 
 class Support:
@@ -59,12 +61,23 @@ class Support:
         return f"Support({len(self)} rows, {self.ids.shape[0]} ids, {self.ids.device})"
 
     def __getitem__(self, rows: slice | Tensor) -> "Support":
-        """Some rows: a slice, or their numbers (n,). Of a micro-batch of sequences: ``[first · T : last · T]``."""
-        if not isinstance(rows, (slice, Tensor)):
-            raise TypeError(f"a Support takes a slice of rows, or a tensor of their numbers, got {rows!r}.")
+        """Some rows: a slice, or their numbers (n,). Of a micro-batch of sequences: ``[first · T : last · T]``.
+
+        Raises:
+            TypeError: something else. ValueError: numbers that are not (n,), or a slice that goes backwards.
+            IndexError: a number that no row has.
+        """
+        if not isinstance(rows, slice) and not (isinstance(rows, Tensor) and rows.dtype in _ROW_NUMBERS):
+            got = rows.dtype if isinstance(rows, Tensor) else repr(rows)
+            raise TypeError(f"a Support takes a slice of rows, or an integer tensor of their numbers, got {got}.")
+        if isinstance(rows, Tensor) and rows.dim() != 1:
+            raise ValueError(f"the numbers of a Support's rows must be (n,), got {tuple(rows.shape)}.")
+        if isinstance(rows, slice) and rows.step is not None and rows.step < 1:
+            raise ValueError(f"a slice of a Support's rows must go forwards, got {rows}. Pass their numbers.")
         return self._with(self.ids, self.first[rows], self.last[rows])
 
     def to(self, device: torch.device | str) -> "Support":
+        device = torch.device(device)
         return self._with(*(x.to(device, non_blocking=True) for x in (self.ids, self.first, self.last)))
 
     @classmethod
@@ -79,6 +92,7 @@ class Support:
 
         Raises:
             TypeError: a row is not a list of integers; TRL's and vLLM's lists per completion hold lists per token.
+            ValueError: an id of more than 64 bits.
         """
         ids, counts = joined(rows, "a support")
         return cls.from_counts(ids, counts).to(device)
@@ -88,12 +102,15 @@ class Support:
         """From ids (M,), and how many of them each token has, (N,) or (B, T).
 
         Raises:
-            ValueError: on the CPU, negative counts, or counts that do not add up to M. TypeError: wrong dtype.
+            ValueError: wrong device; on the CPU, negative counts, or counts that do not add up to M. TypeError: wrong
+                dtype.
         """
         check_integers("token_ids", token_ids, "(M,)", "Support")
         check_integers("counts", counts, None, "Support")
+        check_together("counts", counts, token_ids)
         counts = counts.reshape(-1)
-        if validates(counts.device) and (bool((counts < 0).any()) or int(counts.sum()) != token_ids.shape[0]):
+        looked_at = validates(counts.device) and not torch.compiler.is_compiling()
+        if looked_at and (bool((counts < 0).any()) or int(counts.sum()) != token_ids.shape[0]):
             raise ValueError(
                 f"counts must be at least 0 and add up to the {token_ids.shape[0]} token_ids, got "
                 f"{int(counts.min())} at least and {int(counts.sum())} together."
@@ -108,7 +125,7 @@ class Support:
             sizes: (B, T) or (N,): how many of a row's ids count, from its start; None: all that are there.
 
         Raises:
-            ValueError: wrong shape. TypeError: wrong dtype.
+            ValueError: wrong shape or device; on the CPU, sizes below 0 or above K. TypeError: wrong dtype.
         """
         check_integers("token_ids", token_ids, None, "Support")
         if token_ids.dim() not in (2, 3):
@@ -118,7 +135,12 @@ class Support:
             check_integers("sizes", sizes, None, "Support")
             if sizes.shape != token_ids.shape[:-1]:
                 raise ValueError(f"sizes must be {tuple(token_ids.shape[:-1])}, got {tuple(sizes.shape)}.")
-            there = there & (torch.arange(token_ids.shape[-1], device=token_ids.device) < sizes[..., None])
+            check_together("sizes", sizes, token_ids)
+            K = token_ids.shape[-1]
+            looked_at = validates(sizes.device) and not torch.compiler.is_compiling()
+            if looked_at and bool(((sizes < 0) | (sizes > K)).any()):
+                raise ValueError(f"sizes must be from 0 to K = {K}, got {int(sizes.min())} to {int(sizes.max())}.")
+            there = there & (torch.arange(K, device=token_ids.device) < sizes[..., None])
         if token_ids.device.type == "cpu":
             return cls._made(token_ids[there], offsets_of(there.sum(-1).reshape(-1)))
         return cls._made(_at_front(token_ids, there), offsets_of(there.sum(-1).reshape(-1)))
@@ -134,7 +156,7 @@ class Support:
             raise TypeError(f"mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask).__name__)}.")
         if mask.dim() not in (2, 3):
             raise ValueError(f"mask must be (B, T, V) or (N, V), got {tuple(mask.shape)}.")
-        ids = mask.reshape(-1, mask.shape[-1]).nonzero()[:, 1]
+        ids = mask.flatten(0, -2).nonzero()[:, 1]
         return cls._made(ids, offsets_of(mask.sum(-1).reshape(-1)), repeats=False)
 
     @classmethod
@@ -150,10 +172,15 @@ class Support:
             padding: the side of it, ``"right"`` or ``"left"``.
 
         Raises:
-            ValueError: an output without a mask, or longer than T. TypeError: it is not a `CompletionOutput`.
+            ValueError: an output without a mask, or longer than T. TypeError: it is not a `CompletionOutput`, T is no
+                integer, or a mask holds something else than lists of ids.
         """
         if padding not in ("right", "left"):
             raise ValueError(f"padding must be 'right' or 'left', got {padding!r}.")
+        if num_tokens is not None and not is_whole(num_tokens):
+            raise TypeError(f"num_tokens must be None or an int, got {type(num_tokens).__name__}.")
+        if not isinstance(outputs, Iterable):
+            raise TypeError(f"outputs must be a list of completions, got {type(outputs).__name__}.")
         rows: list[Sequence[int]] = []
         for n, output in enumerate(outputs):
             if hasattr(output, "outputs"):
@@ -162,7 +189,7 @@ class Support:
                     "requests for completion in request.outputs]."
                 )
             mask = getattr(output, "sampling_mask", None)
-            if mask is None or mask.token_ids is None:
+            if getattr(mask, "token_ids", None) is None:
                 raise ValueError(
                     f"outputs[{n}] has no sampling_mask. Ask vLLM (0.28 or newer) for it; where nothing was truncated "
                     "no support is needed."

@@ -56,6 +56,7 @@ class Targets:
         return f"Targets({len(self)} rows, {self.token_ids.shape[0]} ids, {self.token_ids.device})"
 
     def to(self, device: torch.device | str) -> "Targets":
+        device = torch.device(device)
         it = Targets.__new__(Targets)
         it.token_ids, it.offsets = (x.to(device, non_blocking=True) for x in (self.token_ids, self.offsets))
         return it

@@ -20,6 +20,7 @@ from grpo_kernels import (
 )
 from grpo_kernels.call import ops
 from grpo_kernels.integrations.head import ModelHead, body
+from grpo_kernels.objective.validation import validates
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.rollout import Rollout, model_inputs
 
@@ -92,7 +93,11 @@ def linear_arguments(head: ModelHead, policy: PreTrainedModel, hidden: torch.Ten
 
 
 def check_backend(options: Options, device: torch.device) -> None:
-    """Raises OptionError where ``--backend`` cannot run on the device, or is not there."""
+    """Raises OptionError where ``--backend`` cannot run on the device, or is not there; or a setting has no meaning."""
+    try:
+        validates(device)
+    except ValueError as error:
+        raise OptionError(str(error)) from error
     if options.backend == "triton":
         try:
             ops.choose_backend("triton", torch.empty(0, device=device))

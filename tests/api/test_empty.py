@@ -196,3 +196,17 @@ def test_several_targets_of_which_there_are_none(masked, backend):
         assert out.logps.shape == ids.shape and not out.logps.any()
         found.append((out.entropy.detach(), *torch.autograd.grad(out.entropy.sum(), leaves)))
     assert all(map(torch.equal, *found))
+
+
+def test_in_place_without_a_token():
+    """A tensor without an entry may have strides of 0, and yet shares no memory; an expanded one does."""
+    for T in (0, 3):
+        leaf = torch.zeros(2, T, 1, device=DEVICE, requires_grad=True)
+        logits = (leaf[:1] * 1).expand(2, T, 1)
+        given = logits, torch.zeros(2, T, dtype=torch.int64, device=DEVICE), torch.ones(2, device=DEVICE)
+        if T:
+            with pytest.raises(ValueError, match="an expanded tensor"):
+                fused_grpo_loss(*given, inplace=True)
+            continue
+        out = fused_grpo_loss(*given, inplace=True)
+        assert_nothing(out, (torch.autograd.grad(out.loss, leaf)[0], leaf))

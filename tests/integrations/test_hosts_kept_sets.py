@@ -47,3 +47,10 @@ def test_records_of_different_lengths_raise(monkeypatch):
         make(IDS, OFFSETS, RESPONSES[:1])
     with pytest.raises(ValueError):
         make(IDS, ([0, 2, 4], OFFSETS[1]), RESPONSES)
+
+
+@pytest.mark.parametrize("wrong", ([0, 2, 1, 4], [0, 2, 2, 5], [-1, 2, 2, 4]), ids=("falls", "too far", "negative"))
+def test_offsets_outside_of_their_ids_raise(wrong, monkeypatch):
+    """Python's slices would take what is there, and an empty one as the token alone."""
+    with pytest.raises(ValueError, match="offsets must rise from 0 or more to at most the 4 token_ids"):
+        load(monkeypatch, "kept_sets").support_of_samples(IDS, (wrong, OFFSETS[1]), RESPONSES)

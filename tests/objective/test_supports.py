@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cases import DEVICE
-from grpo_kernels import Support
+from grpo_kernels import Support, token_logprobs
 from grpo_kernels.objective import supports
 from grpo_kernels.objective.supports import REPEATED
 
@@ -58,6 +58,11 @@ def test_without_rows_or_ids():
     assert len(Support.from_lists([])) == 0
     assert lists(Support.from_lists([[], []])) == [[], []]
     assert lists(Support.from_padded(torch.empty(2, 0, dtype=torch.int64))) == [[], []]
+
+
+def test_rows_from_a_generator_and_of_no_vocabulary():
+    assert lists(Support.from_lists(row for row in ROWS)) == [sorted(row) for row in ROWS]
+    assert lists(Support.from_mask(torch.ones(2, 0).bool())) == [[], []]
 
 
 def test_ids_that_come_twice_are_marked_in_their_own_row():
@@ -125,6 +130,23 @@ WRONG = {
     "vllm none": (lambda: Support.from_vllm([SimpleNamespace(sampling_mask=None)]), ValueError, "no sampling_mask"),
     "vllm long": (lambda: Support.from_vllm([output(ROWS)], num_tokens=3), ValueError, "4 tokens, more than"),
     "vllm side": (lambda: Support.from_vllm([], padding="up"), ValueError, "'right' or 'left'"),
+    "counts elsewhere": (lambda: Support.from_counts(ints(1), ints(1).to("meta")), ValueError, "counts are on meta"),
+    "sizes elsewhere": (lambda: Support.from_padded(PADDED, ints(1, 1, 1, 1).to("meta")), ValueError, "sizes are on m"),
+    "sizes above K": (lambda: Support.from_padded(PADDED, ints(1, 4, 0, 0)), ValueError, "from 0 to K = 3, got 0 to 4"),
+    "sizes below 0": (lambda: Support.from_padded(PADDED, ints(1, -1, 0, 0)), ValueError, "from 0 to K = 3, got -1 to"),
+    "no rows": (lambda: Support.from_lists(None), TypeError, "made from a list of token ids per token, got NoneType"),
+    "a row of none": (lambda: Support.from_lists([[1], None]), TypeError, "row 1 of a support must be a list.*None"),
+    "a later id": (lambda: Support.from_lists([[1], [2, 2.5]]), TypeError, r"row 1 of .* integers, got \[2, 2.5\]"),
+    "floats": (lambda: Support.from_lists(torch.ones(1, 2)), TypeError, "row 0 of a support must be a list .*integers"),
+    "a set": (lambda: Support.from_lists([{1, 2}]), TypeError, "row 0 of a support must be a list of token ids"),
+    "65 bits": (lambda: Support.from_lists([[3, 2**64]]), ValueError, f"more than 64 bits, from 3 to {2**64}"),
+    "vllm nothing": (lambda: Support.from_vllm(None), TypeError, "outputs must be a list of completions, got NoneType"),
+    "vllm no mask": (lambda: Support.from_vllm([SimpleNamespace(sampling_mask=[[1]])]), ValueError, "no sampling_mask"),
+    "vllm T": (lambda: Support.from_vllm([output(ROWS)], num_tokens="4"), TypeError, "num_tokens must be .* an int"),
+    "one row": (lambda: Support.from_lists(ROWS)[ints(1)[0]], ValueError, r"rows must be \(n,\), got \(\)"),
+    "rows as floats": (lambda: Support.from_lists(ROWS)[torch.ones(1)], TypeError, "integer tensor of their numbers"),
+    "backwards": (lambda: Support.from_lists(ROWS)[::-1], ValueError, "must go forwards"),
+    "to a dtype": (lambda: Support.from_lists(ROWS).to(torch.float32), TypeError, "device"),
     "vllm request": (lambda: Support.from_vllm([SimpleNamespace(outputs=[])]), TypeError, "request.outputs"),
 }
 
@@ -138,3 +160,22 @@ def test_errors(name):
 
 def test_to_another_device():
     assert Support.from_lists(ROWS).to(DEVICE).ids.device.type == DEVICE
+
+
+COMPILED = {
+    "offsets": (Support, ints(3, 1, 7, 2, 5, 4), ints(0, 2, 2, 3, 6)),
+    "counts": (Support.from_counts, ints(3, 1, 7, 2, 5, 4), ints(2, 0, 1, 3)),
+    "sizes": (Support.from_padded, torch.tensor([[3, 1, 8], [8, 8, 8], [7, 0, 0], [2, 5, 4]]), ints(2, 0, 1, 3)),
+}
+
+
+@pytest.mark.unshifted
+@pytest.mark.parametrize("name", COMPILED)
+def test_made_inside_of_a_compiled_function(name):
+    """Its values are not known while it is traced."""
+    make, *given = COMPILED[name]
+    logits, ids = torch.randn(4, 9), ints(3, 2, 8, 5)
+    run = lambda x, *given: token_logprobs(x, ids, support=make(*given), backend="torch").logps  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, *given), run(logits, *given))
+    torch._dynamo.reset()

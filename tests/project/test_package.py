@@ -84,3 +84,35 @@ def test_environment_report(interpret):
     facts = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert facts["grpo_kernels"] == grpo_kernels.__version__
     assert ("interpreted" in facts["backend"]) == (interpret == "1")
+
+
+def test_the_environment_report_takes_no_arguments():
+    assert python("-m", "grpo_kernels.env", "junk").returncode == 2
+
+
+COMMANDS = (("env",), ("explain",), ("explain", "--support"), ("explain", "--distill"))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_command_whose_reader_leaves(command):
+    """As ``| head -1`` does."""
+    name, *options = command
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        done = subprocess.run([sys.executable, "-m", f"grpo_kernels.{name}", *options], stdout=write,
+                              stderr=subprocess.PIPE, text=True, check=False)  # fmt: skip
+    finally:
+        os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+SMALL = ("trainer", "--hidden-size", "16", "--warmup-steps", "0", "--steps", "1", "--output-dir", os.devnull)
+
+
+@pytest.mark.parametrize("command", (*COMMANDS[1:], SMALL), ids=lambda command: " ".join(command[:2]))
+def test_a_setting_without_a_meaning_is_one_line(command):
+    name, *options = command
+    done = python("-m", f"grpo_kernels.{name}", *options, GRPO_KERNELS_VALIDATE="abc")
+    assert done.returncode == 2
+    assert done.stderr == "error: GRPO_KERNELS_VALIDATE must be 0 or 1, got 'abc'.\n"
