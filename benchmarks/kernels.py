@@ -100,7 +100,7 @@ def _reshape(long: dict[str, int], short: dict[str, int]):
 
 
 def more_inputs(inputs: Inputs, crowded: int) -> dict:
-    """What makes a call so ``crowded``, see `ways.crowded`, and leaves its loss and its gradient as they are."""
+    """What makes a call so ``crowded``, see `shapes.crowded`, and leaves its loss and its gradient as they are."""
     ones = torch.ones_like(inputs.old_logps)
     numbers = {"importance_weights": ones, "temperature": ones} if crowded == 2 else {}
     return numbers | ({"return_entropy": True} if crowded else {})
@@ -156,7 +156,7 @@ def warm_up(cases: Sequence[Case], names: Sequence[str], levels: Sequence[int], 
 def measure(
     cases: Sequence[Case], names: Sequence[str], levels: Sequence[int], device: torch.device, seconds: float
 ) -> Iterator[tuple[int, list[Row]]]:
-    """Of one case in one mode, as soon as they are there: how crowded the calls are (`ways.crowded`), and the rows."""
+    """Of one case in one mode, as soon as they are there: how crowded its calls are (`shapes.crowded`), the rows."""
     for case in cases:
         prepared, status, problem = try_to_prepare(case, device, 0)
         if prepared is None:

@@ -21,7 +21,7 @@ from benchmarks.compile_report import TARGETS
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.objective.catalogue import TERMS
 from grpo_kernels.objective.plan import Plan
-from grpo_kernels.triton_backend import launch, onchip_launch, ways
+from grpo_kernels.triton_backend import launch, onchip_launch, shapes, ways
 
 VOCABULARIES, CHIPS = (32000, 128256, 151936, 262144), ("sm_90", "sm_100")
 TITLES = {"reg": 4, "stk": 4, "spl": 4, "smem": 8, "bar": 4, "ins": 6, "ex2": 6}
@@ -48,7 +48,7 @@ def record_launches(V: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]
 
         @classmethod
         def launcher(cls, logits, batch, entropy):
-            shape = onchip_launch.onchip_shape(V, ways.crowded(batch, entropy), logits.element_size())
+            shape = onchip_launch.onchip_shape(V, shapes.crowded(batch, entropy), logits.element_size())
             del shape["programs"]
             shape["tickets"] = torch.zeros(1, dtype=torch.int32) if shape["tickets"] else None
             return Recorder(onchip_launch.onchip_kernel, launches, cls.label)[(1,)], shape

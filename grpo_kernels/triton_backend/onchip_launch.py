@@ -8,8 +8,7 @@ from grpo_kernels.objective.plan import Plan
 from grpo_kernels.triton_backend.onchip import onchip_kernel
 from grpo_kernels.triton_backend.rewards import group_advantage
 from grpo_kernels.triton_backend.row_kernels import kernel
-from grpo_kernels.triton_backend.shapes import OPTIONS
-from grpo_kernels.triton_backend.ways import crowded
+from grpo_kernels.triton_backend.shapes import OPTIONS, crowded
 
 _SHORT = 2 * 36_864  # bytes of a row, of which a third of a multiprocessor holds one
 MOST_HELD = 12  # lines in registers: with more the kernel spills
@@ -22,7 +21,7 @@ _LONG_CROWDED = (28, 1, 4, 1, 1)
 def onchip_shape(V: int, crowded: int = 0, itemsize: int = 2) -> dict[str, int]:
     """Slots, lines, lag and options for rows of V entries, and ``programs`` per multiprocessor.
 
-    ``crowded``: see `ways.crowded`.
+    ``crowded``: see `shapes.crowded`.
 
     Measured on an H200 in bf16, in × copy: one program of 16 warps with 7 slots of 4 lines takes 1.13 at V = 151936 and
     1.11 at 128256; three of 8 warps with 6 slots of 2 lines take 1.23 at V = 32000. fp32 rows, longer rows and

@@ -8,6 +8,8 @@ import functools
 
 import torch
 
+from grpo_kernels.objective.batch import Batch
+
 WAVE = 64 if torch.version.hip else 32
 # Triton fuses multiplications and additions by default up to 3.9, and no longer from 3.10 on.
 OPTIONS = {"enable_fp_fusion": True}
@@ -41,6 +43,12 @@ def logprob_shape(V: int, itemsize: int, vector: int, crowding: int = 1, wave: i
         return gradient_shape(V, itemsize, vector, crowding, wave)
     warps = 8 if itemsize == 4 else 4 if V > 40000 else 2
     return _shape(4, warps, vector, crowding, wave)
+
+
+def crowded(batch: Batch, entropy: bool) -> int:
+    """1 if a call has entropies, or more numbers per row than most; 2 if it has both."""
+    more = (batch.ref, batch.is_weight, batch.temperature, batch.segments)
+    return int(entropy) + (sum(x is not None for x in more) > 2)
 
 
 def _shape(lines: int, warps: int, vector: int, crowding: int, wave: int) -> dict[str, int]:

@@ -10,6 +10,7 @@ import torch
 
 from grpo_kernels.objective.batch import Batch
 from grpo_kernels.triton_backend.onchip_record import FASTER
+from grpo_kernels.triton_backend.shapes import crowded
 
 VARIABLE, WAYS = "GRPO_KERNELS_ROWS", ("auto", "triton", "onchip")
 LEAST_BYTES = 64_000  # of a row: shorter ones fit into L2 many times, and were not measured
@@ -44,12 +45,6 @@ def on_chip(logits: torch.Tensor, out: torch.Tensor, batch: Batch, entropy: bool
     if way == "onchip":
         raise ValueError(f"{VARIABLE}=onchip: {reason}. With {VARIABLE}=auto such calls run the Triton kernel.")
     return None
-
-
-def crowded(batch: Batch, entropy: bool) -> int:
-    """1 if a call has entropies, or more numbers per row than most; 2 if it has both."""
-    more = (batch.ref, batch.is_weight, batch.temperature, batch.segments)
-    return int(entropy) + (sum(x is not None for x in more) > 2)
 
 
 def _recorded(logits: torch.Tensor, crowded: int) -> bool:
