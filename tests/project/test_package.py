@@ -116,3 +116,9 @@ def test_a_setting_without_a_meaning_is_one_line(command):
     done = python("-m", f"grpo_kernels.{name}", *options, GRPO_KERNELS_VALIDATE="abc")
     assert done.returncode == 2
     assert done.stderr == "error: GRPO_KERNELS_VALIDATE must be 0 or 1, got 'abc'.\n"
+
+
+def test_bytes_that_are_no_number_are_one_line():
+    done = python("-m", "grpo_kernels.trainer", *SMALL[1:], GRPO_KERNELS_CHUNK_BYTES="abc")
+    assert done.returncode == 2
+    assert done.stderr == "error: GRPO_KERNELS_CHUNK_BYTES must be a whole number of bytes, got 'abc'.\n"
