@@ -21,7 +21,7 @@ TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/
 NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo four_ways distributed \
     linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
     explain host pretend_gpu chunk_rows supports_times logits_error from_scratch \
-    layout variation linear_memory cases same_code
+    layout variation linear_memory cases same_code default_dtype
 GPU_TESTS       ?= tests --ignore=tests/parity_verl $(foreach f,$(NOT_OF_A_GPU),--ignore-glob='*/test_$(f)*')
 # Processes that share one GPU: one a core, of which each takes half a GB of its memory.
 GPU_JOBS        ?= $(shell j=$$(nproc 2>/dev/null || echo 4); [ $$j -gt 16 ] && j=16; echo $$j)
