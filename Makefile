@@ -17,7 +17,8 @@ TORCH_TESTS     ?= tests/call/test_compile.py tests/call/test_autograd.py tests/
 
 # Whatever a GPU may change. Left out are tests that never hand a kernel a tensor of the GPU: of reference/; of what
 # trains on the CPU, or has ranks of gloo there; of reports that compile or count without a GPU; of the benchmarks'
-# own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU.
+# own code; of docs and packaging; of hosts whose stand-ins are on the CPU; of the pretended GPU. And those that ask
+# for equal bits of torch's own operations.
 NOT_OF_A_GPU    ?= reference trainer trl_trainer trl_distillation examples group_size ppo_vs_grpo four_ways distributed \
     linear_distributed vocab_parallel empty_ranks compile_report traffic benchmarks smoke interpreter docs package \
     explain host pretend_gpu chunk_rows supports_times logits_error from_scratch \
