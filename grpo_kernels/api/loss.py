@@ -190,7 +190,7 @@ def policy_loss(
         importance_weights=importance_weights, sampling_logps=sampling_logps, num_items_in_batch=num_items_in_batch,
         loss_scale=loss_scale, cu_seqlens=cu_seqlens, reduction=reduction, data_group=data_group,
     )  # fmt: skip
-    if checks.validates(logps.device) and not torch.compiler.is_compiling():
+    if checks.validates(logps.device):
         checks.check_mask_values(completion_mask)
     loss, sums, metrics = autograd.run_policy_loss(
         layout.tokens(logps), layout.tokens(entropy), batch, plan, backend=backend, data_group=data_group

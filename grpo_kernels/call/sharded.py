@@ -31,7 +31,7 @@ def logprobs(
     batch = Batch(*tensors)
     if group is None:
         return *ops.logprobs_op(logits, tensors, numbers, plan, entropy, backend), tensors
-    if checks.validates(logits.device) and not torch.compiler.is_compiling():
+    if checks.validates(logits.device):
         checks.check_parts(gathered(torch.tensor(batch.ids.numel(), device=logits.device), group).tolist())
     size = batch.ids.new_full((1,), logits.shape[-1], dtype=torch.int64)
     rank = torch.distributed.get_rank(group)

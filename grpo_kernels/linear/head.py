@@ -31,25 +31,29 @@ _COLUMNS = 2048
 _SLAB = 1 << 22  # elements that are converted to fp32 at a time
 
 
+def bytes_setting() -> int | None:
+    """GRPO_KERNELS_CHUNK_BYTES, None where it is not set."""
+    setting = os.environ.get("GRPO_KERNELS_CHUNK_BYTES", "")
+    if setting and not setting.isdigit():
+        raise ValueError(f"GRPO_KERNELS_CHUNK_BYTES must be a whole number of bytes, got {setting!r}.")
+    return int(setting) if setting else None
+
+
 def chunk_rows(chunk_bytes: int | None, weight: Tensor, itemsize: int) -> int:
     """Rows of logits at a time: what fits ``chunk_bytes``, else GRPO_KERNELS_CHUNK_BYTES; a row takes V·``itemsize``.
 
     Without either as many as fit the bytes of the weight (V, H), or 400 MiB where that is more, and at least 1024; but
     at most 4096, and what fits 1 GiB. On a CPU what fits 32 MiB, and at least 256 of them.
     """
-    setting = os.environ.get("GRPO_KERNELS_CHUNK_BYTES", "")
     row = weight.shape[0] * itemsize
-    if chunk_bytes is None and not setting:
+    chunk_bytes = bytes_setting() if chunk_bytes is None else chunk_bytes
+    if chunk_bytes is None:
         of_weight = weight.numel() * weight.element_size()  # nbytes does not compile with dynamic shapes
         rows = max(CHUNK_ROWS.start, max(of_weight, CHUNK_BYTES.start) // row)
         rows = min(rows, CHUNK_ROWS.stop, CHUNK_BYTES.stop // row)
         if weight.device.type == "cpu":
             rows = min(rows, max(CPU_ROWS, CPU_BYTES // row))
         return max(1, rows // 128 * 128 or rows)
-    if chunk_bytes is None:
-        if not setting.isdigit():
-            raise ValueError(f"GRPO_KERNELS_CHUNK_BYTES must be a whole number of bytes, got {setting!r}.")
-        chunk_bytes = int(setting)
     if not is_whole(chunk_bytes):
         raise TypeError(f"chunk_bytes must be an int, got {type(chunk_bytes).__name__}.")
     if chunk_bytes <= 0:

@@ -57,8 +57,6 @@ def is_interpreted(kernel: object) -> bool:
     return triton is not None and not isinstance(kernel, triton.runtime.JITFunction)
 
 
-# The part of triton.language that shared functions may use, on torch tensors. tl.minimum and
-# tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
 NUMBERS = torch.float32  # what a condition makes of two numbers
 
 
@@ -78,6 +76,8 @@ def _max(x: torch.Tensor, axis: int) -> torch.Tensor:
     return x.amax(axis) if x.shape[axis] else x.sum(axis) - torch.inf
 
 
+# The part of triton.language that shared functions may use, on torch tensors. tl.minimum and
+# tl.maximum are left out on purpose: on hardware they drop NaN; compare and use where.
 _TORCH_LANGUAGE = types.SimpleNamespace(
     exp=torch.exp,
     exp2=torch.exp2,

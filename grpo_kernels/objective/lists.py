@@ -22,7 +22,7 @@ def check_lists(token_ids: Tensor, offsets: Tensor, kind: str) -> None:
         raise ValueError("offsets must be (N+1,), from 0 to the number of token_ids, got none: [0] for no row.")
     check_together("offsets", offsets, token_ids)
     M = token_ids.shape[0]
-    if validates(offsets.device) and not torch.compiler.is_compiling():
+    if validates(offsets.device):
         falls = (offsets.diff() < 0).nonzero()
         if len(falls) or int(offsets[0]) != 0 or int(offsets[-1]) != M:
             where = f"falls after row {int(falls[0])}" if len(falls) else f"{int(offsets[0])} to {int(offsets[-1])}"

@@ -109,8 +109,7 @@ class Support:
         check_integers("counts", counts, None, "Support")
         check_together("counts", counts, token_ids)
         counts = counts.reshape(-1)
-        looked_at = validates(counts.device) and not torch.compiler.is_compiling()
-        if looked_at and (bool((counts < 0).any()) or int(counts.sum()) != token_ids.shape[0]):
+        if validates(counts.device) and (bool((counts < 0).any()) or int(counts.sum()) != token_ids.shape[0]):
             raise ValueError(
                 f"counts must be at least 0 and add up to the {token_ids.shape[0]} token_ids, got "
                 f"{int(counts.min())} at least and {int(counts.sum())} together."
@@ -137,8 +136,7 @@ class Support:
                 raise ValueError(f"sizes must be {tuple(token_ids.shape[:-1])}, got {tuple(sizes.shape)}.")
             check_together("sizes", sizes, token_ids)
             K = token_ids.shape[-1]
-            looked_at = validates(sizes.device) and not torch.compiler.is_compiling()
-            if looked_at and bool(((sizes < 0) | (sizes > K)).any()):
+            if validates(sizes.device) and bool(((sizes < 0) | (sizes > K)).any()):
                 raise ValueError(f"sizes must be from 0 to K = {K}, got {int(sizes.min())} to {int(sizes.max())}.")
             there = there & (torch.arange(K, device=token_ids.device) < sizes[..., None])
         if token_ids.device.type == "cpu":

@@ -6,7 +6,12 @@ import torch
 
 
 def validates(device: torch.device) -> bool:
-    """Whether values are checked: on the CPU, and elsewhere with GRPO_KERNELS_VALIDATE=1, which syncs."""
+    """Whether values are checked: on the CPU, and elsewhere with GRPO_KERNELS_VALIDATE=1, which syncs.
+
+    Never while torch.compile traces, where there are none.
+    """
+    if torch.compiler.is_compiling():
+        return False
     setting = os.environ.get("GRPO_KERNELS_VALIDATE")
     if not setting:
         return device.type == "cpu"

@@ -20,7 +20,7 @@ from grpo_kernels import (
 )
 from grpo_kernels.call import ops
 from grpo_kernels.integrations.head import ModelHead, body
-from grpo_kernels.linear.head import chunk_rows
+from grpo_kernels.linear.head import bytes_setting
 from grpo_kernels.objective.validation import validates
 from grpo_kernels.trainer.options import OptionError, Options
 from grpo_kernels.trainer.rollout import Rollout, model_inputs
@@ -97,7 +97,7 @@ def check_backend(options: Options, device: torch.device) -> None:
     """Raises OptionError where ``--backend`` cannot run on the device, or is not there; or a setting has no meaning."""
     try:
         validates(device)
-        chunk_rows(None, torch.empty(1, 1, device=device), 1)
+        bytes_setting()
     except ValueError as error:
         raise OptionError(str(error)) from error
     if options.backend == "triton":
